@@ -1,0 +1,197 @@
+"""Argument checks of the ops, in Python: what the reference and the fakes enforce (csrc/contract.h is the C++ twin).
+
+Every message says the op, the argument, what is required and what came. K is the history length, M the number of forecasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_HISTORY = 64
+MAX_FORECASTS = 64
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def arithmetic_dtype(features: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums are kept in: float32, or float64 for float64 features."""
+    return torch.float64 if features == torch.float64 else torch.float32
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _feature_names() -> str:
+    return ", ".join(_name(dtype) for dtype in FEATURE_DTYPES)
+
+
+def check_feature(op: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor is dense and of a feature dtype.
+
+    Raises:
+        TypeError: for another dtype or layout.
+    """
+    if tensor.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"lesa::{op}: {name} must have a dtype of {_feature_names()}, got {_name(tensor.dtype)}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"lesa::{op}: {name} must be a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that a tensor has the shape, dtype and device of another.
+
+    Raises:
+        ValueError: for another shape or device.
+        TypeError: for another dtype.
+    """
+    if tensor.shape != like.shape:
+        raise ValueError(f"lesa::{op}: {name} must have shape {_shape(like)} like {like_name}, got {_shape(tensor)}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"lesa::{op}: {name} must have dtype {_name(like.dtype)} like {like_name}, got {_name(tensor.dtype)}"
+        )
+    check_device(op, name, tensor, like_name, like)
+
+
+def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that a tensor lies where another does.
+
+    Raises:
+        ValueError: for another device.
+    """
+    if tensor.device != like.device:
+        raise ValueError(f"lesa::{op}: {name} must be on {like.device} like {like_name}, got {tensor.device}")
+
+
+def check_history(op: str, history: Sequence[Tensor]) -> None:
+    """Check a history: 1 to 64 features of one shape, dtype and device.
+
+    Raises:
+        ValueError: for a wrong count, shape or device.
+        TypeError: for a wrong dtype.
+    """
+    if not 1 <= len(history) <= MAX_HISTORY:
+        raise ValueError(f"lesa::{op}: history must hold 1 to {MAX_HISTORY} tensors, got {len(history)}")
+    check_feature(op, "history[0]", history[0])
+    for k in range(1, len(history)):
+        check_like(op, f"history[{k}]", history[k], "history[0]", history[0])
+
+
+def check_parameter(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...] | None, like_name: str, like: Tensor
+) -> None:
+    """Check a parameter: its shape (None: any shape of one element), dtype float32 or the features', their device.
+
+    Raises:
+        ValueError: for a wrong shape or device.
+        TypeError: for a wrong dtype.
+    """
+    if shape is None:
+        if tensor.numel() != 1:
+            raise ValueError(f"lesa::{op}: {name} must hold one element, got shape {_shape(tensor)}")
+    elif tuple(tensor.shape) != shape:
+        raise ValueError(f"lesa::{op}: {name} must have shape {shape}, got {_shape(tensor)}")
+    if tensor.dtype not in (torch.float32, like.dtype):
+        allowed = "float32" if like.dtype == torch.float32 else f"float32 or {_name(like.dtype)}"
+        raise TypeError(f"lesa::{op}: {name} must have dtype {allowed} ({like_name}'s), got {_name(tensor.dtype)}")
+    check_device(op, name, tensor, like_name, like)
+
+
+def check_predict(op: str, history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> None:
+    """Check the arguments that `predict` and its relatives share."""
+    check_history(op, history)
+    check_parameter(op, "weight", weight, (len(history),), "history[0]", history[0])
+    check_parameter(op, "bias", bias, None, "history[0]", history[0])
+    check_parameter(op, "gain", gain, None, "history[0]", history[0])
+
+
+def check_rows(op: str, coefficients: Tensor, offsets: Tensor, num_inputs: int, like_name: str, like: Tensor) -> None:
+    """Check `coefficients` [M, K] and `offsets` [M] for K inputs, 1 <= M <= 64."""
+    if coefficients.dim() != 2 or coefficients.shape[1] != num_inputs:
+        raise ValueError(f"lesa::{op}: coefficients must have shape (M, {num_inputs}), got {_shape(coefficients)}")
+    rows = coefficients.shape[0]
+    if not 1 <= rows <= MAX_FORECASTS:
+        raise ValueError(f"lesa::{op}: coefficients must have 1 to {MAX_FORECASTS} rows, got {rows}")
+    check_parameter(op, "coefficients", coefficients, (rows, num_inputs), like_name, like)
+    check_parameter(op, "offsets", offsets, (rows,), like_name, like)
+
+
+def check_ring(op: str, ring: Tensor) -> None:
+    """Check that a ring is a feature tensor with a leading dimension of slots."""
+    if ring.dim() < 1:
+        raise ValueError(f"lesa::{op}: ring must have shape (slots, *feature), got {_shape(ring)}")
+    check_feature(op, "ring", ring)
+
+
+def check_slot(op: str, name: str, slot: int, ring: Tensor) -> None:
+    """Check that a slot number lies in the ring.
+
+    Raises:
+        ValueError: when it does not.
+    """
+    if not 0 <= slot < ring.shape[0]:
+        raise ValueError(f"lesa::{op}: {name} must be a slot in [0, {ring.shape[0]}), got {slot}")
+
+
+def check_forecast_into(
+    ring: Tensor, coefficients: Tensor, offsets: Tensor, read: Sequence[int], write: Sequence[int]
+) -> None:
+    """Check `forecast_into`: K slots to read, M distinct slots to write, all inside the ring."""
+    op = "forecast_into"
+    check_ring(op, ring)
+    if not 1 <= len(read) <= MAX_HISTORY:
+        raise ValueError(f"lesa::{op}: read must name 1 to {MAX_HISTORY} slots, got {len(read)}")
+    check_rows(op, coefficients, offsets, len(read), "ring", ring)
+    if len(write) != coefficients.shape[0]:
+        raise ValueError(
+            f"lesa::{op}: write must name {coefficients.shape[0]} slots (the rows of coefficients), got {len(write)}"
+        )
+    for position, slot in enumerate(read):
+        check_slot(op, f"read[{position}]", slot, ring)
+    for position, slot in enumerate(write):
+        check_slot(op, f"write[{position}]", slot, ring)
+        if slot in write[:position]:
+            raise ValueError(f"lesa::{op}: write must name distinct slots, got slot {slot} twice")
+
+
+def check_push(ring: Tensor, feature: Tensor, slot: int) -> None:
+    """Check `push`: a feature of the ring's feature shape and device, any feature dtype."""
+    check_ring("push", ring)
+    check_feature("push", "feature", feature)
+    if feature.shape != ring.shape[1:]:
+        raise ValueError(
+            f"lesa::push: feature must have shape {tuple(ring.shape[1:])} like a slot of ring, got {_shape(feature)}"
+        )
+    check_device("push", "feature", feature, "ring", ring)
+    check_slot("push", "slot", slot, ring)
+
+
+def check_kan_linear(
+    op: str, x: Tensor, grid: Tensor, base_weight: Tensor, spline_weight: Tensor, spline_scaler: Tensor
+) -> None:
+    """Check a KAN layer: x [..., I], grid [I, B + order + 1], base_weight [O, I], spline_weight [O, I, B], spline_scaler [O, I]."""
+    check_feature(op, "x", x)
+    if x.dim() < 1:
+        raise ValueError(f"lesa::{op}: x must have shape (..., inputs), got {_shape(x)}")
+    inputs = x.shape[-1]
+    if base_weight.dim() != 2 or base_weight.shape[1] != inputs:
+        raise ValueError(f"lesa::{op}: base_weight must have shape (outputs, {inputs}), got {_shape(base_weight)}")
+    outputs = base_weight.shape[0]
+    if spline_weight.dim() != 3 or tuple(spline_weight.shape[:2]) != (outputs, inputs) or spline_weight.shape[2] < 1:
+        raise ValueError(
+            f"lesa::{op}: spline_weight must have shape ({outputs}, {inputs}, bases), got {_shape(spline_weight)}"
+        )
+    bases = spline_weight.shape[2]
+    if grid.dim() != 2 or grid.shape[0] != inputs or grid.shape[1] < bases + 1:
+        raise ValueError(f"lesa::{op}: grid must have shape ({inputs}, {bases} + order + 1), got {_shape(grid)}")
+    check_parameter(op, "grid", grid, (inputs, grid.shape[1]), "x", x)
+    check_parameter(op, "base_weight", base_weight, (outputs, inputs), "x", x)
+    check_parameter(op, "spline_weight", spline_weight, (outputs, inputs, bases), "x", x)
+    check_parameter(op, "spline_scaler", spline_scaler, (outputs, inputs), "x", x)

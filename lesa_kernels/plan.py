@@ -1,0 +1,332 @@
+"""A plan: everything about a sampling run that is known before it starts.
+
+A forecaster's gains depend on the schedule alone, so each forecast is a row of constants over earlier features. Between two
+full steps no new information arrives: the rows of a segment are composed, in float64, into one matrix over the features
+that are resident after the full step, and one launch computes the whole segment. Slots of the ring are assigned by liveness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lesa_kernels.schedule import Schedule, ScheduleRule
+
+MAX_INPUTS = 64
+MAX_OUTPUTS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One forecast: sum over terms of coefficient * feature of that step, plus an offset.
+
+    Args:
+        terms: coefficient of each earlier step that the forecast reads, full or forecast alike.
+        offset: added to every element.
+    """
+
+    terms: dict[int, float]
+    offset: float = 0.0
+
+
+RowRule: TypeAlias = Callable[[int, Sequence[int]], "Row | None"]
+"""(step, the run's full steps before it, ascending) -> the row of that step, or None where the history is too short."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of the forecast kernel: M features from K resident ones.
+
+    Args:
+        steps: the M steps whose features it makes.
+        inputs: the K steps whose features it reads.
+        read: their slots.
+        write: the M slots that it fills.
+        coefficients: M rows of K, float64.
+        offsets: M, float64.
+    """
+
+    steps: tuple[int, ...]
+    inputs: tuple[int, ...]
+    read: tuple[int, ...]
+    write: tuple[int, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    offsets: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A full step and the forecasts that follow it.
+
+    Args:
+        full_step: the full step.
+        slot: where its feature goes, None when nothing reads it.
+        launches: one for the whole segment, or several when the plan was made with a chunk.
+    """
+
+    full_step: int
+    slot: int | None
+    launches: tuple[Launch, ...]
+
+    @property
+    def forecast_steps(self) -> tuple[int, ...]:
+        """The steps that are forecast after the full step."""
+        return tuple(step for launch in self.launches for step in launch.steps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compiled form of a forecaster, a schedule and the sigmas. Made by `Forecaster.plan`.
+
+    Args:
+        sigmas: the S+1 noise levels.
+        segments: one for each full step.
+        num_slots: features that the ring holds at once.
+        num_terms: reads that the uncomposed, step-by-step form makes (for the passes that are saved).
+        first_step: where the run starts (not 0 for image-to-image).
+    """
+
+    sigmas: tuple[float, ...]
+    segments: tuple[Segment, ...]
+    num_slots: int
+    num_terms: int
+    first_step: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """S, the steps of the schedule."""
+        return len(self.sigmas) - 1
+
+    @property
+    def full_steps(self) -> tuple[int, ...]:
+        """The steps on which the blocks run: the schedule's, and those for which the history was too short."""
+        return tuple(segment.full_step for segment in self.segments)
+
+    @property
+    def speedup(self) -> float:
+        """Steps of the run divided by full steps."""
+        return (self.num_steps - self.first_step) / len(self.segments)
+
+    def is_full(self, step: int) -> bool:
+        """Whether a step is full."""
+        return step in self.full_steps
+
+    def ring_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Bytes of the ring for features of a shape and a bytes-per-element count."""
+        return self.num_slots * math.prod(shape) * itemsize
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Feature-sized reads and writes of all forecasts: (as planned, step by step)."""
+        launches = [launch for segment in self.segments for launch in segment.launches]
+        outputs = sum(len(launch.steps) for launch in launches)
+        return sum(len(launch.inputs) for launch in launches) + outputs, self.num_terms + outputs
+
+    def describe(self, shape: Sequence[int] | None = None, itemsize: int = 2) -> str:
+        """Tell the plan in a few lines.
+
+        Args:
+            shape: of a feature, to tell the ring's size in MiB.
+            itemsize: bytes of an element, 2 for bfloat16.
+
+        Returns:
+            The text.
+        """
+        planned, stepwise = self.passes
+        run = self.num_steps - self.first_step
+        lines = [
+            f"{run} steps: {len(self.segments)} full, {run - len(self.segments)} forecast ({self.speedup:.2f}x fewer block calls)",
+            "full steps: " + " ".join(map(str, self.full_steps)),
+            "segments:",
+        ]
+        for segment in self.segments:
+            for launch in segment.launches:
+                first, last = launch.steps[0], launch.steps[-1]
+                steps = f"step {first}" if first == last else f"steps {first}-{last}"
+                lines.append(
+                    f"  after {segment.full_step}: {steps} from {len(launch.inputs)} features of steps {list(launch.inputs)}"
+                )
+        ring = f"ring: {self.num_slots} slots"
+        if shape is not None:
+            size = self.ring_bytes(shape, itemsize) / 2**20
+            ring += f", {size:.1f} MiB for features of shape {tuple(shape)} with {itemsize} bytes an element"
+        lines.append(ring)
+        if stepwise:
+            lines.append(
+                f"passes over memory: {planned} instead of {stepwise} step by step ({stepwise - planned} saved)"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+@dataclass
+class _Draft:
+    """A segment before slots are assigned: the full step, and launches as (steps, inputs, coefficients, offsets)."""
+
+    full_step: int
+    launches: list[tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]]
+
+
+def compile_plan(
+    sigmas: Sequence[float],
+    schedule: Schedule | ScheduleRule,
+    rule: RowRule,
+    *,
+    first_step: int = 0,
+    chunk: int | None = None,
+) -> Plan:
+    """Compile rows into a plan.
+
+    Args:
+        sigmas: S+1 noise levels.
+        schedule: which steps are full, or a rule that makes it from the sigmas.
+        rule: the row of each forecast step.
+        first_step: where the run starts; it is full whatever the schedule says.
+        chunk: at most this many forecasts a launch (1: step by step); None composes whole segments. Smaller chunks need
+            fewer slots and more passes over memory.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: when the schedule is for another number of steps, or first_step or chunk is out of range.
+    """
+    levels = tuple(float(sigma) for sigma in sigmas)
+    steps = len(levels) - 1
+    resolved = schedule if isinstance(schedule, Schedule) else schedule(levels)
+    if resolved.num_steps != steps:
+        raise ValueError(
+            f"schedule must have {steps} steps (the sigmas hold {steps + 1} values), got {resolved.num_steps}"
+        )
+    if not 0 <= first_step < steps:
+        raise ValueError(f"first_step must be in [0, {steps}), got {first_step}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    full, rows = _resolve_rows(steps, resolved, rule, first_step)
+    drafts = _compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS))
+    segments, num_slots = _assign_slots(drafts)
+    return Plan(levels, segments, num_slots, sum(len(row.terms) for row in rows.values()), first_step)
+
+
+def _resolve_rows(steps: int, schedule: Schedule, rule: RowRule, first_step: int) -> tuple[list[int], dict[int, Row]]:
+    """Decide which steps are full (a row that cannot be had makes its step full) and collect the rows of the others."""
+    wanted, full, rows = set(schedule.full_steps), [first_step], {}
+    for step in range(first_step + 1, steps):
+        row = None if step in wanted else rule(step, full)
+        if row is None:
+            full.append(step)
+            continue
+        if not row.terms:
+            raise ValueError(f"the row of step {step} must read at least one feature, got none")
+        for source in row.terms:
+            if not first_step <= source < step:
+                raise ValueError(
+                    f"the row of step {step} must read steps {first_step} to {step - 1}, got step {source}"
+                )
+        rows[step] = row
+    return full, rows
+
+
+def _compose(full: Sequence[int], rows: dict[int, Row], steps: int, chunk: int) -> list[_Draft]:
+    """Express each launch's rows over the features that are resident when it runs."""
+    drafts = []
+    for position, full_step in enumerate(full):
+        end = full[position + 1] if position + 1 < len(full) else steps
+        forecasts = range(full_step + 1, end)
+        draft = _Draft(full_step, [])
+        for start in range(0, len(forecasts), chunk):
+            draft.launches.append(_compose_launch(forecasts[start : start + chunk], rows))
+        drafts.append(draft)
+    return drafts
+
+
+def _compose_launch(
+    steps: Sequence[int], rows: dict[int, Row]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]:
+    """Substitute the launch's own forecasts into later rows, so that every row reads resident features only."""
+    composed: dict[int, Row] = {}
+    for step in steps:
+        terms: dict[int, float] = {}
+        offset = rows[step].offset
+        for source, coefficient in rows[step].terms.items():
+            inner = composed.get(source, Row({source: 1.0}))
+            offset += coefficient * inner.offset
+            for resident, weight in inner.terms.items():
+                terms[resident] = terms.get(resident, 0.0) + coefficient * weight
+        composed[step] = Row(terms, offset)
+    inputs = tuple(sorted({source for row in composed.values() for source in row.terms}))
+    if len(inputs) > MAX_INPUTS:
+        raise ValueError(f"a launch reads at most {MAX_INPUTS} features, got {len(inputs)} for steps {list(steps)}")
+    coefficients = tuple(tuple(composed[step].terms.get(source, 0.0) for source in inputs) for step in steps)
+    return tuple(steps), inputs, coefficients, tuple(composed[step].offset for step in steps)
+
+
+def _last_uses(drafts: Iterable[_Draft]) -> dict[int, int]:
+    """Return the last event at which each feature is needed; pushes and launches are numbered as they happen."""
+    last: dict[int, int] = {}
+    event = 0
+    for draft in drafts:
+        event += 1
+        for steps, inputs, _, _ in draft.launches:
+            # A forecast is handed out between its own launch and the next event.
+            last.update(dict.fromkeys(steps, event))
+            last.update(dict.fromkeys(inputs, event))
+            event += 1
+    return last
+
+
+class _Slots:
+    """Hands out slots, the lowest free one first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._free: list[int] = []
+        self._held: dict[int, int] = {}
+
+    def take(self, step: int) -> int:
+        """Give a step a slot."""
+        if self._free:
+            slot = min(self._free)
+            self._free.remove(slot)
+        else:
+            slot = self.count
+            self.count += 1
+        self._held[step] = slot
+        return slot
+
+    def of(self, step: int) -> int:
+        """Return the slot of a step."""
+        return self._held[step]
+
+    def release(self, steps: Iterable[int]) -> None:
+        """Take the slots of steps back."""
+        for step in steps:
+            self._free.append(self._held.pop(step))
+
+    def expired(self, last: dict[int, int], event: int) -> list[int]:
+        """Return the steps that nothing needs at or after an event."""
+        return [step for step in self._held if last[step] < event]
+
+
+def _assign_slots(drafts: Sequence[_Draft]) -> tuple[tuple[Segment, ...], int]:
+    """Assign slots by liveness. An output may take the slot of an input of the same launch that nothing needs later."""
+    last, slots, event = _last_uses(drafts), _Slots(), 0
+    segments = []
+    for draft in drafts:
+        slots.release(slots.expired(last, event))
+        slot = slots.take(draft.full_step) if draft.full_step in last else None
+        event += 1
+        launches = []
+        for steps, inputs, coefficients, offsets in draft.launches:
+            slots.release(slots.expired(last, event))
+            read = tuple(slots.of(step) for step in inputs)
+            slots.release([step for step in inputs if last[step] == event])
+            write = tuple(slots.take(step) for step in steps)
+            launches.append(Launch(steps, inputs, read, write, coefficients, offsets))
+            event += 1
+        segments.append(Segment(draft.full_step, slot, tuple(launches)))
+    return tuple(segments), slots.count

@@ -1,0 +1,52 @@
+"""What every forecaster is: a source of rows of coefficients. Kernels and sessions know nothing else of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from lesa_kernels.plan import Plan, RowRule, compile_plan
+from lesa_kernels.schedule import Schedule, ScheduleRule
+
+
+class Forecaster(ABC):
+    """Base of all predictors. A new one implements `rows` and needs to touch no kernel."""
+
+    @abstractmethod
+    def rows(self, sigmas: Sequence[float]) -> RowRule:
+        """Bind the forecaster to a schedule's noise levels.
+
+        Args:
+            sigmas: S+1 falling noise levels.
+
+        Returns:
+            A function (step, full steps before it) -> the `Row` of that step, or None where the history is too short: the
+            plan then makes the step full.
+        """
+
+    def plan(
+        self,
+        sigmas: Sequence[float],
+        schedule: Schedule | ScheduleRule,
+        *,
+        first_step: int = 0,
+        chunk: int | None = None,
+    ) -> Plan:
+        """Compile this forecaster for a schedule.
+
+        Args:
+            sigmas: S+1 falling noise levels, such as a diffusers scheduler's `sigmas`; a list or a 1-d tensor.
+            schedule: which steps are full, or a rule that makes the schedule from the sigmas.
+            first_step: where the run starts (image-to-image starts late).
+            chunk: at most this many forecasts a launch (1: step by step); None composes whole segments.
+
+        Returns:
+            The plan. Its `full_steps` may hold more steps than the schedule's: those with too short a history.
+
+        Raises:
+            ValueError: when the schedule does not fit the sigmas, or a number is out of range.
+        """
+        levels = [float(sigma) for sigma in sigmas]
+        if len(levels) < 2:
+            raise ValueError(f"sigmas must hold S+1 >= 2 values, got {len(levels)}")
+        return compile_plan(levels, schedule, self.rows(levels), first_step=first_step, chunk=chunk)

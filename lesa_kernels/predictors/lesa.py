@@ -1,0 +1,168 @@
+"""LESA's learned forecaster (arXiv 2602.20497): per noise range a few mixing weights, a bias, and a KAN for the gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from lesa_kernels.contract import MAX_HISTORY
+from lesa_kernels.plan import Row, RowRule
+from lesa_kernels.predictors.base import Forecaster
+from lesa_kernels.predictors.kan import GRID_SIZE, KAN, SPLINE_ORDER
+
+PUBLISHED_STAGES = ((0.9, 4), (0.5, 8), (0.0, 8))
+"""(threshold, K) of FLUX and HunyuanVideo: a stage serves sigmas above its threshold, the last one all that is left."""
+
+
+class LesaPredictor(
+    nn.Module,
+    Forecaster,
+    PyTorchModelHubMixin,
+    library_name="lesa-kernels",
+    tags=["feature-caching", "diffusion"],
+):
+    """LESA: forecast = h[s-1] + gain * (sum_k w[k] * h[s-K+k] + b), gain = KAN(t_s - t_0, ..., t_s - t_S).
+
+    State keys are those of a released checkpoint without a branch's suffix: `latent.{stage}.weight` [1, K],
+    `latent.{stage}.bias` [1], `timestep.{stage}.layers.{i}.{grid, base_weight, spline_weight, spline_scaler}`. Keep the
+    parameters in float32 whatever the features are: bfloat16 loses most updates at the published learning rate.
+
+    `save_pretrained(folder)` writes safetensors and config.json, `from_pretrained(folder_or_hub_id)` reads them.
+
+    Args:
+        num_steps: S; the KAN takes the S+1 sigmas of a schedule.
+        stages: (threshold, K) from high noise to low: a stage serves t > threshold (strict), the last one the rest.
+        hidden_dim: width of the KAN's two hidden layers.
+        grid_size: intervals of its spline grid.
+        spline_order: order of its B-splines.
+
+    Raises:
+        ValueError: for a count out of range or thresholds that do not fall.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        stages: Sequence[Sequence[float]] = PUBLISHED_STAGES,
+        hidden_dim: int = 256,
+        grid_size: int = GRID_SIZE,
+        spline_order: int = SPLINE_ORDER,
+    ) -> None:
+        super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        self.num_steps = num_steps
+        self.stages = tuple((float(threshold), int(window)) for threshold, window in stages)
+        thresholds = [threshold for threshold, _ in self.stages]
+        if not thresholds or any(b >= a for a, b in zip(thresholds, thresholds[1:], strict=False)):
+            raise ValueError(f"stages must have falling thresholds, got {thresholds}")
+        for index, (_, window) in enumerate(self.stages):
+            if not 1 <= window <= MAX_HISTORY:
+                raise ValueError(f"stages[{index}] must have a history of 1 to {MAX_HISTORY} features, got {window}")
+        widths = (num_steps + 1, hidden_dim, hidden_dim, 1)
+        self.latent = nn.ModuleList(nn.Linear(window, 1) for _, window in self.stages)
+        self.timestep = nn.ModuleList(KAN(widths, grid_size, spline_order) for _ in self.stages)
+
+    def stage(self, t: float) -> int:
+        """Return the number of the stage that serves the noise level t."""
+        for index, (threshold, _) in enumerate(self.stages[:-1]):
+            if t > threshold:
+                return index
+        return len(self.stages) - 1
+
+    def window(self, t: float) -> int:
+        """Return K of the stage that serves the noise level t."""
+        return self.stages[self.stage(t)][1]
+
+    def gain(self, sigmas: Sequence[float] | Tensor, t: float | Iterable[float], stage: int) -> Tensor:
+        """Return a stage's gain.
+
+        Args:
+            sigmas: S+1 noise levels.
+            t: noise level of the step, or those of T steps.
+            stage: which KAN.
+
+        Returns:
+            [1], or [T, 1]; differentiable in the KAN's parameters.
+
+        Raises:
+            ValueError: when there are not S+1 sigmas.
+        """
+        kan = self.timestep[stage]
+        levels = self._levels(sigmas)
+        now = torch.tensor([t] if isinstance(t, (int, float)) else list(t), dtype=torch.float64)
+        # Differences in float64: neighbouring sigmas of long schedules lie close together.
+        differences = (now.unsqueeze(-1) - levels).to(kan.layers[0].base_weight)
+        gains: Tensor = kan(differences)
+        return gains[0] if isinstance(t, (int, float)) else gains
+
+    def _levels(self, sigmas: Sequence[float] | Tensor) -> Tensor:
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").reshape(-1)
+        if levels.numel() != self.num_steps + 1:
+            raise ValueError(
+                f"sigmas must hold num_steps + 1 = {self.num_steps + 1} values (use scheduler.sigmas), got {levels.numel()}"
+            )
+        return levels
+
+    def parameters_at(self, sigmas: Sequence[float] | Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `torch.ops.lesa.predict` takes at noise level t: weight [K], bias [1], gain [1], differentiable."""
+        stage = self.stage(t)
+        latent = self.latent[stage]
+        return latent.weight.reshape(-1), latent.bias, self.gain(sigmas, t, stage)
+
+    def forward(self, history: Sequence[Tensor], sigmas: Sequence[float] | Tensor, t: float) -> Tensor:
+        """Forecast one feature, differentiable in the parameters and the history.
+
+        Args:
+            history: at least K features [*feature], newest last; the last K are taken.
+            sigmas: S+1 noise levels.
+            t: noise level of the step to forecast.
+
+        Returns:
+            [*feature].
+
+        Raises:
+            ValueError: when the history is shorter than the stage's K, or there are not S+1 sigmas.
+        """
+        window = self.window(t)
+        if len(history) < window:
+            raise ValueError(f"history must hold at least {window} features at t = {t}, got {len(history)}")
+        result: Tensor = torch.ops.lesa.predict(list(history[-window:]), *self.parameters_at(sigmas, t))
+        return result
+
+    @torch.no_grad()
+    def rows(self, sigmas: Sequence[float]) -> RowRule:
+        """See `Forecaster.rows`. All gains are computed at once, so that planning costs one synchronisation a stage.
+
+        Raises:
+            ValueError: when there are not S+1 sigmas or a parameter or gain is not finite.
+        """
+        levels = [float(sigma) for sigma in self._levels(sigmas)]
+        stages = [self.stage(t) for t in levels[:-1]]
+        gains: dict[int, float] = {}
+        for stage in sorted(set(stages)):
+            steps = [step for step, own in enumerate(stages) if own == stage]
+            values = self.gain(levels, [levels[step] for step in steps], stage).reshape(-1).tolist()
+            gains.update(zip(steps, values, strict=True))
+        weights = [latent.weight.reshape(-1).tolist() for latent in self.latent]
+        biases = [latent.bias.item() for latent in self.latent]
+
+        def row(step: int, full_steps: Sequence[int]) -> Row | None:
+            stage = stages[step]
+            window = len(weights[stage])
+            if step - full_steps[0] < window:
+                return None
+            terms = {step - window + k: gains[step] * weight for k, weight in enumerate(weights[stage])}
+            terms[step - 1] += 1.0
+            offset = gains[step] * biases[stage]
+            if not all(math.isfinite(value) for value in (*terms.values(), offset)):
+                raise ValueError(
+                    f"the predictor's coefficients at step {step} must be finite, got {list(terms.values())}, {offset}"
+                )
+            return Row(terms, offset)
+
+        return row

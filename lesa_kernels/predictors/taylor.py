@@ -1,0 +1,89 @@
+"""Training-free forecasters over full features: plain reuse and TaylorSeer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from lesa_kernels.plan import Row, RowRule
+from lesa_kernels.predictors.base import Forecaster
+
+MAX_ORDER = 3
+
+
+class Reuse(Forecaster):
+    """Hands out the feature of the last full step again."""
+
+    def rows(self, sigmas: Sequence[float]) -> RowRule:
+        """See `Forecaster.rows`; the sigmas do not matter."""
+        return lambda step, full_steps: Row({full_steps[-1]: 1.0})
+
+
+class TaylorSeer(Forecaster):
+    """TaylorSeer (arXiv 2503.06923): a Taylor polynomial around the last full step.
+
+    Its derivatives are backward differences of the full features: the derivative of order i at a full step is the difference
+    of those of order i-1 at this and the previous full step, divided by the distance of the two. With fewer full steps behind
+    it than `order` + 1 it uses the orders that it has.
+
+    Args:
+        order: highest derivative, 0 to 3 (0 is reuse).
+        variable: what the polynomial runs in: "sigma", or "step" as published.
+
+    Raises:
+        ValueError: for another order or variable.
+    """
+
+    def __init__(self, order: int = 2, variable: Literal["sigma", "step"] = "sigma") -> None:
+        if order not in range(MAX_ORDER + 1):
+            raise ValueError(f"order must be 0 to {MAX_ORDER}, got {order!r}")
+        if variable not in ("sigma", "step"):
+            raise ValueError(f'variable must be "sigma" or "step", got {variable!r}')
+        self.order = order
+        self.variable = variable
+
+    def rows(self, sigmas: Sequence[float]) -> RowRule:
+        """See `Forecaster.rows`."""
+        positions = (
+            [float(sigma) for sigma in sigmas] if self.variable == "sigma" else list(map(float, range(len(sigmas))))
+        )
+
+        def row(step: int, full_steps: Sequence[int]) -> Row:
+            window = full_steps[-(self.order + 1) :]
+            weights = taylor_weights([positions[full] for full in window], positions[step])
+            return Row(dict(zip(window, weights, strict=True)))
+
+        return row
+
+    def __repr__(self) -> str:
+        return f"TaylorSeer(order={self.order}, variable={self.variable!r})"
+
+
+def taylor_weights(nodes: Sequence[float], position: float) -> list[float]:
+    """Coefficients of the features at `nodes` in the Taylor polynomial around the last of them.
+
+    Args:
+        nodes: positions of the full features, newest last; n of them give a polynomial of order n-1.
+        position: where to evaluate it.
+
+    Returns:
+        One coefficient a node; they sum to 1.
+    """
+    count = len(nodes)
+    derivatives = [[float(i == j) for j in range(count)] for i in range(count)]
+    weights = derivatives[-1][:]
+    for order in range(1, count):
+        # Node i now carries its derivative of this order; the first `order` nodes have none.
+        derivatives = [
+            [
+                (new - old) / (nodes[i] - nodes[i - 1])
+                for new, old in zip(derivatives[i], derivatives[i - 1], strict=True)
+            ]
+            if i >= order
+            else derivatives[i]
+            for i in range(count)
+        ]
+        factor = (position - nodes[-1]) ** order / math.factorial(order)
+        weights = [weight + factor * slope for weight, slope in zip(weights, derivatives[-1], strict=True)]
+    return weights

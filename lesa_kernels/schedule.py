@@ -1,0 +1,127 @@
+"""Which steps of a sampling run are full: pure integers, no torch. Steps are numbered 0 .. S-1, sigmas t_0 > ... > t_S."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+# The published rule runs this step full whatever its counter says.
+_ALWAYS_FULL = 3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The full steps of a run of S steps; the model's blocks run on these alone.
+
+    Args:
+        num_steps: S, the number of sampling steps, at least 1.
+        full_steps: which of them are full, ascending; step 0 must be one of them.
+
+    Raises:
+        ValueError: when a number is out of range, or the steps are not ascending, or step 0 is missing.
+        TypeError: when a step is not an integer.
+    """
+
+    num_steps: int
+    full_steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require_int("num_steps", self.num_steps, minimum=1)
+        object.__setattr__(self, "full_steps", tuple(self.full_steps))
+        for position, step in enumerate(self.full_steps):
+            _require_int(f"full_steps[{position}]", step, minimum=0)
+            if step >= self.num_steps:
+                raise ValueError(f"full_steps[{position}] must be below num_steps = {self.num_steps}, got {step}")
+            if position and step <= self.full_steps[position - 1]:
+                raise ValueError(f"full_steps must be ascending, got {self.full_steps[position - 1]} before {step}")
+        if not self.full_steps or self.full_steps[0] != 0:
+            raise ValueError(
+                f"full_steps must start with step 0 (there is nothing to forecast from), got {self.full_steps}"
+            )
+
+    @classmethod
+    def interval(cls, num_steps: int, interval: int, warmup: int = 3) -> Schedule:
+        """The published rule: full while warming up, then every `interval` steps; step 3 is always full.
+
+        A counter starts at 0. A step is full if it is below `warmup` or the counter is `interval - 1`, which resets the
+        counter; otherwise it is a forecast and adds one. Step 3 adds one where it would be a forecast, and runs full.
+
+        Args:
+            num_steps: S.
+            interval: N, at least 1 (1: every step is full).
+            warmup: E, at least 1.
+
+        Returns:
+            The schedule: 50 steps with interval 7 have full steps 0 1 2 3 9 16 23 30 37 44.
+
+        Raises:
+            ValueError: when a number is out of range.
+        """
+        _require_int("num_steps", num_steps, minimum=1)
+        _require_int("interval", interval, minimum=1)
+        _require_int("warmup", warmup, minimum=1)
+        full, counter = [], 0
+        for step in range(num_steps):
+            due = step < warmup or counter == interval - 1
+            counter = 0 if due else counter + 1
+            if due or step == _ALWAYS_FULL:
+                full.append(step)
+        return cls(num_steps, tuple(full))
+
+    @classmethod
+    def explicit(cls, num_steps: int, full_steps: Iterable[int]) -> Schedule:
+        """Any set of full steps, in any order, repeats ignored; step 0 must be in it."""
+        return cls(num_steps, tuple(sorted(set(full_steps))))
+
+    @classmethod
+    def uniform_in_sigma(cls, sigmas: Sequence[float], num_full: int, warmup: int = 1) -> Schedule:
+        """Full steps 0 .. warmup-1, the others as evenly spaced in sigma as the steps allow, the last step among them.
+
+        Between the last warm-up step and step S-1 the wanted sigmas are equally far apart; each takes the nearest step
+        that keeps the steps ascending and leaves room for those to come.
+
+        Args:
+            sigmas: S+1 falling noise levels, the last one (after the last step) included.
+            num_full: how many full steps, `warmup` to S.
+            warmup: how many steps at the start are full, at least 1.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ValueError: when a count is out of range or the sigmas do not fall.
+        """
+        num_steps = len(sigmas) - 1
+        _require_int("warmup", warmup, minimum=1)
+        _require_int("num_full", num_full, minimum=warmup)
+        if num_full > num_steps:
+            raise ValueError(
+                f"num_full must be at most {num_steps} (the steps of {num_steps + 1} sigmas), got {num_full}"
+            )
+        if any(later >= earlier for earlier, later in zip(sigmas, sigmas[1:], strict=False)):
+            raise ValueError("sigmas must fall from step to step")
+        full = list(range(warmup))
+        start, end = float(sigmas[warmup - 1]), float(sigmas[num_steps - 1])
+        remaining = num_full - warmup
+        for index in range(1, remaining + 1):
+            wanted = start + (end - start) * index / remaining
+            candidates = range(full[-1] + 1, num_steps - (remaining - index))
+            full.append(min(candidates, key=lambda step: abs(float(sigmas[step]) - wanted)))
+        return cls(num_steps, tuple(full))
+
+    @property
+    def speedup(self) -> float:
+        """Steps divided by full steps: how many times fewer calls of the blocks."""
+        return self.num_steps / len(self.full_steps)
+
+
+ScheduleRule: TypeAlias = Callable[[Sequence[float]], Schedule]
+"""Makes a schedule once the S+1 sigmas are known, e.g. `functools.partial(Schedule.uniform_in_sigma, num_full=10)`."""
+
+
+def _require_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")

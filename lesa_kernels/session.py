@@ -1,0 +1,160 @@
+"""One sampling run: full steps push their feature, the other steps take their forecast from the ring."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype
+from lesa_kernels.history import Ring
+from lesa_kernels.plan import Launch, Plan, Segment
+
+
+class Session:
+    """Runs a plan. A cached step reads no tensor value, allocates nothing and waits for nothing.
+
+    The ring is allocated by the first push, on the device of the feature, and kept from run to run. A push of the plan's
+    first step starts a new run, whatever became of the one before.
+
+    Args:
+        plan: what to run.
+        history_dtype: dtype of the ring; None takes that of the features.
+
+    Raises:
+        TypeError: when history_dtype is no feature dtype.
+    """
+
+    def __init__(self, plan: Plan, *, history_dtype: torch.dtype | None = None) -> None:
+        if history_dtype is not None and history_dtype not in FEATURE_DTYPES:
+            raise TypeError(f"history_dtype must be one of {FEATURE_DTYPES}, got {history_dtype}")
+        self.plan = plan
+        self._history_dtype = history_dtype
+        self._ring: Ring | None = None
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._segments: dict[int, Segment] = {segment.full_step: segment for segment in plan.segments}
+        self._previous = {
+            full: plan.segments[position - 1].full_step if position else None
+            for position, full in enumerate(plan.full_steps)
+        }
+        self._slots = {
+            step: (segment, launch, slot)
+            for segment in plan.segments
+            for launch in segment.launches
+            for step, slot in zip(launch.steps, launch.write, strict=True)
+        }
+        self._full_step: int | None = None
+        self._launched: Launch | None = None
+
+    @property
+    def ring(self) -> Ring | None:
+        """The ring, None before the first push."""
+        return self._ring
+
+    def reset(self) -> None:
+        """Forget the run; the ring's memory is kept."""
+        self._full_step = None
+        self._launched = None
+
+    def push(self, step: int, feature: Tensor) -> None:
+        """Hand in the feature of a full step; it is copied.
+
+        Args:
+            step: a full step of the plan, the one after the last that was pushed, or the first one (a new run).
+            feature: [*feature], any strides. A new run may bring another shape, dtype or device.
+
+        Raises:
+            ValueError: when the step is not full, or the feature's shape or device changes within a run.
+            RuntimeError: when the step is out of order.
+        """
+        segment = self._segments.get(step)
+        if segment is None:
+            raise ValueError(f"step must be a full step of the plan {self.plan.full_steps}, got {step}")
+        starts = step == self.plan.first_step
+        if starts:
+            self.reset()
+        elif self._previous[step] != self._full_step:
+            raise RuntimeError(
+                f"step {step} must follow a push of step {self._previous[step]}, the last was {self._full_step}"
+            )
+        elif (unfinished := self._unfinished()) is not None:
+            raise RuntimeError(f"step {step} must follow the forecast of step {unfinished}, which was not asked for")
+        ring = self._ring_for(feature, starts)
+        if segment.slot is not None:
+            ring.push(feature, segment.slot)
+        self._full_step = step
+        self._launched = None
+
+    def forecast(self, step: int) -> Tensor:
+        """Return the feature of a forecast step.
+
+        The first call after a full step computes the whole segment (or the next chunk of it).
+
+        Args:
+            step: a forecast step of the segment whose full step was pushed last.
+
+        Returns:
+            A view of the ring [*feature], valid until the next push (with a chunked plan: until the next call). Whoever
+            wants to write to it, copies it.
+
+        Raises:
+            ValueError: when the step is not a forecast step of the plan.
+            RuntimeError: when the step is out of order.
+        """
+        if step not in self._slots:
+            raise ValueError(
+                f"step must be a forecast step of the plan (full steps: {self.plan.full_steps}), got {step}"
+            )
+        segment, launch, slot = self._slots[step]
+        if segment.full_step != self._full_step or self._ring is None:
+            raise RuntimeError(
+                f"step {step} must follow a push of step {segment.full_step}, the last was {self._full_step}"
+            )
+        if launch is not self._launched:
+            self._launch(segment, launch)
+        return self._ring[slot]
+
+    def _launch(self, segment: Segment, launch: Launch) -> None:
+        done = -1 if self._launched is None else segment.launches.index(self._launched)
+        if segment.launches.index(launch) != done + 1:
+            raise RuntimeError(f"step {launch.steps[0]} must come next after the chunk before it; chunks run in order")
+        ring = self._ring
+        if ring is None:
+            raise RuntimeError("no feature was pushed")
+        ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
+        self._launched = launch
+
+    def _unfinished(self) -> int | None:
+        """Return the first step of the current segment whose launch did not run but whose forecast a later row reads."""
+        if self._full_step is None:
+            return None
+        launches = self._segments[self._full_step].launches
+        done = 0 if self._launched is None else launches.index(self._launched) + 1
+        return launches[done].steps[0] if done < len(launches) else None
+
+    def _ring_for(self, feature: Tensor, starts: bool) -> Ring:
+        """Return the ring for a feature: the present one if it fits, a new one only where a run starts."""
+        dtype = self._history_dtype or feature.dtype
+        ring = self._ring
+        if ring is not None and (ring.shape, ring.dtype, ring.device) == (tuple(feature.shape), dtype, feature.device):
+            return ring
+        if ring is not None and not starts:
+            raise ValueError(
+                f"feature must stay of shape {ring.shape}, dtype {ring.dtype} on {ring.device} within a run, "
+                f"got {tuple(feature.shape)}, {dtype} on {feature.device}"
+            )
+        self._ring = None
+        self._ring = Ring(self.plan.num_slots, feature.shape, dtype, feature.device)
+        self._rows = {
+            launch.steps[0]: _row_tensors(launch, dtype, feature.device)
+            for segment in self.plan.segments
+            for launch in segment.launches
+        }
+        return self._ring
+
+
+def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    kind = arithmetic_dtype(dtype)
+    return (
+        torch.tensor(launch.coefficients, dtype=kind, device=device).reshape(len(launch.steps), len(launch.inputs)),
+        torch.tensor(launch.offsets, dtype=kind, device=device),
+    )
