@@ -41,10 +41,10 @@ def _mix(features: Sequence[Tensor], weights: Tensor, offset: Tensor) -> Tensor:
     return total + offset
 
 
-def _parameters(history: Sequence[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Return the parameters flattened and in the arithmetic dtype of the features."""
-    dtype = contract.arithmetic_dtype(history[0].dtype)
-    return tuple(parameter.detach().to(dtype).reshape(-1) for parameter in parameters)
+def _parameters(weight: Tensor, bias: Tensor, gain: Tensor, features: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weight [K], bias [] and gain [] in the arithmetic dtype of the features."""
+    dtype = contract.arithmetic_dtype(features)
+    return weight.detach().to(dtype), bias.detach().to(dtype).reshape(()), gain.detach().to(dtype).reshape(())
 
 
 def _forecast_one(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tenso
         TypeError: for a wrong dtype.
     """
     contract.check_predict("predict", history, weight, bias, gain)
-    forecast, _ = _forecast_one(history, *_parameters(history, weight, bias, gain))
+    forecast, _ = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
     return forecast.to(history[0].dtype).contiguous()
 
 
@@ -78,10 +78,10 @@ def _parameter_gradients(
     grad: Tensor, history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return d/d weight, bias and gain for the gradient of the forecast, from S_k = sum g h_k and S_b = sum g."""
-    w, b, scale = _parameters(history, weight, bias, gain)
+    w, b, scale = _parameters(weight, bias, gain, history[0].dtype)
     sums = torch.stack([(grad * feature.to(grad.dtype)).sum() for feature in history])
     total = grad.sum()
-    grad_gain = (w * sums).sum() + b[0] * total
+    grad_gain = (w * sums).sum() + b * total
     return (
         (scale * sums).to(weight.dtype),
         (scale * total).to(bias.dtype).reshape(bias.shape),
@@ -112,7 +112,7 @@ def predict_backward(
     """
     contract.check_predict("predict_backward", history, weight, bias, gain)
     contract.check_like("predict_backward", "grad", grad, "history[0]", history[0])
-    w, scale = _parameters(history, weight, gain)
+    w, _, scale = _parameters(weight, bias, gain, history[0].dtype)
     g = grad.to(w.dtype)
     grad_history: list[Tensor] = []
     if history_needs_grad:
@@ -149,7 +149,7 @@ def predict_l1(
     contract.check_like("predict_l1", "target", target, "history[0]", history[0])
     if out is not None:
         contract.check_like("predict_l1", "out", out, "history[0]", history[0])
-    forecast, _ = _forecast_one(history, *_parameters(history, weight, bias, gain))
+    forecast, _ = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
     error = forecast - target.to(forecast.dtype)
     count = error.numel()
     loss = error.abs().sum() / count if count else error.new_zeros(())

@@ -1,0 +1,82 @@
+"""Inputs for the op tests: dtypes, odd shapes, strides and storage offsets, and the comparison with float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lesa_kernels import reference
+from lesa_kernels.reference import TOLERANCES
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (63,), (2, 5, 13), (1030,), (4, 4097)]
+COUNTS = [1, 2, 3, 4, 8, 17, 64]
+
+Layout = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Plain rows."""
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def offset(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Contiguous, but one element into its storage: never aligned to a vector."""
+    tensor = torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+    return tensor.copy_(contiguous(shape, dtype))
+
+
+def transposed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Dense with its dimensions in reverse order."""
+    return contiguous(shape[::-1], dtype).permute(tuple(reversed(range(len(shape)))))
+
+
+def padded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows with a gap between them."""
+    if not shape:
+        return contiguous(shape, dtype)
+    return contiguous((*shape[:-1], shape[-1] + 3), dtype)[..., 1 : shape[-1] + 1]
+
+
+def every_second(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """No two elements next to each other."""
+    if not shape:
+        return contiguous(shape, dtype)
+    return contiguous((*shape[:-1], 2 * shape[-1]), dtype)[..., ::2]
+
+
+def expanded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One value everywhere: strides of zero."""
+    return contiguous((), dtype).expand(shape)
+
+
+LAYOUTS: list[Layout] = [contiguous, offset, transposed, padded, every_second, expanded]
+
+
+def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values in float64."""
+    return [tensor.double() for tensor in tensors]
+
+
+def assert_close(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Check values against float64 within the tolerance of a dtype.
+
+    Args:
+        got: what a kernel returned.
+        want: float64, what the reference says.
+        scale: float64, the sum of the magnitudes of the terms of each element.
+        dtype: whose tolerance holds.
+    """
+    assert got.shape == want.shape
+    tolerance = TOLERANCES[dtype]
+    excess = (got.double() - want).abs() - (tolerance.absolute + tolerance.relative * scale)
+    assert not torch.isnan(got).any(), "a result was not written or is NaN"
+    assert bool((excess <= 0).all()), f"off by {excess.max().item():.3e} beyond the tolerance of {dtype}"
+
+
+def predict_scale(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
+    """Sum of the magnitudes of predict's terms, float64."""
+    positive = [tensor.abs() for tensor in wide([*history, weight, bias, gain])]
+    return reference.predict(positive[: len(history)], *positive[len(history) :])

@@ -1,0 +1,217 @@
+"""Every op, as the dispatcher serves it on the CPU, against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import COUNTS, DTYPES, LAYOUTS, SHAPES, Layout, assert_close, contiguous, predict_scale, wide
+from torch import Tensor
+
+from lesa_kernels import reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+ops = torch.ops.lesa
+
+
+def _parameters(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return contiguous((count,), dtype), contiguous((1,), dtype), contiguous((), dtype)
+
+
+def _check_predict(shape: tuple[int, ...], dtype: torch.dtype, count: int, layout: Layout, low: bool = False) -> None:
+    history = [layout(shape, dtype) for _ in range(count)]
+    parameters = _parameters(count, dtype if low or dtype == torch.float64 else torch.float32)
+    got = ops.predict(history, *parameters)
+    assert got.dtype == dtype and got.shape == shape and got.is_contiguous()
+    want = reference.predict(wide(history), *wide(parameters))
+    assert_close(got, want, predict_scale(history, *parameters), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_predict_takes_any_shape_and_layout(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> None:
+    _check_predict(shape, dtype, 3, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", range(1, 65))
+def test_predict_takes_1_to_64_features(count: int, dtype: torch.dtype) -> None:
+    _check_predict((67,), dtype, count, contiguous, low=True)
+
+
+def test_predict_takes_tensors_of_different_layouts() -> None:
+    history = [layout((5, 12), torch.float32) for layout in LAYOUTS]
+    parameters = _parameters(len(history), torch.float32)
+    want = reference.predict(wide(history), *wide(parameters))
+    assert_close(ops.predict(history, *parameters), want, predict_scale(history, *parameters), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_in_the_history_reaches_the_forecast(dtype: torch.dtype) -> None:
+    history = [torch.ones(40, dtype=dtype) for _ in range(4)]
+    history[1][17] = torch.nan
+    got = ops.predict(history, torch.zeros(4), torch.zeros(1), torch.ones(1)) if dtype != torch.float64 else None
+    if got is None:
+        got = ops.predict(history, torch.zeros(4, dtype=dtype), torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype))
+    assert torch.isnan(got[17]) and torch.isnan(got).sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_rounds_to_nearest_even_and_overflows_to_infinity(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.randn(1000) * 10.0**power for power in range(-8, 6)]).to(dtype)
+    got = ops.predict([values], torch.tensor([0.37]), torch.zeros(1), torch.ones(1))
+    want = (values.float() + 0.37 * values.float()).to(dtype)
+    # A fused multiply-add may differ by the one ulp that float32 left; most values must be the same.
+    assert (got == want).float().mean() > 0.98
+    big = torch.full((33,), torch.finfo(dtype).max, dtype=dtype)
+    assert torch.isinf(ops.predict([big], torch.ones(1), torch.zeros(1), torch.ones(1))).all()
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_predict_backward(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype, needs_grad: bool) -> None:
+    count = 5
+    history, grad = [layout(shape, dtype) for _ in range(count)], layout(shape, dtype)
+    parameters = _parameters(count, dtype if dtype == torch.float64 else torch.float32)
+    got = ops.predict_backward(grad, history, *parameters, needs_grad)
+    want = reference.predict_backward(grad.double(), wide(history), *wide(parameters), needs_grad)
+    scales = reference.predict_backward(
+        grad.double().abs(), [h.abs() for h in wide(history)], *[p.abs() for p in wide(parameters)], needs_grad
+    )
+    assert len(got[0]) == (count if needs_grad else 0)
+    for k in range(len(got[0])):
+        assert got[0][k].dtype == dtype
+        assert_close(got[0][k], want[0][k], scales[0][k], dtype)
+    for k in range(1, 4):
+        assert_close(got[k], want[k], scales[k], parameters[k - 1].dtype)
+
+
+@pytest.mark.parametrize("with_out", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_predict_l1(shape: tuple[int, ...], dtype: torch.dtype, with_out: bool) -> None:
+    history, target = [contiguous(shape, dtype) for _ in range(4)], contiguous(shape, dtype)
+    parameters = _parameters(4, dtype if dtype == torch.float64 else torch.float32)
+    out = torch.empty(shape, dtype=dtype) if with_out else None
+    loss, *grads = ops.predict_l1(history, target, *parameters, out)
+    wide_out = torch.empty(shape, dtype=torch.float64)
+    want, *want_grads = reference.predict_l1(wide(history), target.double(), *wide(parameters), wide_out)
+    kind = parameters[0].dtype
+    assert loss.dtype == kind
+    assert_close(loss, want, want + 1, kind)
+    # A sign that turns in float32 changes a gradient by two terms of size |h| / N.
+    room = torch.tensor(8.0 / max(wide_out.numel(), 1)).double()
+    for gradient, wanted in zip(grads, want_grads, strict=True):
+        assert_close(gradient, wanted, wanted.abs() + 1 + room, torch.float32 if kind == torch.float32 else kind)
+    if out is not None:
+        assert_close(out, wide_out, predict_scale(history, *parameters), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forecast_takes_any_shape_and_layout(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> None:
+    _check_forecast(shape, layout, dtype, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", COUNTS)
+@pytest.mark.parametrize("count", COUNTS)
+def test_forecast_takes_1_to_64_features_and_rows(count: int, rows: int, dtype: torch.dtype) -> None:
+    _check_forecast((131,), contiguous, dtype, count, rows)
+
+
+def _check_forecast(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype, count: int, rows: int) -> None:
+    history = [layout(shape, dtype) for _ in range(count)]
+    kind = dtype if dtype == torch.float64 else torch.float32
+    coefficients, offsets = contiguous((rows, count), kind), contiguous((rows,), kind)
+    got = ops.forecast(history, coefficients, offsets)
+    want = reference.forecast(wide(history), coefficients.double(), offsets.double())
+    scale = reference.forecast([h.abs() for h in wide(history)], coefficients.double().abs(), offsets.double().abs())
+    assert len(got) == rows
+    for m in range(rows):
+        assert got[m].dtype == dtype and got[m].shape == shape and got[m].is_contiguous()
+        assert_close(got[m], want[m], scale[m], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:5], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("feature", [(0,), (1,), (7, 9), (2, 1030)], ids=str)
+def test_forecast_into_writes_its_slots_and_no_others(
+    feature: tuple[int, ...], layout: Layout, dtype: torch.dtype
+) -> None:
+    ring = layout((6, *feature), dtype)
+    before = ring.clone()
+    kind = dtype if dtype == torch.float64 else torch.float32
+    coefficients, offsets = contiguous((3, 4), kind), contiguous((3,), kind)
+    read, write = [0, 2, 2, 4], [4, 5, 0]
+    assert ops.forecast_into(ring, coefficients, offsets, read, write) is None
+    inputs = [before[slot].double() for slot in read]
+    want = reference.forecast(inputs, coefficients.double(), offsets.double())
+    scale = reference.forecast([h.abs() for h in inputs], coefficients.double().abs(), offsets.double().abs())
+    for slot, row, size in zip(write, want, scale, strict=True):
+        assert_close(ring[slot], row, size, dtype)
+    for slot in (1, 2, 3):
+        assert torch.equal(ring[slot], before[slot])
+
+
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_push_copies_and_converts_as_copy_does(layout: Layout, dtype: torch.dtype, source: torch.dtype) -> None:
+    for shape in [(), (0,), (5, 67), (1030,)]:
+        ring, feature = torch.zeros((3, *shape), dtype=dtype), layout(shape, source)
+        ops.push(ring, feature, 1)
+        assert torch.equal(ring[1], feature.to(dtype))
+        assert not ring[0].any() and not ring[2].any()
+
+
+def test_push_into_a_strided_ring() -> None:
+    ring, feature = torch.zeros(4, 6, 5).transpose(1, 2), torch.randn(5, 6)
+    ops.push(ring, feature, 3)
+    assert torch.equal(ring[3], feature) and not ring[:3].any()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_kan_linear_on_a_non_uniform_grid(order: int) -> None:
+    bases, inputs, outputs = 8, 5, 3
+    grid = torch.randn(inputs, bases + order + 1).sort(dim=1).values * 2
+    x = torch.randn(11, inputs) * 2
+    arguments = (x, grid, torch.randn(outputs, inputs), torch.randn(outputs, inputs, bases), torch.randn(outputs, inputs))
+    got = ops.kan_linear(*arguments)
+    want = _kan_by_definition(*wide(arguments), order)
+    assert_close(got, want, want.abs().max().expand_as(want) * 10, torch.float32)
+
+
+def _kan_by_definition(x: Tensor, grid: Tensor, base: Tensor, spline: Tensor, scaler: Tensor, order: int) -> Tensor:
+    """The layer's formula, element by element, bases by recursion."""
+
+    def basis(t: list[float], i: int, degree: int, at: float) -> float:
+        if degree == 0:
+            return float(t[i] <= at < t[i + 1])
+        left = (at - t[i]) / (t[i + degree] - t[i]) * basis(t, i, degree - 1, at)
+        return left + (t[i + degree + 1] - at) / (t[i + degree + 1] - t[i + 1]) * basis(t, i + 1, degree - 1, at)
+
+    out = torch.zeros(x.shape[0], base.shape[0], dtype=torch.float64)
+    for n in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            at, knots = x[n, i].item(), grid[i].tolist()
+            values = torch.tensor([basis(knots, b, order, at) for b in range(spline.shape[2])], dtype=torch.float64)
+            out[n] += base[:, i] * at * torch.sigmoid(x[n, i]) + (spline[:, i] @ values) * scaler[:, i]
+    return out
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    history = [torch.randn(50_001).bfloat16() for _ in range(8)]
+    parameters = _parameters(8, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.predict(history, *parameters))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], result) for result in results[1:])
