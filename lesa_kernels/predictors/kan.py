@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.reference import spline_bases
-
 SPLINE_ORDER = 3
 GRID_SIZE = 5
 GRID_RANGE = (-3.0, 3.0)
@@ -36,23 +34,18 @@ class KANLinear(nn.Module):
         self.base_weight = nn.Parameter(torch.empty(outputs, inputs))
         self.spline_weight = nn.Parameter(torch.empty(outputs, inputs, grid_size + order))
         self.spline_scaler = nn.Parameter(torch.empty(outputs, inputs))
-        self._order = order
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self, noise: float = 0.1) -> None:
-        """Start from Kaiming-uniform base weights and splines through small noise.
+        """Start from Kaiming-uniform base weights and splines of small noise.
 
         Args:
-            noise: amplitude of what the splines interpolate at the grid's points, divided by the grid size.
+            noise: range of the spline coefficients, divided by the number of bases.
         """
         nn.init.kaiming_uniform_(self.base_weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.spline_scaler, a=math.sqrt(5))
-        points = self.grid[:, self._order : -self._order].T
-        bases = spline_bases(points, self.grid, self._order).transpose(0, 1)
-        outputs, inputs = self.base_weight.shape
-        values = (torch.rand(inputs, points.shape[0], outputs) - 0.5) * noise / (points.shape[0] - 1)
-        self.spline_weight.copy_(torch.linalg.lstsq(bases, values).solution.permute(2, 0, 1))
+        bound = 0.5 * noise / self.spline_weight.shape[2]
+        nn.init.uniform_(self.spline_weight, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., I] to [..., O]."""

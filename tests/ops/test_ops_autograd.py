@@ -95,7 +95,9 @@ def test_forecast_backward_with_an_unused_output() -> None:
 
 def test_predict_l1_loss_refuses_a_history_that_wants_gradients() -> None:
     with pytest.raises(ValueError, match=r"history\[1\] must not require gradients"):
-        predict_l1_loss([torch.randn(3), _random(3).float()], torch.randn(3), torch.ones(2), torch.ones(1), torch.ones(1))
+        predict_l1_loss(
+            [torch.randn(3), _random(3).float()], torch.randn(3), torch.ones(2), torch.ones(1), torch.ones(1)
+        )
 
 
 def _model_step(history: list[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:

@@ -179,7 +179,13 @@ def test_kan_linear_on_a_non_uniform_grid(order: int) -> None:
     bases, inputs, outputs = 8, 5, 3
     grid = torch.randn(inputs, bases + order + 1).sort(dim=1).values * 2
     x = torch.randn(11, inputs) * 2
-    arguments = (x, grid, torch.randn(outputs, inputs), torch.randn(outputs, inputs, bases), torch.randn(outputs, inputs))
+    arguments = (
+        x,
+        grid,
+        torch.randn(outputs, inputs),
+        torch.randn(outputs, inputs, bases),
+        torch.randn(outputs, inputs),
+    )
     got = ops.kan_linear(*arguments)
     want = _kan_by_definition(*wide(arguments), order)
     assert_close(got, want, want.abs().max().expand_as(want) * 10, torch.float32)

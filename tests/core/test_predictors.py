@@ -1,0 +1,223 @@
+"""LESA's module, its file formats, and TaylorSeer's polynomials."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lesa_kernels import LesaPredictor, Schedule, TaylorSeer, load_official
+from lesa_kernels.predictors.taylor import taylor_weights
+
+
+def _small(**sizes: object) -> LesaPredictor:
+    return LesaPredictor(**{"num_steps": 10, "hidden_dim": 8, **sizes})  # type: ignore[arg-type]
+
+
+SIGMAS = [1 - step / 10 for step in range(11)]
+
+
+def test_state_keys_are_the_published_ones() -> None:
+    shapes = {key: tuple(value.shape) for key, value in LesaPredictor(num_steps=50).state_dict().items()}
+    layers = {f"layers.{i}": io for i, io in enumerate([(51, 256), (256, 256), (256, 1)])}
+    expected: dict[str, tuple[int, ...]] = {}
+    for stage, window in enumerate((4, 8, 8)):
+        expected[f"latent.{stage}.weight"] = (1, window)
+        expected[f"latent.{stage}.bias"] = (1,)
+        for layer, (inputs, outputs) in layers.items():
+            prefix = f"timestep.{stage}.{layer}"
+            expected[f"{prefix}.grid"] = (inputs, 12)
+            expected[f"{prefix}.base_weight"] = (outputs, inputs)
+            expected[f"{prefix}.spline_weight"] = (outputs, inputs, 8)
+            expected[f"{prefix}.spline_scaler"] = (outputs, inputs)
+    assert shapes == expected
+
+
+def test_grid_is_the_published_one() -> None:
+    grid = _small().timestep[0].layers[0].grid
+    torch.testing.assert_close(grid[0], torch.linspace(-6.6, 6.6, 12))
+
+
+def test_stages_are_strict() -> None:
+    predictor = LesaPredictor(num_steps=50, hidden_dim=8)
+    assert [predictor.stage(t) for t in (1.0, 0.900001, 0.9, 0.500001, 0.5, 0.01, 0.0)] == [0, 0, 1, 1, 2, 2, 2]
+    assert [predictor.window(t) for t in (0.95, 0.7, 0.2)] == [4, 8, 8]
+
+
+def test_forward_is_the_formula_and_takes_the_last_k() -> None:
+    predictor = _small()
+    history = [torch.randn(3, 4) for _ in range(10)]
+    got = predictor(history, SIGMAS, 0.3)
+    latent, kan = predictor.latent[2], predictor.timestep[2]
+    gain = kan(torch.tensor([0.3 - sigma for sigma in SIGMAS]))
+    mix = sum(latent.weight[0, k] * history[2 + k] for k in range(8)) + latent.bias
+    torch.testing.assert_close(got, history[-1] + gain * mix)
+    got.sum().backward()
+    assert latent.weight.grad is not None and kan.layers[0].spline_scaler.grad is not None
+    with pytest.raises(ValueError, match="history must hold at least 8 features at t = 0.3, got 7"):
+        predictor(history[:7], SIGMAS, 0.3)
+    with pytest.raises(ValueError, match=r"sigmas must hold num_steps \+ 1 = 11 values.*got 10"):
+        predictor(history, SIGMAS[:-1], 0.3)
+
+
+def test_half_precision_features_with_float32_parameters() -> None:
+    got = _small()([torch.randn(3).bfloat16() for _ in range(8)], torch.tensor(SIGMAS), 0.25)
+    assert got.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"stages": [(0.5, 4), (0.9, 8)]}, "stages must have falling thresholds"),
+        ({"stages": []}, "stages must have falling thresholds"),
+        ({"stages": [(0.9, 0), (0.0, 8)]}, r"stages\[0\] must have a history of 1 to 64 features, got 0"),
+    ],
+)
+def test_constructor_errors(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _small(**arguments)
+
+
+def test_a_plan_refuses_parameters_that_are_not_finite() -> None:
+    predictor = _small()
+    with torch.no_grad():
+        predictor.latent[2].bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="coefficients at step 8 must be finite"):
+        predictor.plan(SIGMAS, Schedule.explicit(10, [0]))
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    predictor = LesaPredictor(num_steps=10, hidden_dim=8, stages=((0.8, 2), (0.0, 3)))
+    predictor.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    loaded = LesaPredictor.from_pretrained(str(tmp_path))
+    assert loaded.stages == predictor.stages
+    for key, value in predictor.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key])
+
+
+@dataclasses.dataclass
+class ForeignConfig:
+    """Stands for the dataclass of the published package; loading must not need it."""
+
+    lr: float = 1e-4
+
+
+def _write(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    optimiser = {"state": {0: {"exp_avg": torch.randn(3)}}, "param_groups": [{"lr": 1e-4}]}
+    torch.save({"config": ForeignConfig(), "model": state, "optimizer": optimiser, "scheduler": {"step": 3}}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod."])
+def test_load_official_reads_one_branch(tmp_path: Path, prefix: str) -> None:
+    predictor = LesaPredictor(num_steps=12, hidden_dim=8)
+    state = {prefix + key: value.bfloat16() for key, value in predictor.state_dict().items()}
+    branches = load_official(_write(tmp_path / "predictor.pt", state))
+    assert list(branches) == ["cond"]
+    loaded = branches["cond"]
+    assert loaded.num_steps == 12 and loaded.stages == ((0.9, 4), (0.5, 8), (0.0, 8))
+    for key, value in predictor.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value.bfloat16().float())
+
+
+def test_load_official_reads_two_branches_with_their_threshold(tmp_path: Path) -> None:
+    sources = {name: LesaPredictor(num_steps=12, hidden_dim=8) for name in ("cond", "uncond")}
+    state = {}
+    for name, source in sources.items():
+        for key, value in source.state_dict().items():
+            kind, rest = key.split(".", 1)
+            state[f"{kind}_{name}.{rest}"] = value
+    branches = load_official(_write(tmp_path / "predictor.pt", state))
+    assert set(branches) == {"cond", "uncond"}
+    for name, loaded in branches.items():
+        assert [threshold for threshold, _ in loaded.stages] == [0.9, 0.4, 0.0]
+        assert torch.equal(loaded.latent[1].weight, sources[name].latent[1].weight)
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_load_official_runs_no_code(tmp_path: Path) -> None:
+    flag = tmp_path / "executed"
+    content = {"config": Hostile(str(flag)), "model": LesaPredictor(num_steps=5, hidden_dim=4).state_dict()}
+    torch.save(content, tmp_path / "hostile.pt")
+    load_official(tmp_path / "hostile.pt")
+    assert not flag.exists()
+    torch.load(tmp_path / "hostile.pt", weights_only=False)
+    assert flag.exists(), "the file was harmless: this test proved nothing"
+
+
+def test_load_official_names_what_is_wrong(tmp_path: Path) -> None:
+    state = LesaPredictor(num_steps=5, hidden_dim=4).state_dict()
+    good = _write(tmp_path / "good.pt", state)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:-200])
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"model": 1}))
+    torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    _write(tmp_path / "missing.pt", {key: value for key, value in state.items() if key != "latent.1.bias"})
+    _write(tmp_path / "nan.pt", {key: value * torch.nan for key, value in state.items()})
+    _write(tmp_path / "two.pt", {key: value for key, value in state.items() if ".2." not in key[:12]})
+    with zipfile.ZipFile(tmp_path / "empty.pt", "w") as archive:
+        archive.writestr("a/b", "c")
+    for name, message in {
+        "absent.pt": "no such file",
+        "cut.pt": "truncated",
+        "raw.pt": "no zip archive",
+        "empty.pt": "not a readable checkpoint",
+        "foreign.pt": "key 'weight' is neither latent",
+        "list.pt": "must hold a dict with the key 'model', got list",
+        "missing.pt": "latent.1.bias",
+        "nan.pt": "must be finite",
+        "two.pt": "has 2 stages, thresholds must name as many",
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+            load_official(tmp_path / name)
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_taylor_is_exact_on_polynomials_of_its_order(order: int) -> None:
+    nodes, at = [1.0, 0.7, 0.55, 0.2], 0.05
+    weights = taylor_weights(nodes[-(order + 1) :], at)
+    got = sum(w * node**order for w, node in zip(weights, nodes[-(order + 1) :], strict=True))
+    assert math.isclose(got, at**order) and math.isclose(sum(weights), 1.0)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_taylor_is_the_published_recursion(order: int) -> None:
+    nodes, at = [0.0, 1.0, 3.0, 7.0], 9.0
+    values = torch.randn(4, dtype=torch.float64).tolist()
+    factors: list[list[float]] = []
+    for position, value in enumerate(values):
+        new = [value]
+        for degree in range(min(order, position)):
+            new.append((new[degree] - factors[-1][degree]) / (nodes[position] - nodes[position - 1]))
+        factors.append(new)
+    want = sum(d / math.factorial(i) * (at - nodes[-1]) ** i for i, d in enumerate(factors[-1][: order + 1]))
+    weights = taylor_weights(nodes[-(order + 1) :], at)
+    assert math.isclose(sum(w * v for w, v in zip(weights, values[-(order + 1) :], strict=True)), want)
+
+
+def test_taylor_uses_the_orders_it_has_and_checks_its_arguments() -> None:
+    rows = TaylorSeer(3, "step").rows(SIGMAS)
+    assert set(rows(4, [0, 2]).terms) == {0, 2}  # type: ignore[union-attr]
+    assert set(rows(9, [0, 2, 3, 5, 7]).terms) == {2, 3, 5, 7}  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="order must be 0 to 3, got 4"):
+        TaylorSeer(4)
+    with pytest.raises(ValueError, match='variable must be "sigma" or "step"'):
+        TaylorSeer(2, "time")  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""Schedules: the published rule, explicit steps, uniform in sigma."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lesa_kernels import Schedule
+
+
+def test_published_examples() -> None:
+    seven = Schedule.interval(num_steps=50, interval=7, warmup=3)
+    assert seven.full_steps == (0, 1, 2, 3, 9, 16, 23, 30, 37, 44)
+    assert seven.speedup == 5.0
+    assert len(Schedule.interval(50, 10).full_steps) == 8
+
+
+@given(st.integers(1, 80), st.integers(1, 12), st.integers(1, 8))
+def test_interval_rule_by_its_words(num_steps: int, interval: int, warmup: int) -> None:
+    full = set(Schedule.interval(num_steps, interval, warmup).full_steps)
+    counter = 0
+    for step in range(num_steps):
+        if step < warmup or counter == interval - 1:
+            counter, expected = 0, True
+        else:
+            counter, expected = counter + 1, step == 3
+        assert (step in full) == expected
+
+
+def test_uniform_in_sigma_as_measured_in_the_literature_of_this_project(flux_sigmas: list[float]) -> None:
+    assert Schedule.uniform_in_sigma(flux_sigmas, 10).full_steps == (0, 13, 23, 30, 35, 39, 42, 45, 47, 49)
+
+
+@given(st.integers(1, 40), st.data())
+def test_uniform_in_sigma_keeps_its_counts(num_steps: int, data: st.DataObject) -> None:
+    drops = data.draw(st.lists(st.floats(1e-3, 1.0), min_size=num_steps + 1, max_size=num_steps + 1))
+    sigmas = [sum(drops[step:]) for step in range(num_steps + 1)]
+    warmup = data.draw(st.integers(1, num_steps))
+    count = data.draw(st.integers(warmup, num_steps))
+    full = Schedule.uniform_in_sigma(sigmas, count, warmup).full_steps
+    assert len(full) == count and full[:warmup] == tuple(range(warmup))
+    assert count == warmup or full[-1] == num_steps - 1
+
+
+def test_explicit_sorts_and_drops_repeats() -> None:
+    assert Schedule.explicit(10, [7, 0, 3, 7]).full_steps == (0, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Schedule(0, (0,)), ValueError, "num_steps must be at least 1, got 0"),
+        (lambda: Schedule(5, (1, 2)), ValueError, "must start with step 0"),
+        (lambda: Schedule(5, (0, 5)), ValueError, r"full_steps\[1\] must be below num_steps = 5, got 5"),
+        (lambda: Schedule(5, (0, 3, 2)), ValueError, "ascending, got 3 before 2"),
+        (lambda: Schedule(5, (0, 1.5)), TypeError, r"full_steps\[1\] must be an integer, got 1.5"),  # type: ignore[arg-type]
+        (lambda: Schedule.interval(50, 0), ValueError, "interval must be at least 1, got 0"),
+        (lambda: Schedule.interval(50, 7, 0), ValueError, "warmup must be at least 1, got 0"),
+        (lambda: Schedule.uniform_in_sigma([1.0, 0.5, 0.0], 3), ValueError, "num_full must be at most 2"),
+        (lambda: Schedule.uniform_in_sigma([1.0, 1.0, 0.0], 1), ValueError, "must fall"),
+    ],
+)
+def test_errors(make: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()  # type: ignore[operator]
