@@ -1,0 +1,66 @@
+# Each target does its own set-up in .venv, which is quick when nothing has changed. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+EXTRAS := bench,demo,lint,test,train
+# The stamp's name holds the torch that was asked for, so another TORCH installs anew.
+TORCH_STAMP := $(VENV)/.stamp-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-')
+INSTALL_STAMP := $(VENV)/.stamp-installed
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py)
+NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
+
+.PHONY: help setup demo demo-train test bench lint format clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+$(TORCH_STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is required, got {v[0]}.{v[1]}: run `make PYTHON=python3.12`")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) into $(VENV) ..."
+	@$(PIP) install '$(TORCH)'
+	@rm -f $(VENV)/.stamp-*
+	@touch $@
+
+$(INSTALL_STAMP): $(TORCH_STAMP) $(BUILD_FILES) $(NATIVE_FILES)
+	@echo "Building and installing lesa-kernels (the first time compiles every kernel and takes some minutes) ..."
+	@$(PIP) install -e '.[$(EXTRAS)]'
+	@$(BIN)/python -c 'import lesa_kernels; print(lesa_kernels.status())'
+	@touch $@
+
+setup: $(INSTALL_STAMP) ## Create .venv with torch, the compiled package and every extra
+
+demo: setup ## Accelerate a small diffusion transformer: table, pictures, JSON
+	@$(BIN)/lesa demo
+
+demo-train: setup ## Train the demo's diffusion transformer again (minutes)
+	@$(BIN)/python -m lesa_kernels.demo.train_model
+
+test: setup ## Run the tests
+	@$(BIN)/python -m pytest
+
+bench: setup ## Time the kernels against their baselines
+	@$(BIN)/python -m benchmarks
+
+lint: setup ## Check style, types and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(NATIVE_FILES)
+
+format: setup ## Format Python and C++
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(NATIVE_FILES)
+
+clean: ## Remove what builds and tests leave; .venv stays
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -f lesa_kernels/*.so lesa_kernels/_build_info.json $(INSTALL_STAMP)
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""The compiled libraries: found beside the package, loaded once, asked for the facts of their build."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Library:
+    """One compiled library, as it was found when the package was imported.
+
+    Args:
+        name: str, the file's name without its suffix.
+        loaded: bool, whether its kernels are in the dispatcher.
+        reason: str, why it is loaded or not.
+        facts: mapping, what the library says of its build and of its choices at run time; empty if not loaded.
+    """
+
+    name: str
+    loaded: bool
+    reason: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+_libraries: dict[str, Library] = {}
+
+
+def read_record(folder: Path = PACKAGE) -> dict[str, Any]:
+    """Return what the build wrote down (`_build_info.json`); empty where the package was never built."""
+    path = folder / "_build_info.json"
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return record
+
+
+def _why_not_built(record: Mapping[str, Any], name: str) -> str:
+    if not record:
+        return "not built: this copy of the package was not installed (run `pip install -e .`)"
+    reason = record["skipped"].get(name.removeprefix("_"))
+    return f"not built: {reason}" if reason else "was built, but its file is gone: install the package again"
+
+
+def load_library(name: str, folder: Path = PACKAGE, cuda: str | None = torch.version.cuda) -> Library:
+    """Load one library of ops into torch's dispatcher.
+
+    Args:
+        name: str, "_cpu" or "_cuda".
+        folder: path, where its file and the build's record are.
+        cuda: str or None, the CUDA version of the running torch.
+
+    Returns:
+        The library and why it is loaded or not. A file that should load and does not is a warning as well.
+    """
+    path = folder / f"{name}.so"
+    if not path.exists():
+        return Library(name, False, _why_not_built(read_record(folder), name))
+    if name == "_cuda" and cuda is None:
+        return Library(name, False, f"built, not loaded: torch {torch.__version__} has no CUDA")
+    try:
+        torch.ops.load_library(path)
+        facts = _facts(path)
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = f"failed to load: {error}"
+        warnings.warn(f"lesa_kernels: {path.name} {reason}; the reference serves instead", RuntimeWarning, stacklevel=2)
+        return Library(name, False, reason)
+    return Library(name, True, "loaded", facts)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Ask a loaded library for its facts, through C: this works on every Python, as the library itself does."""
+    function = getattr(ctypes.CDLL(str(path)), f"lesa{path.stem}_info")
+    function.restype = ctypes.c_char_p
+    facts: dict[str, Any] = json.loads(function().decode())
+    return facts
+
+
+def load() -> None:
+    """Load every library that is there. `lesa_kernels` calls this once, after the ops are declared."""
+    for name in ("_cpu", "_cuda"):
+        if name not in _libraries:
+            _libraries[name] = load_library(name)
+
+
+def libraries() -> tuple[Library, ...]:
+    """Return the libraries that `load` found, with their facts as they are now."""
+    return tuple(
+        replace(library, facts=_facts(PACKAGE / f"{name}.so")) if library.loaded else library
+        for name, library in _libraries.items()
+    )
+
+
+def inspection_module(folder: Path = PACKAGE) -> tuple[ModuleType | None, str]:
+    """Import the pybind11 module, which unlike the libraries of ops is tied to the one Python it was built for.
+
+    Returns:
+        The module, or None where there is none for this Python, and the reason.
+    """
+    files = sorted(folder.glob("_inspect.*.so"))
+    if not files:
+        return None, _why_not_built(read_record(folder), "_inspect")
+    tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
+    if not any(file.name.startswith(f"_inspect.{tag}-") for file in files):
+        return None, f"built for {files[0].name.split('.')[1]}, this is {tag}: pybind11 modules fit one Python only"
+    return importlib.import_module("lesa_kernels._inspect"), "loaded"

@@ -1,0 +1,121 @@
+"""`lesa.status()`: which kernel serves which op on which device, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lesa_kernels import ops
+from lesa_kernels.backends.libraries import Library, inspection_module, libraries, read_record
+
+REFERENCE = "reference (plain torch)"
+_DEVICES = {"CPU": "_cpu", "CUDA": "_cuda"}
+_INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """What serves one op on one kind of device.
+
+    Args:
+        op: str, as in torch.ops.lesa.
+        device: str, "CPU" or "CUDA".
+        kernel: str, as in "C++ AVX-512", "CUDA C++" or "reference (plain torch)".
+        reason: str, why this one.
+    """
+
+    op: str
+    device: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which kernels serve, and why; `print` shows it as a table.
+
+    Args:
+        versions: mapping, name -> version of the package, torch and Python.
+        kernels: tuple, one entry for each op and device.
+        libraries: tuple, the compiled libraries of ops, then the inspection module.
+        build: mapping, what the build wrote down; empty if the package was never built.
+    """
+
+    versions: Mapping[str, str]
+    kernels: tuple[KernelStatus, ...]
+    libraries: tuple[Library, ...]
+    build: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        """Return the table, the libraries below it, and what else runs where."""
+        served = {(kernel.op, kernel.device): kernel.kernel for kernel in self.kernels}
+        names = dict.fromkeys(kernel.op for kernel in self.kernels)
+        rows = [["op", *_DEVICES], *([op, *(served[op, device] for device in _DEVICES)] for op in names)]
+        lines = ["   ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
+        lines += [*_columns(rows), "", "Every other device runs the reference.", ""]
+        lines += _columns([library.name, library.reason] for library in self.libraries)
+        for library in self.libraries:
+            lines += [f"  {library.name} {key}: {_text(value)}" for key, value in library.facts.items()]
+        lines += [f"  note: {note}" for note in self.build.get("notes", ())]
+        return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    """Return a fact as it reads best in a line."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_text(item)}" for key, item in value.items())
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
+
+
+def _columns(rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return rows of cells as lines with aligned columns."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _label(library: Library) -> str:
+    """Return the name of a library's kernels, with the instruction set that was chosen on this machine."""
+    if library.name == "_cuda":
+        return "CUDA C++"
+    chosen = library.facts["chosen"]
+    return f"C++ {_INSTRUCTION_SETS.get(chosen, chosen)}"
+
+
+def _serving(op: str, device: str, library: Library) -> KernelStatus:
+    """Ask torch's dispatcher what serves an op on a device."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"lesa::{op}", device):
+        return KernelStatus(op, device, _label(library), f"{library.name} is loaded")
+    reason = f"{library.name} has no kernel for it" if library.loaded else f"{library.name}: {library.reason}"
+    return KernelStatus(op, device, REFERENCE, reason)
+
+
+def _version() -> str:
+    """Return the installed package's version, or say that this copy was imported without being installed."""
+    try:
+        return importlib.metadata.version("lesa-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def status() -> Status:
+    """Return which kernel serves which op on which device, and why.
+
+    Returns:
+        The state of this process; `print(lesa.status())` shows it as a table.
+    """
+    found = {library.name: library for library in libraries()}
+    module, reason = inspection_module()
+    versions = {
+        "lesa-kernels": _version(),
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+    }
+    kernels = [_serving(op, device, found[name]) for op in ops.OPS for device, name in _DEVICES.items()]
+    inspection = Library("_inspect", module is not None, reason)
+    return Status(versions, tuple(kernels), (*found.values(), inspection), read_record())
