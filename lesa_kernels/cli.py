@@ -1,0 +1,50 @@
+"""The command `lesa`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lesa_kernels.backends import status as kernel_status
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Forecast a diffusion transformer's features.")
+
+
+@app.callback()
+def _main() -> None:
+    """Keep `lesa` a group of commands."""
+
+
+@app.command()
+def status() -> None:
+    """Tell which kernel serves which device, and why."""
+    typer.echo(str(kernel_status()))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for pictures, figures and predictors.")] = Path("demo-output"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    samples: Annotated[int, typer.Option(help="Unseen samples to compare on.", min=10)] = 100,
+    trajectories: Annotated[int, typer.Option(help="Unaccelerated runs to train on.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Of the predictors' first weights.")] = 0,
+) -> None:
+    """Train LESA for a small FLUX that draws digits, and compare it with its rivals on unseen noise."""
+    for module in ("diffusers", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise typer.BadParameter(f"the demo needs {module}: pip install -e .[demo]")
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter(f"device {device} is not there: torch {torch.__version__} sees no CUDA device")
+    from lesa_kernels.demo.run import DemoConfig, run_demo
+
+    run_demo(DemoConfig(out, device, samples, trajectories=trajectories, seed=seed), Console())
+
+
+if __name__ == "__main__":
+    app()

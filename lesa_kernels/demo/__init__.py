@@ -1,0 +1,1 @@
+"""The demo: a small real diffusion transformer, sampled with a fraction of its block calls."""

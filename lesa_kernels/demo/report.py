@@ -1,0 +1,161 @@
+"""The demo's results: a table, a JSON file, the images side by side, and quality against calls."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, WARM_UNIFORM
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured method.
+
+    Args:
+        method: its name.
+        placement: where the calls of the blocks lie.
+        full_steps: which steps they are.
+        block_calls: how many, counted.
+        seconds: wall clock of the whole run.
+        psnr: dB against the 50-step sample from the same noise, mean over samples.
+        psnr_error: its standard error.
+        psnr_converged: dB against the converged sample.
+        feature_error: relative L2 error of the forecast features, None for solvers.
+    """
+
+    method: str
+    placement: str
+    full_steps: tuple[int, ...]
+    block_calls: int
+    seconds: float
+    psnr: float
+    psnr_error: float
+    psnr_converged: float
+    feature_error: float | None
+
+
+def table(rows: Sequence[Row], reference: Row, samples: int) -> Table:
+    """Lay the rows out, best first within each number of calls."""
+    out = Table(title=f"{samples} unseen samples; PSNR against the 50-step sample from the same noise")
+    columns = (
+        "block calls",
+        "method",
+        "calls placed",
+        "seconds",
+        "speed-up",
+        "PSNR dB",
+        "vs converged",
+        "feature error",
+    )
+    for name in columns:
+        out.add_column(name, justify="left" if name in ("method", "calls placed") else "right")
+    out.add_row(
+        str(reference.block_calls), reference.method, "every step", f"{reference.seconds:.2f}", "1.0x", "-",
+        f"{reference.psnr_converged:.1f}", "-", end_section=True,
+    )  # fmt: skip
+    for calls in sorted({row.block_calls for row in rows}, reverse=True):
+        group = sorted((row for row in rows if row.block_calls == calls), key=lambda row: -row.psnr)
+        for row in group:
+            out.add_row(
+                str(calls),
+                row.method,
+                row.placement,
+                f"{row.seconds:.2f}",
+                f"{reference.seconds / row.seconds:.1f}x",
+                f"{row.psnr:.1f} ± {row.psnr_error:.1f}",
+                f"{row.psnr_converged:.1f}",
+                "-" if row.feature_error is None else f"{row.feature_error:.3f}",
+                style="bold" if row.method == "LESA" else "",
+                end_section=row is group[-1],
+            )
+    return out
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Tell what the figures were measured on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+        name = found.group(1) if found else platform.machine()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def write_json(path: Path, rows: Sequence[Row], reference: Row, settings: dict[str, Any]) -> None:
+    """Write all figures with the settings that they were measured with."""
+    content = {**settings, "reference": asdict(reference), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def draw_images(path: Path, images: dict[str, dict[int, tuple[Tensor, Row]]], reference: Tensor) -> None:
+    """Draw ten samples, one of each class, a line a method; one panel for each number of calls.
+
+    Args:
+        path: the PNG to write.
+        images: label -> block calls -> (images [B, 28, 28], its row); panels are all counts that occur.
+        reference: [B, 28, 28].
+    """
+    from matplotlib.figure import Figure
+
+    counts = sorted({count for lines in images.values() for count in lines}, reverse=True)
+    figure = Figure(figsize=(6.4 * len(counts), 0.75 * (len(images) + 1) + 0.6), layout="constrained")
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for panel, count in zip(panels, counts, strict=True):
+        lines = [("all 50 calls", reference)]
+        for label, by_count in images.items():
+            if count in by_count:
+                picture, row = by_count[count]
+                lines.append((f"{label}: {row.psnr:.1f} dB", picture))
+        sheet = torch.cat([torch.cat(list(picture[:10]), dim=1) for _, picture in lines], dim=0)
+        panel.imshow(-sheet.clamp(-1, 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        size = reference.shape[-1]
+        panel.set_yticks(
+            [size * (index + 0.5) for index in range(len(lines))], [label for label, _ in lines], fontsize=8
+        )
+        for index in range(1, len(lines)):
+            panel.axhline(size * index - 0.5, color="black", linewidth=0.6)
+        panel.set_xticks([])
+        panel.set_title(f"{count} calls of the blocks instead of 50", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def draw_quality(path: Path, rows: Sequence[Row]) -> None:
+    """Draw PSNR against calls of the blocks: a line a method; LESA's own placement stands with the uniform one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names = sorted({row.method for row in rows})
+    for panel, places in zip(panels, ((PUBLISHED,), (UNIFORM, WARM_UNIFORM)), strict=True):
+        for index, name in enumerate(names):
+            points = sorted(
+                (row.block_calls, row.psnr) for row in rows if row.method == name and row.placement in places
+            )
+            style = {"linewidth": 2.5, "zorder": 3} if name == "LESA" else {"linewidth": 1.2}
+            panel.plot(*zip(*points, strict=True), marker="o", color=f"C{index}", label=name, **style)
+        panel.set(title=places[0], xlabel="calls of the blocks (of 50 steps)")
+        panel.grid(alpha=0.3)
+    panels[1].set_title(f"{UNIFORM} (LESA: {WARM_UNIFORM})")
+    panels[0].set_ylabel("PSNR against the 50-step sample, dB")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.savefig(path, dpi=120)

