@@ -1,19 +1,34 @@
-"""lesa-kernels: forecast a diffusion transformer's features on most steps instead of running its blocks (LESA, arXiv 2602.20497)."""
+"""lesa-kernels: forecast a diffusion transformer's features on most steps instead of running its blocks.
 
-from lesa_kernels import ops as _ops
+The method is LESA (arXiv 2602.20497). Ops: `torch.ops.lesa.*`, see `lesa_kernels.reference` for what they mean.
+"""
+
+from lesa_kernels import ops as _ops  # noqa: F401 - importing declares the ops
+from lesa_kernels.backends import load as _load
+from lesa_kernels.backends import status
+from lesa_kernels.integrations import LesaWarning, disable, enable, enabled, recorded, summary
 from lesa_kernels.plan import Plan
 from lesa_kernels.predictors import Forecaster, LesaPredictor, Reuse, TaylorSeer, load_official
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.session import Session
 
+_load()
+
 __all__ = [
     "Forecaster",
     "LesaPredictor",
+    "LesaWarning",
     "Plan",
     "Reuse",
     "Schedule",
     "ScheduleRule",
     "Session",
     "TaylorSeer",
+    "disable",
+    "enable",
+    "enabled",
     "load_official",
+    "recorded",
+    "status",
+    "summary",
 ]

@@ -1,6 +1,7 @@
 """Argument checks of the ops, in Python: what the reference and the fakes enforce (csrc/contract.h is the C++ twin).
 
-Every message says the op, the argument, what is required and what came. K is the history length, M the number of forecasts.
+Every message says the op, the argument, what is required and what came. K is the history length, M the number of
+forecasts.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def check_push(ring: Tensor, feature: Tensor, slot: int) -> None:
 def check_kan_linear(
     op: str, x: Tensor, grid: Tensor, base_weight: Tensor, spline_weight: Tensor, spline_scaler: Tensor
 ) -> None:
-    """Check a KAN layer: x [..., I], grid [I, B + order + 1], base_weight [O, I], spline_weight [O, I, B], spline_scaler [O, I]."""
+    """Check a KAN layer of I inputs, O outputs and B bases; for the shapes see `reference.kan_linear`."""
     check_feature(op, "x", x)
     if x.dim() < 1:
         raise ValueError(f"lesa::{op}: x must have shape (..., inputs), got {_shape(x)}")

@@ -1,4 +1,4 @@
-"""The ring: one preallocated tensor that holds the features of a run. Nothing is stacked, nothing is allocated after it."""
+"""The ring: one preallocated tensor that holds the features of a run; nothing is stacked or allocated after it."""
 
 from __future__ import annotations
 

@@ -1,23 +1,25 @@
 """The ops `torch.ops.lesa.*`: schema, reference registration, fakes and autograd, each declared once.
 
-Compiled kernels take the CPU and CUDA keys of the dispatcher when `lesa_kernels.backends` loads them; every other device
-runs the reference. What each op means stands in `lesa_kernels.reference`.
+Compiled kernels take the CPU and CUDA keys of the dispatcher when `lesa_kernels.backends` loads them; every other
+device runs the reference. What each op means stands in `lesa_kernels.reference`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lesa_kernels import contract, reference
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _SCHEMAS = {
     "predict": "(Tensor[] history, Tensor weight, Tensor bias, Tensor gain) -> Tensor",
-    "predict_backward": "(Tensor grad, Tensor[] history, Tensor weight, Tensor bias, Tensor gain, bool history_needs_grad)"
-    " -> (Tensor[], Tensor, Tensor, Tensor)",
+    "predict_backward": "(Tensor grad, Tensor[] history, Tensor weight, Tensor bias, Tensor gain,"
+    " bool history_needs_grad) -> (Tensor[], Tensor, Tensor, Tensor)",
     "predict_l1": "(Tensor[] history, Tensor target, Tensor weight, Tensor bias, Tensor gain, Tensor(a!)? out)"
     " -> (Tensor loss, Tensor grad_weight, Tensor grad_bias, Tensor grad_gain)",
     "forecast": "(Tensor[] history, Tensor coefficients, Tensor offsets) -> Tensor[]",
@@ -35,8 +37,12 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"lesa::{name}", lib=_library)
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    def register(function: _Function) -> _Function:
+        torch.library.register_fake(f"lesa::{name}", function, lib=_library)
+        return function
+
+    return register
 
 
 def _fresh(like: Tensor) -> Tensor:
@@ -166,6 +172,7 @@ class _PredictL1(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor, gain: Tensor, target: Tensor, out: Tensor | None, *history: Tensor
     ) -> Tensor:
+        loss: Tensor
         loss, *gradients = torch.ops.lesa.predict_l1(list(history), target, weight, bias, gain, out)
         ctx.save_for_backward(*gradients)
         return loss
@@ -202,5 +209,7 @@ def predict_l1_loss(
             raise ValueError(
                 f"predict_l1_loss: {name} must not require gradients, detach it: it is taken as a constant"
             )
-    loss: Tensor = _PredictL1.apply(weight, bias, gain, target, out, *history)
+    loss: Tensor = _PredictL1.apply(  # type: ignore[no-untyped-call]
+        weight, bias, gain, target, out, *history
+    )
     return loss

@@ -1,8 +1,9 @@
 """A plan: everything about a sampling run that is known before it starts.
 
-A forecaster's gains depend on the schedule alone, so each forecast is a row of constants over earlier features. Between two
-full steps no new information arrives: the rows of a segment are composed, in float64, into one matrix over the features
-that are resident after the full step, and one launch computes the whole segment. Slots of the ring are assigned by liveness.
+A forecaster's gains depend on the schedule alone, so each forecast is a row of constants over earlier features.
+Between two full steps no new information arrives: the rows of a segment are composed, in float64, into one matrix over
+the features that are resident after the full step, and one launch computes the whole segment. Slots of the ring are
+assigned by liveness.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class Plan:
         planned, stepwise = self.passes
         run = self.num_steps - self.first_step
         lines = [
-            f"{run} steps: {len(self.segments)} full, {run - len(self.segments)} forecast ({self.speedup:.2f}x fewer block calls)",
+            f"{run} steps: {len(self.segments)} full, {run - len(self.segments)} forecast "
+            f"({self.speedup:.2f}x fewer block calls)",
             "full steps: " + " ".join(map(str, self.full_steps)),
             "segments:",
         ]
@@ -146,7 +148,8 @@ class Plan:
                 first, last = launch.steps[0], launch.steps[-1]
                 steps = f"step {first}" if first == last else f"steps {first}-{last}"
                 lines.append(
-                    f"  after {segment.full_step}: {steps} from {len(launch.inputs)} features of steps {list(launch.inputs)}"
+                    f"  after {segment.full_step}: {steps} from {len(launch.inputs)} features, of steps "
+                    + " ".join(map(str, launch.inputs))
                 )
         ring = f"ring: {self.num_slots} slots"
         if shape is not None:

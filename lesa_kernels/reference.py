@@ -1,7 +1,8 @@
-"""The meaning of every op, in plain torch. Kernels are checked against these functions, and devices without a kernel run them.
+"""The meaning of every op, in plain torch: kernels are checked against these functions, other devices run them.
 
-Letters: K history length, N elements of a feature, M forecasts, S steps. Features are float32, float16, bfloat16 or float64;
-sums are kept in float32 (float64 for float64 features) and rounded once, at the end. Formulas: LESA, arXiv 2602.20497.
+Letters: K history length, N elements of a feature, M forecasts, S steps. Features are float32, float16, bfloat16 or
+float64; sums are kept in float32 (float64 for float64 features) and rounded once, at the end. Formulas: LESA, arXiv
+2602.20497.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class Tolerance(NamedTuple):
     absolute: float
 
 
-# The scale is the sum of the magnitudes of the terms, so that cancellation is not held against a kernel. One rounding of
-# the result costs half a unit in the last place (2^-9 bfloat16, 2^-12 float16); sums of 64 float32 terms cost a few 2^-24.
+# The scale is the sum of the magnitudes of the terms, so that cancellation is not held against a kernel. One rounding
+# of the result costs half a unit in the last place (2^-9 bfloat16, 2^-12 float16); sums of 64 float32 terms cost a few
+# 2^-24.
 TOLERANCES: dict[torch.dtype, Tolerance] = {
     torch.float64: Tolerance(1e-14, 1e-14),
     torch.float32: Tolerance(4e-6, 1e-6),
@@ -103,8 +105,8 @@ def predict_backward(
         history_needs_grad: whether the gradients of the history are wanted; without, none are written.
 
     Returns:
-        K gradients of the history (an empty list when they are not wanted), then those of weight, bias and gain, each in
-        the dtype and shape of what it belongs to.
+        K gradients of the history (an empty list when they are not wanted), then those of weight, bias and gain, each
+        in the dtype and shape of what it belongs to.
 
     Raises:
         ValueError: for a wrong shape, count or device.

@@ -1,7 +1,8 @@
-"""Which steps of a sampling run are full: pure integers, no torch. Steps are numbered 0 .. S-1, sigmas t_0 > ... > t_S."""
+"""Which steps of a sampling run are full: pure integers, no torch. Steps are 0 .. S-1, sigmas t_0 > ... > t_S."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -99,7 +100,7 @@ class Schedule:
             raise ValueError(
                 f"num_full must be at most {num_steps} (the steps of {num_steps + 1} sigmas), got {num_full}"
             )
-        if any(later >= earlier for earlier, later in zip(sigmas, sigmas[1:], strict=False)):
+        if any(later >= earlier for earlier, later in itertools.pairwise(sigmas)):
             raise ValueError("sigmas must fall from step to step")
         full = list(range(warmup))
         start, end = float(sigmas[warmup - 1]), float(sigmas[num_steps - 1])

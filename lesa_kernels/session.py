@@ -13,8 +13,8 @@ from lesa_kernels.plan import Launch, Plan, Segment
 class Session:
     """Runs a plan. A cached step reads no tensor value, allocates nothing and waits for nothing.
 
-    The ring is allocated by the first push, on the device of the feature, and kept from run to run. A push of the plan's
-    first step starts a new run, whatever became of the one before.
+    The ring is allocated by the first push, on the device of the feature, and kept from run to run. A push of the
+    plan's first step starts a new run, whatever became of the one before.
 
     Args:
         plan: what to run.
@@ -124,7 +124,7 @@ class Session:
         self._launched = launch
 
     def _unfinished(self) -> int | None:
-        """Return the first step of the current segment whose launch did not run but whose forecast a later row reads."""
+        """Return the first step of the current segment whose launch did not run."""
         if self._full_step is None:
             return None
         launches = self._segments[self._full_step].launches

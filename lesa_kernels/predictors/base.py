@@ -20,8 +20,8 @@ class Forecaster(ABC):
             sigmas: S+1 falling noise levels.
 
         Returns:
-            A function (step, full steps before it) -> the `Row` of that step, or None where the history is too short: the
-            plan then makes the step full.
+            A function (step, full steps before it) -> the `Row` of that step, or None where the history is too short:
+            the plan then makes the step full.
         """
 
     def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -67,7 +68,7 @@ class KAN(nn.Module):
     def __init__(self, widths: Sequence[int], grid_size: int = GRID_SIZE, order: int = SPLINE_ORDER) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            KANLinear(inputs, outputs, grid_size, order) for inputs, outputs in zip(widths, widths[1:], strict=False)
+            KANLinear(inputs, outputs, grid_size, order) for inputs, outputs in itertools.pairwise(widths)
         )
 
     def forward(self, x: Tensor) -> Tensor:

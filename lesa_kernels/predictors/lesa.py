@@ -1,7 +1,8 @@
-"""LESA's learned forecaster (arXiv 2602.20497): per noise range a few mixing weights, a bias, and a KAN for the gain."""
+"""LESA's learned forecaster (arXiv 2602.20497): per noise range some mixing weights, a bias, a KAN for the gain."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -58,14 +59,16 @@ class LesaPredictor(
         self.num_steps = num_steps
         self.stages = tuple((float(threshold), int(window)) for threshold, window in stages)
         thresholds = [threshold for threshold, _ in self.stages]
-        if not thresholds or any(b >= a for a, b in zip(thresholds, thresholds[1:], strict=False)):
+        if not thresholds or any(low >= high for high, low in itertools.pairwise(thresholds)):
             raise ValueError(f"stages must have falling thresholds, got {thresholds}")
         for index, (_, window) in enumerate(self.stages):
             if not 1 <= window <= MAX_HISTORY:
                 raise ValueError(f"stages[{index}] must have a history of 1 to {MAX_HISTORY} features, got {window}")
         widths = (num_steps + 1, hidden_dim, hidden_dim, 1)
-        self.latent = nn.ModuleList(nn.Linear(window, 1) for _, window in self.stages)
-        self.timestep = nn.ModuleList(KAN(widths, grid_size, spline_order) for _ in self.stages)
+        self._mixers = [nn.Linear(window, 1) for _, window in self.stages]
+        self._kans = [KAN(widths, grid_size, spline_order) for _ in self.stages]
+        self.latent = nn.ModuleList(self._mixers)
+        self.timestep = nn.ModuleList(self._kans)
 
     def stage(self, t: float) -> int:
         """Return the number of the stage that serves the noise level t."""
@@ -92,11 +95,11 @@ class LesaPredictor(
         Raises:
             ValueError: when there are not S+1 sigmas.
         """
-        kan = self.timestep[stage]
+        kan = self._kans[stage]
         levels = self._levels(sigmas)
         now = torch.tensor([t] if isinstance(t, (int, float)) else list(t), dtype=torch.float64)
         # Differences in float64: neighbouring sigmas of long schedules lie close together.
-        differences = (now.unsqueeze(-1) - levels).to(kan.layers[0].base_weight)
+        differences = (now.unsqueeze(-1) - levels).to(next(kan.parameters()))
         gains: Tensor = kan(differences)
         return gains[0] if isinstance(t, (int, float)) else gains
 
@@ -104,15 +107,16 @@ class LesaPredictor(
         levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").reshape(-1)
         if levels.numel() != self.num_steps + 1:
             raise ValueError(
-                f"sigmas must hold num_steps + 1 = {self.num_steps + 1} values (use scheduler.sigmas), got {levels.numel()}"
+                f"sigmas must hold num_steps + 1 = {self.num_steps + 1} values (use scheduler.sigmas), "
+                f"got {levels.numel()}"
             )
         return levels
 
     def parameters_at(self, sigmas: Sequence[float] | Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `torch.ops.lesa.predict` takes at noise level t: weight [K], bias [1], gain [1], differentiable."""
+        """Return what `torch.ops.lesa.predict` takes at noise level t: weight [K], bias [1] and gain [1]."""
         stage = self.stage(t)
-        latent = self.latent[stage]
-        return latent.weight.reshape(-1), latent.bias, self.gain(sigmas, t, stage)
+        mixer = self._mixers[stage]
+        return mixer.weight.reshape(-1), mixer.bias, self.gain(sigmas, t, stage)
 
     def forward(self, history: Sequence[Tensor], sigmas: Sequence[float] | Tensor, t: float) -> Tensor:
         """Forecast one feature, differentiable in the parameters and the history.
@@ -148,8 +152,8 @@ class LesaPredictor(
             steps = [step for step, own in enumerate(stages) if own == stage]
             values = self.gain(levels, [levels[step] for step in steps], stage).reshape(-1).tolist()
             gains.update(zip(steps, values, strict=True))
-        weights = [latent.weight.reshape(-1).tolist() for latent in self.latent]
-        biases = [latent.bias.item() for latent in self.latent]
+        weights = [mixer.weight.reshape(-1).tolist() for mixer in self._mixers]
+        biases = [mixer.bias.item() for mixer in self._mixers]
 
         def row(step: int, full_steps: Sequence[int]) -> Row | None:
             stage = stages[step]

@@ -66,8 +66,9 @@ _PICKLE = SimpleNamespace(Unpickler=_Unpickler, load=lambda *_, **__: None, __na
 def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = None) -> dict[str, LesaPredictor]:
     """Read a checkpoint of the published training script; sizes are inferred from its tensors.
 
-    The file is a pickle `{config, model, optimizer, scheduler}`, of which only `model` is read. Objects of foreign classes
-    become placeholders: no code from the file runs. Keys may carry the prefixes `module.`, `model.` and `_orig_mod.`.
+    The file is a pickle `{config, model, optimizer, scheduler}`, of which only `model` is read. Objects of foreign
+    classes become placeholders: no code from the file runs. Keys may carry the prefixes `module.`, `model.` and
+    `_orig_mod.`.
 
     Args:
         path: the file.

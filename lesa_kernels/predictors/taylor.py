@@ -23,9 +23,9 @@ class Reuse(Forecaster):
 class TaylorSeer(Forecaster):
     """TaylorSeer (arXiv 2503.06923): a Taylor polynomial around the last full step.
 
-    Its derivatives are backward differences of the full features: the derivative of order i at a full step is the difference
-    of those of order i-1 at this and the previous full step, divided by the distance of the two. With fewer full steps behind
-    it than `order` + 1 it uses the orders that it has.
+    Its derivatives are backward differences of the full features: the derivative of order i at a full step is the
+    difference of those of order i-1 at this and the previous full step, divided by the distance of the two. With fewer
+    full steps behind it than `order` + 1 it uses the orders that it has.
 
     Args:
         order: highest derivative, 0 to 3 (0 is reuse).

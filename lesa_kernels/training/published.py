@@ -36,8 +36,8 @@ class TrainingConfig:
             `learning_rate * decay_factor` over a phase.
         decay_every: updates between two steps of the decay.
         decay_factor: see `decay`.
-        restart_each_phase: a fresh optimiser and rate for each phase. Published: one for both, so that with many prompts
-            the rate of phase 2 is almost nothing.
+        restart_each_phase: a fresh optimiser and rate for each phase. Published: one for both, so that with many
+            prompts the rate of phase 2 is almost nothing.
     """
 
     guided_epochs: int = 1
@@ -167,7 +167,7 @@ class _Optimiser:
         if self._adam is None or self._decay is None:
             raise RuntimeError("start_phase must come before update")
         self._adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip_norm)
         self._adam.step()
         self._decay.step()

@@ -60,7 +60,7 @@ def test_forward_is_the_formula_and_takes_the_last_k() -> None:
     torch.testing.assert_close(got, history[-1] + gain * mix)
     got.sum().backward()
     assert latent.weight.grad is not None and kan.layers[0].spline_scaler.grad is not None
-    with pytest.raises(ValueError, match="history must hold at least 8 features at t = 0.3, got 7"):
+    with pytest.raises(ValueError, match=r"history must hold at least 8 features at t = 0\.3, got 7"):
         predictor(history[:7], SIGMAS, 0.3)
     with pytest.raises(ValueError, match=r"sigmas must hold num_steps \+ 1 = 11 values.*got 10"):
         predictor(history, SIGMAS[:-1], 0.3)

@@ -1,0 +1,296 @@
+"""What only the C++ kernels have: instruction sets, threads, vector tails, conversions bit by bit, strides walked by hand."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lesa_kernels
+from lesa_kernels import reference
+from lesa_kernels.backends import libraries
+
+LIBRARY = next(library for library in lesa_kernels.status().libraries if library.name == "_cpu")
+pytestmark = pytest.mark.skipif(not LIBRARY.loaded, reason=f"_cpu: {LIBRARY.reason}")
+
+ISAS = ["avx512", "avx2", "baseline"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+SIZES = [0, 1, 7, 63, 1000, 4097]
+COUNTS = [1, 2, 3, 4, 8, 17, 64]
+ops = torch.ops.lesa
+Layout = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def _native() -> ctypes.CDLL:
+    native = ctypes.CDLL(str(libraries.PACKAGE / "_cpu.so"))
+    native.lesa_cpu_info.restype = ctypes.c_char_p
+    return native
+
+
+def _facts() -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(_native().lesa_cpu_info())
+    return facts
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with one instruction set."""
+    native = _native()
+    if native.lesa_cpu_set_isa(request.param.encode()):
+        pytest.skip(f"this processor lacks {request.param}, it has {', '.join(_facts()['supported'])}")
+    yield request.param
+    native.lesa_cpu_set_isa(b"auto")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def _misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _plain((torch.Size(shape).numel() + 1,), dtype)[1:].view(shape)
+
+
+def _long_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _plain((*shape[:-1], shape[-1] + 5), dtype)[..., 2 : shape[-1] + 2]
+
+
+def _transposed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _plain(shape[::-1], dtype).permute(tuple(reversed(range(len(shape)))))
+
+
+def _strided(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _plain((*shape[:-1], 3 * shape[-1]), dtype)[..., ::3]
+
+
+def _expanded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _plain((*shape[:-1], 1), dtype).expand(shape)
+
+
+LAYOUTS: list[Layout] = [_plain, _misaligned, _long_rows, _transposed, _strided, _expanded]
+
+
+def _assert_within(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    tolerance = reference.TOLERANCES[dtype]
+    assert got.shape == want.shape and got.is_contiguous()
+    assert bool(((got.double() - want).abs() <= tolerance.absolute + tolerance.relative * scale).all())
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def _parameters(rows: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    return _plain((rows, count), kind), _plain((rows,), kind)
+
+
+def _check_forecast(got: Sequence[Tensor], history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> None:
+    want = reference.forecast(_wide(history), coefficients.double(), offsets.double())
+    magnitudes = [feature.abs() for feature in _wide(history)]
+    scales = reference.forecast(magnitudes, coefficients.double().abs(), offsets.double().abs())
+    for row, value, scale in zip(got, want, scales, strict=True):
+        _assert_within(row, value, scale, history[0].dtype)
+
+
+def _predict_scale(history: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    weight, bias, gain = (parameter.double().abs() for parameter in parameters)
+    return reference.predict([feature.abs() for feature in _wide(history)], weight, bias, gain)
+
+
+def test_the_library_names_its_build_and_the_widest_set_it_runs(isa: str) -> None:
+    facts = _facts()
+    assert facts["isa"] == {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "baseline"}[isa]
+    assert facts["compiler"] and isa in facts["compiled"]
+    native = _native()
+    assert native.lesa_cpu_set_isa(b"sse9") == 1 and _facts()["isa"] == facts["isa"]
+    native.lesa_cpu_set_isa(b"auto")
+    widest = {"avx512": 512, "avx2": 256, "baseline": 128}[facts["supported"][0]]
+    assert _facts()["vector_bits"] == widest
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_predict_on_every_instruction_set(isa: str, size: int, dtype: torch.dtype) -> None:
+    for count in COUNTS:
+        history = [_misaligned((size,), dtype) for _ in range(count)]
+        parameters = [*_parameters(1, count, dtype), _plain((), torch.float32)]
+        weight, bias, gain = parameters[0][0], parameters[1], parameters[2].to(dtype)
+        got = ops.predict(history, weight, bias, gain)
+        want = reference.predict(_wide(history), weight.double(), bias.double(), gain.double())
+        _assert_within(got, want, _predict_scale(history, (weight, bias, gain)), dtype)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [*range(1, 10), 17, 64])
+def test_forecast_on_every_instruction_set(isa: str, rows: int, dtype: torch.dtype) -> None:
+    for count, size in zip(COUNTS, [63, 7, 1000, 1, 4097, 129, 65], strict=True):
+        history = [_plain((size,), dtype) for _ in range(count)]
+        coefficients, offsets = _parameters(rows, count, dtype)
+        _check_forecast(ops.forecast(history, coefficients, offsets), history, coefficients, offsets)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 3, 300), (129, 2)], ids=str)
+def test_forecast_of_strided_features(isa: str, shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> None:
+    history = [layout(shape, dtype) for _ in range(3)] + [_plain(shape, dtype)]
+    coefficients, offsets = _parameters(4, 2, dtype)
+    matrix = coefficients.t().contiguous().t().repeat(1, 2)
+    for rows in (matrix, matrix.t().contiguous().t()):
+        _check_forecast(ops.forecast(history, rows, offsets), history, rows, offsets)
+
+
+def test_a_layout_of_ten_dimensions_that_do_not_merge() -> None:
+    shape = (2, 3) * 5
+    history = [_transposed(shape, torch.float32), _plain(shape, torch.float32)]
+    coefficients, offsets = _parameters(2, 2, torch.float32)
+    _check_forecast(ops.forecast(history, coefficients, offsets), history, coefficients, offsets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 6, 12])
+@pytest.mark.parametrize("layout", LAYOUTS[:-1], ids=lambda layout: layout.__name__)
+def test_slots_that_are_read_and_written(isa: str, layout: Layout, rows: int, dtype: torch.dtype) -> None:
+    ring = layout((13, 5, 131), dtype)
+    history = [ring[slot].clone() for slot in (3, 0, 12, 3, 7)]
+    before = ring.clone()
+    coefficients, offsets = _parameters(rows, 5, dtype)
+    write = [7, 3, 0, 12, 1, 2, 4, 5, 6, 8, 9, 10][:rows]
+    ops.forecast_into(ring, coefficients, offsets, [3, 0, 12, 3, 7], write)
+    _check_forecast([ring[slot].contiguous() for slot in write], history, coefficients, offsets)
+    for slot in set(range(13)) - set(write):
+        assert torch.equal(ring[slot], before[slot])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_gradients_on_every_instruction_set(isa: str, layout: Layout, dtype: torch.dtype) -> None:
+    for count, shape in [(1, (7,)), (4, (3, 1000)), (8, (2, 3, 4097)), (64, (65,)), (3, (0, 4))]:
+        history = [_plain(shape, dtype), *(layout(shape, dtype) for _ in range(count - 1))]
+        grad, parameters = layout(shape, dtype), [*_parameters(1, count, dtype), _plain((1, 1), dtype)]
+        arguments = (parameters[0][0], parameters[1], parameters[2])
+        got_history, *got = ops.predict_backward(grad, history, *arguments, True)
+        want_history, *want = reference.predict_backward(
+            grad.double(), _wide(history), *(a.double() for a in arguments), True
+        )
+        for mine, value in zip(got_history, want_history, strict=True):
+            scale = grad.double().abs() * (1 + (arguments[2].double() * arguments[0].double()).abs().max())
+            _assert_within(mine, value, scale, dtype)
+        magnitudes = [tensor.abs() for tensor in _wide([grad, *history, *arguments])]
+        scales = reference.predict_backward(magnitudes[0], magnitudes[1 : count + 1], *magnitudes[count + 1 :], False)
+        for mine, value, scale, parameter in zip(got, want, scales[1:], arguments, strict=True):
+            assert mine.dtype == parameter.dtype and mine.shape == parameter.shape
+            _assert_within(mine, value, scale, parameter.dtype)
+
+
+def test_the_number_of_threads_changes_no_bit(isa: str, threads: None) -> None:
+    for dtype in DTYPES:
+        history = [_misaligned((3, 70001), dtype) for _ in range(4)]
+        coefficients, offsets = _parameters(3, 4, dtype)
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            _, *gradients = ops.predict_backward(history[0], history, coefficients[0], offsets[:1], offsets[:1], False)
+            row = ops.predict(history, coefficients[0], offsets[:1], offsets[:1])
+            results.append([row, *ops.forecast(history, coefficients, offsets), *gradients])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_layout_changes_no_bit_of_a_forecast(isa: str) -> None:
+    values = [_plain((37, 150), torch.bfloat16) for _ in range(5)]
+    coefficients, offsets = _parameters(3, 5, torch.bfloat16)
+    want = ops.forecast(values, coefficients, offsets)
+    for layout in LAYOUTS[:-1]:
+        history = [layout((37, 150), torch.bfloat16).copy_(value) for value in values]
+        for a, b in zip(want, ops.forecast(history, coefficients, offsets), strict=True):
+            assert torch.equal(a, b)
+
+
+def _all_halves(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def _assert_same_numbers(got: Tensor, want: Tensor) -> None:
+    nan = torch.isnan(want)
+    assert torch.equal(torch.isnan(got), nan)
+    assert torch.equal(got[~nan], want[~nan]) and torch.equal(torch.signbit(got[~nan]), torch.signbit(want[~nan]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_number_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
+    ring = torch.empty(1, 2**16)
+    ops.push(ring, _all_halves(dtype), 0)
+    _assert_same_numbers(ring[0], _all_halves(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_is_to_nearest_even_everywhere(isa: str, dtype: torch.dtype) -> None:
+    exact = _all_halves(dtype).float()
+    above = torch.nextafter(exact, torch.tensor(torch.inf))
+    bits = torch.arange(0, 2**32 - 1, 9973, dtype=torch.int64)
+    anywhere = (bits - 2**31).to(torch.int32).view(torch.float32)
+    half_way = (exact[1:].double() + exact[:-1].double()).div(2).float()
+    near = torch.cat([torch.nextafter(half_way, torch.tensor(limit)) for limit in (torch.inf, -torch.inf)])
+    values = torch.cat([exact, above, anywhere, half_way, near])
+    ring = torch.empty(1, len(values), dtype=dtype)
+    ops.push(ring, values, 0)
+    _assert_same_numbers(ring[0], values.to(dtype))
+
+
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+def test_push_converts_as_copy_does(isa: str, source: torch.dtype, target: torch.dtype) -> None:
+    for shape in [(), (0,), (7,), (3, 5, 300), (40, 70)]:
+        for layout in LAYOUTS if shape else [_plain]:
+            feature = (layout(shape, torch.float64) * 300).to(source)
+            ring = _strided((3, *shape, 1), target)[..., 0]
+            want = ring.clone()
+            want[1].copy_(feature)
+            ops.push(ring, feature, 1)
+            assert torch.equal(ring, want)
+
+
+def test_nan_and_infinity_pass_through(isa: str) -> None:
+    for dtype in DTYPES:
+        history = [_plain((40,), dtype), torch.ones(40, dtype=dtype)]
+        history[0][3], history[0][39], history[1][20] = torch.nan, torch.inf, -torch.inf
+        got = ops.forecast(history, torch.tensor([[0.0, 0.5], [1.0, 1.0]]), torch.zeros(2))
+        assert torch.isnan(got[0]).nonzero().flatten().tolist() == [3, 39]
+        assert torch.isnan(got[1]).nonzero().flatten().tolist() == [3]
+        assert torch.isinf(got[1]).nonzero().flatten().tolist() == [20, 39]
+
+
+def test_a_ring_or_feature_that_overlaps_itself_is_refused() -> None:
+    ring = torch.zeros(4, 6)
+    with pytest.raises(RuntimeError, match=r"lesa::push: ring must not overlap itself in memory, got strides \(0, 1\)"):
+        ops.push(torch.zeros(6).expand(4, 6), torch.ones(6), 0)
+    with pytest.raises(RuntimeError, match=r"ring must not overlap itself in memory, got strides \(2, 1\)"):
+        ops.forecast_into(torch.zeros(20).unfold(0, 6, 2), torch.ones(1, 1), torch.ones(1), [0], [1])
+    with pytest.raises(RuntimeError, match=r"lesa::push: feature must not overlap a part of the slot.*got memory 4 bytes"):
+        ops.push(ring, ring.flatten()[1:7], 0)
+    ops.push(ring, ring[0], 0)
+    ops.push(ring, ring[1], 0)
+    assert not ring.any()
+
+
+def test_too_many_dimensions_are_refused() -> None:
+    feature = torch.zeros(2**20).as_strided((2,) * 18, [2 * (18 - d) + 2 ** (18 - d) for d in range(18)])
+    with pytest.raises(RuntimeError, match=r"lesa::predict: features must have at most 16 dimensions .* got shape \(2,"):
+        ops.predict([feature], torch.ones(1), torch.ones(1), torch.ones(1))
