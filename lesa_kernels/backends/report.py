@@ -44,12 +44,14 @@ class Status:
         kernels: tuple, one entry for each op and device.
         libraries: tuple, the compiled libraries of ops, then the inspection module.
         build: mapping, what the build wrote down; empty if the package was never built.
+        notes: tuple of str, what else a user should know.
     """
 
     versions: Mapping[str, str]
     kernels: tuple[KernelStatus, ...]
     libraries: tuple[Library, ...]
     build: Mapping[str, Any]
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
         """Return the table, the libraries below it, and what else runs where."""
@@ -61,7 +63,7 @@ class Status:
         lines += _columns([library.name, library.reason] for library in self.libraries)
         for library in self.libraries:
             lines += [f"  {library.name} {key}: {_text(value)}" for key, value in library.facts.items()]
-        lines += [f"  note: {note}" for note in self.build.get("notes", ())]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -83,7 +85,7 @@ def _label(library: Library) -> str:
     """Return the name of a library's kernels, with the instruction set that was chosen on this machine."""
     if library.name == "_cuda":
         return "CUDA C++"
-    chosen = library.facts["chosen"]
+    chosen = library.facts["chosen"]  # csrc/cpu/info.cpp; tests/native relies on the same key
     return f"C++ {_INSTRUCTION_SETS.get(chosen, chosen)}"
 
 
@@ -93,6 +95,21 @@ def _serving(op: str, device: str, library: Library) -> KernelStatus:
         return KernelStatus(op, device, _label(library), f"{library.name} is loaded")
     reason = f"{library.name} has no kernel for it" if library.loaded else f"{library.name}: {library.reason}"
     return KernelStatus(op, device, REFERENCE, reason)
+
+
+def _old_gpus(library: Library) -> list[str]:
+    """Return a note for each GPU that is too old for the machine code in the CUDA library."""
+    if not library.loaded or not torch.cuda.is_available():
+        return []
+    oldest = min(int(architecture) for architecture in library.facts["architectures"])
+    notes = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor < oldest:
+            name = torch.cuda.get_device_name(index)
+            needed = f"set CUDAARCHS={major}{minor} and install again"
+            notes.append(f"cuda:{index} ({name}) is sm_{major}{minor}, the kernels start at sm_{oldest}: {needed}")
+    return notes
 
 
 def _version() -> str:
@@ -118,4 +135,6 @@ def status() -> Status:
     }
     kernels = [_serving(op, device, found[name]) for op in ops.OPS for device, name in _DEVICES.items()]
     inspection = Library("_inspect", module is not None, reason)
-    return Status(versions, tuple(kernels), (*found.values(), inspection), read_record())
+    build = read_record()
+    notes = (*build.get("notes", ()), *_old_gpus(found["_cuda"]))
+    return Status(versions, tuple(kernels), (*found.values(), inspection), build, notes)

@@ -127,7 +127,7 @@ def draw_images(path: Path, images: dict[str, dict[int, tuple[Tensor, Row]]], re
                 picture, row = by_count[count]
                 lines.append((f"{label}: {row.psnr:.1f} dB", picture))
         sheet = torch.cat([torch.cat(list(picture[:10]), dim=1) for _, picture in lines], dim=0)
-        panel.imshow(-sheet.clamp(-1, 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        panel.imshow(-sheet.clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         size = reference.shape[-1]
         panel.set_yticks(
             [size * (index + 0.5) for index in range(len(lines))], [label for label, _ in lines], fontsize=8

@@ -146,7 +146,13 @@ def _train_predictors(
             predictor = LesaPredictor(num_steps=STEPS).to(config.device)
             name = f"{calls} calls, {placement}"
             results[name] = train(
-                predictor, trajectories, sigmas, schedule, config.training, description=f"LESA, {name}"
+                predictor,
+                trajectories,
+                sigmas,
+                schedule,
+                config.training,
+                progress=not console.quiet,
+                description=f"LESA, {name}",
             )
             short = "published" if placement == PUBLISHED else "uniform"
             predictor.save_pretrained(config.out / "predictors" / f"{calls}-calls-{short}")

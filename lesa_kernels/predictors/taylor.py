@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -69,8 +70,13 @@ def taylor_weights(nodes: Sequence[float], position: float) -> list[float]:
 
     Returns:
         One coefficient a node; they sum to 1.
+
+    Raises:
+        ValueError: when two neighbouring nodes are the same.
     """
     count = len(nodes)
+    if any(new == old for old, new in itertools.pairwise(nodes)):
+        raise ValueError(f"the full steps must lie at different positions (sigmas), got {list(nodes)}")
     derivatives = [[float(i == j) for j in range(count)] for i in range(count)]
     weights = derivatives[-1][:]
     for order in range(1, count):

@@ -23,8 +23,7 @@ BELOW: dict[str, set[str]] = {
     "integrations": {"session", "predictors"},
     "training": {"session", "predictors"},
     "demo": {"integrations", "training"},
-    "cli": {"demo", "backends", "__init__"},
-    "__init__": set(),  # the package's own namespace, what a user sees
+    "cli": {"demo", "backends"},
 }
 # Outside package -> the only parts that may know it.
 KEEPERS = {
@@ -72,7 +71,7 @@ def violations(source: str, path: Path) -> list[str]:
     found = []
     for name in sorted(_imported(tree, path)):
         top, _, rest = name.partition(".")
-        target = rest.split(".")[0] or "__init__"
+        target = rest.split(".")[0]
         if top == "lesa_kernels" and target != part and target not in _allowed(part):
             found.append(f"{part} must not import {name}")
         if part not in KEEPERS.get(top, {part}):

@@ -68,6 +68,19 @@ def test_a_library_that_fails_to_load_is_loud(tmp_path: Path, name: str, cuda: s
     assert library.reason.startswith("failed to load: ")
 
 
+@pytest.mark.parametrize(("capability", "noted"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
+def test_a_gpu_too_old_for_the_kernels_is_noted(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], noted: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    library = libraries.Library("_cuda", True, "loaded", {"architectures": ["80", "90"]})
+    expected = ["cuda:0 (a GPU) is sm_75, the kernels start at sm_80: set CUDAARCHS=75 and install again"]
+    assert report._old_gpus(library) == (expected if noted else [])
+
+
 def test_inspection_module_of_another_python(tmp_path: Path) -> None:
     other = f"cpython-3{sys.version_info.minor + 1}"
     (tmp_path / f"_inspect.{other}-x86_64-linux-gnu.so").write_bytes(b"")

@@ -217,6 +217,8 @@ def test_taylor_uses_the_orders_it_has_and_checks_its_arguments() -> None:
     rows = TaylorSeer(3, "step").rows(SIGMAS)
     assert set(rows(4, [0, 2]).terms) == {0, 2}  # type: ignore[union-attr]
     assert set(rows(9, [0, 2, 3, 5, 7]).terms) == {2, 3, 5, 7}  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="must lie at different positions"):
+        taylor_weights([0.9, 0.9], 0.5)
     with pytest.raises(ValueError, match="order must be 0 to 3, got 4"):
         TaylorSeer(4)
     with pytest.raises(ValueError, match='variable must be "sigma" or "step"'):

@@ -1,9 +1,28 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 from tiny_flux import TinyPipeline, tiny_pipeline
+
+from lesa_kernels import Plan, Session
+from lesa_kernels.integrations import runs
 
 
 @pytest.fixture
 def pipe() -> TinyPipeline:
     return tiny_pipeline()
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Session]:
+    """The sessions that are alive."""
+    alive: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    class Registered(Session):
+        def __init__(self, plan: Plan) -> None:
+            super().__init__(plan)
+            alive.add(self)
+
+    monkeypatch.setattr(runs, "Session", Registered)
+    return alive

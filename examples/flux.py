@@ -1,0 +1,43 @@
+"""Sample FLUX.1-dev plainly and accelerated, and save both images. Needs its weights and a GPU with 40 GB of memory."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from diffusers import FluxPipeline
+
+import lesa_kernels as lesa
+
+
+def main() -> None:
+    """Run both and print the times."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt", default="a lighthouse in a storm, oil on canvas")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--predictor", help="folder or hub id of a LESA predictor; without, TaylorSeer in sigma")
+    parser.add_argument("--interval", type=int, default=7, help="interval of the published schedule (with --predictor)")
+    arguments = parser.parse_args()
+
+    pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
+
+    def sample(name: str) -> None:
+        begin = time.perf_counter()
+        generator = torch.Generator("cpu").manual_seed(0)
+        image = pipe(arguments.prompt, num_inference_steps=arguments.steps, generator=generator).images[0]
+        image.save(f"{name}.png")
+        print(f"{name}.png: {time.perf_counter() - begin:.1f} s")
+
+    sample("plain")
+    if arguments.predictor:
+        predictor = lesa.LesaPredictor.from_pretrained(arguments.predictor).to("cuda")
+        lesa.enable(pipe, predictor, lesa.Schedule.interval(arguments.steps, arguments.interval))
+    else:
+        lesa.enable(pipe)
+    sample("accelerated")
+    print(lesa.summary(pipe))
+
+
+if __name__ == "__main__":
+    main()

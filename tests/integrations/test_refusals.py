@@ -1,0 +1,172 @@
+"""What is unexpected in a run ends the forecasts, warns once, and leaves the images right."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, FlowMatchHeunDiscreteScheduler
+from tiny_flux import (
+    CHANNELS,
+    NUM_BLOCKS,
+    TinyPipeline,
+    call_arguments,
+    watching,
+)
+from torch import Tensor
+
+from lesa_kernels import LesaPredictor, Reuse, Schedule, Session, TaylorSeer
+from lesa_kernels.integrations import LesaWarning, disable, enable, summary
+
+STEPS = 10
+FULL = (0, 1, 5)
+SPARSE = Schedule.explicit(STEPS, FULL)
+
+
+def test_latents_that_change_in_a_run_end_the_forecasts(pipe: TinyPipeline) -> None:
+    enable(pipe, TaylorSeer(), SPARSE)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def cut(index: int, latents: Tensor) -> Tensor:
+        return latents[:, :4] if index == 3 else latents
+
+    def keep(_: object, __: object, arguments: dict[str, Tensor], output: tuple[Tensor]) -> None:
+        seen.append((arguments["hidden_states"], output[0]))
+
+    handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
+    with pytest.warns(LesaWarning, match=r"latents changed from .*6, 4.* to .*4, 4") as caught:
+        pipe(STEPS, on_step_end=cut)
+    handle.remove()
+    assert len(caught) == 1
+    assert summary(pipe).full == 2 + (STEPS - 4)
+    sigmas = pipe.scheduler.timesteps / 1000
+    disable(pipe)
+    with torch.no_grad():
+        for step in range(4, STEPS):
+            latents, output = seen[step]
+            assert torch.equal(pipe.transformer(**call_arguments(latents, float(sigmas[step]))).sample, output)
+
+
+def test_a_change_of_dtype_ends_the_forecasts(pipe: TinyPipeline) -> None:
+    enable(pipe, TaylorSeer(), SPARSE)
+
+    def convert(index: int, latents: Tensor) -> Tensor:
+        if index == 3:
+            pipe.transformer.to(torch.bfloat16)
+        return latents.to(torch.bfloat16) if index >= 3 else latents
+
+    with pytest.warns(LesaWarning, match="float32.* to .*bfloat16"):
+        pipe(STEPS, on_step_end=convert)
+
+
+def test_a_schedule_of_other_length_is_refused_with_full_steps(pipe: TinyPipeline) -> None:
+    plain = pipe(12)
+    enable(pipe, TaylorSeer(), SPARSE)
+    with pytest.warns(LesaWarning, match="schedule must have 12 steps") as caught:
+        assert torch.equal(pipe(12), plain)
+    assert len(caught) == 1
+    assert (summary(pipe).full, summary(pipe).forecast) == (12, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(STEPS)
+    assert summary(pipe).refused is None
+
+
+def test_a_predictor_for_other_steps_is_refused_with_full_steps(pipe: TinyPipeline) -> None:
+    plain = pipe(12)
+    enable(pipe, LesaPredictor(STEPS, hidden_dim=8))
+    with pytest.warns(LesaWarning, match=r"num_steps \+ 1 = 11 values .* got 13"):
+        assert torch.equal(pipe(12), plain)
+
+
+def test_a_step_out_of_order_ends_the_forecasts(pipe: TinyPipeline) -> None:
+    enable(pipe, TaylorSeer(), SPARSE)
+
+    def jump(index: int, latents: Tensor) -> Tensor:
+        if index == 2:
+            pipe.scheduler._step_index += 2
+        return latents
+
+    def stop(index: int, latents: Tensor) -> Tensor:
+        if index == 6:
+            raise KeyboardInterrupt
+        return jump(index, latents)
+
+    with pytest.warns(LesaWarning, match="step 5 came where step 3 was due"), pytest.raises(KeyboardInterrupt):
+        pipe(STEPS, on_step_end=stop)
+    assert (summary(pipe).full, summary(pipe).forecast) == (2 + 4, 1)
+
+
+def test_gradients_make_all_steps_full(pipe: TinyPipeline) -> None:
+    model = pipe.transformer
+    enable(model, Reuse(), SPARSE, sigmas=[1 - step / STEPS for step in range(STEPS + 1)])
+    latents = torch.randn(1, 6, CHANNELS, requires_grad=True)
+    with pytest.warns(LesaWarning, match="gradients are enabled"):
+        model(**call_arguments(latents, 0.5))
+    # Warnings are errors here: there is no second one.
+    for _ in range(2):
+        model(**call_arguments(latents, 0.5)).sample.sum().backward()
+    assert latents.grad is not None
+    assert summary(model).full == 3
+
+
+def test_a_loop_that_does_not_step_its_scheduler_is_noticed(pipe: TinyPipeline) -> None:
+    enable(pipe)
+    pipe.scheduler.set_timesteps(STEPS, mu=0.8)
+    arguments = call_arguments(torch.randn(1, 6, CHANNELS), 0.5)
+    with torch.no_grad():
+        for _ in range(4):
+            pipe.transformer(**arguments)
+        with pytest.warns(LesaWarning, match=r"call 5 of step 0 came; does the loop call scheduler.step"):
+            pipe.transformer(**arguments)
+        for _ in range(4, STEPS - 1):
+            pipe.transformer(**arguments)
+    assert summary(pipe).full == STEPS
+
+
+def test_sigmas_that_repeat_are_refused_with_full_steps(pipe: TinyPipeline) -> None:
+    model, scheduler = pipe.transformer, FlowMatchHeunDiscreteScheduler()
+    enable(model, scheduler=scheduler)
+    scheduler.set_timesteps(4)
+
+    @torch.no_grad()
+    def sample() -> None:
+        latents = torch.randn(1, 6, CHANNELS)
+        for t in scheduler.timesteps:
+            latents = scheduler.step(model(**call_arguments(latents, float(t) / 1000)).sample, t, latents).prev_sample
+
+    with watching(model) as watch, pytest.warns(LesaWarning, match="sigmas repeat"):
+        sample()
+    assert watch.blocks == len(scheduler.timesteps) * NUM_BLOCKS
+
+
+def test_a_native_cache_that_comes_later_is_noticed(pipe: TinyPipeline) -> None:
+    enable(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with pytest.warns(LesaWarning, match="cache of diffusers is enabled"):
+        pipe(4)
+    pipe.transformer.disable_cache()
+    disable(pipe)
+    assert not hasattr(pipe.transformer.norm_out, "_diffusers_hook")
+
+
+def test_a_model_that_never_reaches_its_capture_point_is_noticed(pipe: TinyPipeline) -> None:
+    plain = pipe(STEPS)
+    pipe.transformer.norm_out, outer = torch.nn.Identity(), pipe.transformer.norm_out
+    enable(pipe, Reuse(), SPARSE)
+    pipe.transformer.norm_out = outer
+    with pytest.warns(LesaWarning, match="did not reach the point"):
+        assert torch.equal(pipe(STEPS), plain)
+
+
+def test_the_history_is_given_back_when_forecasts_end(pipe: TinyPipeline, sessions: weakref.WeakSet[Session]) -> None:
+    enable(pipe, TaylorSeer(), SPARSE)
+
+    def cut(index: int, latents: Tensor) -> Tensor:
+        assert len(sessions) == (1 if index <= 3 else 0)
+        return latents[:, :4] if index == 3 else latents
+
+    with pytest.warns(LesaWarning, match="latents changed"):
+        pipe(STEPS, on_step_end=cut)
