@@ -15,6 +15,7 @@ TORCH_STAMP := $(VENV)/.stamp-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-'
 INSTALL_STAMP := $(VENV)/.stamp-installed
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py)
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
+FORMATTED := $(NATIVE_FILES) $(wildcard tests/native/*.cpp)
 
 .PHONY: help setup demo demo-train test bench lint format clean
 
@@ -36,6 +37,7 @@ $(INSTALL_STAMP): $(TORCH_STAMP) $(BUILD_FILES) $(NATIVE_FILES)
 	@touch $@
 
 setup: $(INSTALL_STAMP) ## Create .venv with torch, the compiled package and every extra
+	@:
 
 demo: setup ## Accelerate a small diffusion transformer: table, pictures, JSON
 	@$(BIN)/lesa demo
@@ -53,12 +55,12 @@ lint: setup ## Check style, types and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run -Werror $(NATIVE_FILES)
+	@$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: setup ## Format Python and C++
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(NATIVE_FILES)
+	@$(BIN)/clang-format -i $(FORMATTED)
 
 clean: ## Remove what builds and tests leave; .venv stays
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

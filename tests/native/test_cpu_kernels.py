@@ -177,7 +177,7 @@ def test_slots_that_are_read_and_written(isa: str, layout: Layout, rows: int, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 7, 9])
+@pytest.mark.parametrize("rows", [8, 9])
 def test_large_outputs_go_past_the_cache_and_are_the_same(isa: str, rows: int, dtype: torch.dtype) -> None:
     size = 64 * (_facts()["past_cache_bytes"] // (64 * rows * dtype.itemsize) + 1) + 9
     memory = torch.empty((rows + 2) * (size + 55) + 3, dtype=dtype)
@@ -185,7 +185,7 @@ def test_large_outputs_go_past_the_cache_and_are_the_same(isa: str, rows: int, d
     read, write = [rows, rows + 1], list(range(rows))
     for start in (0, 3):
         ring = memory[start:].as_strided((rows + 2, size), (size + 55, 1))
-        ring[rows:] = torch.arange(2 * size).remainder(251).view(2, size) / 64
+        ring[rows:] = torch.arange(2.0 * size).remainder_(251).view(2, size)
         ops.forecast_into(ring, coefficients, offsets, read, write)
         whole = ring[:rows].clone()
         for part, want in zip(ring.split(size // 5, dim=1), whole.split(size // 5, dim=1), strict=True):

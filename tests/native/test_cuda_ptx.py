@@ -386,6 +386,18 @@ def test_which_kernel_runs(gpu: Gpu, layout: Layout, history: int, shape: tuple[
     assert kernel in gpu.launches[0]
 
 
+@pytest.mark.parametrize(("size", "stride", "width"), [(16, 24, 8), (12, 24, 1), (16, 20, 1)])
+def test_rows_take_vectors_only_where_sizes_and_strides_allow(gpu: Gpu, size: int, stride: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [place((5, size), (stride, 1), 0, "bfloat16") for _ in range(4)]
+    inputs = [filled(array, rng) for array in arrays[:3]]
+    check_combine(gpu, inputs, arrays[3:], rng)
+    assert arrays[3].untouched() == 4 * (stride - size)
+    assert [f"Li8ELi{width}ELb1E" in kernel for kernel in gpu.launches] == [True]
+    gpu.copy(arrays[3], arrays[0])
+    assert (arrays[3].view == arrays[0].view).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("history", [4, 8, 12, 40])
 @pytest.mark.parametrize("gap", [0, 3])

@@ -1,0 +1,302 @@
+// What every kernel requires of its arguments, checked once, at the op's boundary (lesa_kernels/contract.py is the
+// Python twin). A refusal says the op, the argument, what is required and what came. Letters: K history length, M
+// forecasts.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "arithmetic.h"
+#include "geometry.h"
+
+namespace lesa {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline constexpr std::int64_t kMaxHistory = 64;
+inline constexpr std::int64_t kMaxForecasts = 64;
+
+// An argument as messages name it: `weight`, or `history[2]` where it has an index.
+struct Name {
+  const char* text;
+  std::int64_t index = -1;
+};
+
+struct Shape {
+  const std::int64_t* sizes;
+  std::size_t dims;
+};
+
+inline std::ostream& operator<<(std::ostream& out, Name name) {
+  out << name.text;
+  return name.index < 0 ? out : out << '[' << name.index << ']';
+}
+
+inline std::ostream& operator<<(std::ostream& out, Shape shape) {
+  out << '(';
+  for (std::size_t d = 0; d < shape.dims; ++d) {
+    out << (d ? ", " : "") << shape.sizes[d];
+  }
+  return out << (shape.dims == 1 ? ",)" : ")");
+}
+
+inline Shape shape_of(const Tensor& tensor) { return {tensor.sizes().data(), tensor.sizes().size()}; }
+
+// Throws what Python sees as RuntimeError. Not STD_TORCH_CHECK: it would put the place in our source before the
+// message.
+template <typename... Parts>
+[[noreturn]] void refuse(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "lesa::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) {
+    return "cpu";
+  }
+  const auto index = std::to_string(tensor.get_device_index());
+  return tensor.is_cuda() ? "cuda:" + index
+                          : "device type " + std::to_string(static_cast<int>(tensor.device().type())) + ":" + index;
+}
+
+// Which ScalarType a C++ type stands for.
+template <typename T>
+inline constexpr ScalarType dtype_of = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType dtype_of<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType dtype_of<float16> = ScalarType::Half;
+template <>
+inline constexpr ScalarType dtype_of<bfloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType dtype_of<double> = ScalarType::Double;
+
+// Calls body.operator()<T>() for the one of Types that dtype stands for; false if it is none of them.
+template <typename... Types, typename Body>
+bool for_dtype(ScalarType dtype, Body&& body) {
+  return ((dtype == dtype_of<Types> ? (body.template operator()<Types>(), true) : false) || ...);
+}
+
+// float64 has kernels on the CPU only.
+inline void check_feature(const char* op, Name name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  const bool common = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  if (!common && !(dtype == ScalarType::Double && tensor.is_cpu())) {
+    refuse(op, name, " must have a dtype of float32, float16, bfloat16", tensor.is_cpu() ? ", float64" : "", ", got ",
+           dtype_name(dtype));
+  }
+}
+
+inline void check_device(const char* op, Name name, const Tensor& tensor, Name like_name, const Tensor& like) {
+  if (!(tensor.device() == like.device())) {
+    refuse(op, name, " must be on ", device_name(like), " like ", like_name, ", got ", device_name(tensor));
+  }
+}
+
+inline bool same_sizes(Shape a, Shape b) { return std::equal(a.sizes, a.sizes + a.dims, b.sizes, b.sizes + b.dims); }
+
+inline void check_like(const char* op, Name name, const Tensor& tensor, Name like_name, const Tensor& like) {
+  if (!same_sizes(shape_of(tensor), shape_of(like))) {
+    refuse(op, name, " must have shape ", shape_of(like), " like ", like_name, ", got ", shape_of(tensor));
+  }
+  if (tensor.scalar_type() != like.scalar_type()) {
+    refuse(op, name, " must have dtype ", dtype_name(like.scalar_type()), " like ", like_name, ", got ",
+           dtype_name(tensor.scalar_type()));
+  }
+  check_device(op, name, tensor, like_name, like);
+}
+
+inline void check_history(const char* op, const std::vector<Tensor>& history) {
+  if (history.empty() || history.size() > kMaxHistory) {
+    refuse(op, "history must hold 1 to ", kMaxHistory, " tensors, got ", history.size());
+  }
+  check_feature(op, {"history", 0}, history[0]);
+  for (std::size_t k = 1; k < history.size(); ++k) {
+    check_like(op, {"history", static_cast<std::int64_t>(k)}, history[k], {"history", 0}, history[0]);
+  }
+}
+
+// A parameter is float32 or of the features' dtype, each on its own.
+inline void check_parameter(const char* op, Name name, const Tensor& tensor, Name like_name, const Tensor& like) {
+  const ScalarType dtype = tensor.scalar_type(), features = like.scalar_type();
+  if (dtype != ScalarType::Float && dtype != features) {
+    refuse(op, name, " must have dtype float32", features == ScalarType::Float ? "" : " or " + dtype_name(features),
+           " (", like_name, "'s), got ", dtype_name(dtype));
+  }
+  check_device(op, name, tensor, like_name, like);
+}
+
+inline void check_vector(const char* op, Name name, const Tensor& tensor, std::int64_t size, Name like_name,
+                         const Tensor& like) {
+  if (tensor.dim() != 1 || tensor.size(0) != size) {
+    refuse(op, name, " must have shape ", Shape{&size, 1}, ", got ", shape_of(tensor));
+  }
+  check_parameter(op, name, tensor, like_name, like);
+}
+
+// A scalar may have any shape of one element.
+inline void check_scalar(const char* op, Name name, const Tensor& tensor, Name like_name, const Tensor& like) {
+  if (tensor.numel() != 1) {
+    refuse(op, name, " must hold one element, got shape ", shape_of(tensor));
+  }
+  check_parameter(op, name, tensor, like_name, like);
+}
+
+inline void check_predict(const char* op, const std::vector<Tensor>& history, const Tensor& weight, const Tensor& bias,
+                          const Tensor& gain) {
+  check_history(op, history);
+  check_vector(op, {"weight"}, weight, static_cast<std::int64_t>(history.size()), {"history", 0}, history[0]);
+  check_scalar(op, {"bias"}, bias, {"history", 0}, history[0]);
+  check_scalar(op, {"gain"}, gain, {"history", 0}, history[0]);
+}
+
+// coefficients [M, K] and offsets [M] for K inputs.
+inline void check_rows(const char* op, const Tensor& coefficients, const Tensor& offsets, std::size_t inputs,
+                       Name like_name, const Tensor& like) {
+  if (coefficients.dim() != 2 || coefficients.size(1) != static_cast<std::int64_t>(inputs)) {
+    refuse(op, "coefficients must have shape (M, ", inputs, "), got ", shape_of(coefficients));
+  }
+  const std::int64_t rows = coefficients.size(0);
+  if (rows < 1 || rows > kMaxForecasts) {
+    refuse(op, "coefficients must have 1 to ", kMaxForecasts, " rows, got ", rows);
+  }
+  check_parameter(op, {"coefficients"}, coefficients, like_name, like);
+  check_vector(op, {"offsets"}, offsets, rows, like_name, like);
+}
+
+// A ring is written, so no two of its elements may share memory: this finds what expand and unfold make.
+inline void check_ring(const char* op, const Tensor& ring) {
+  if (ring.dim() < 1) {
+    refuse(op, "ring must have shape (slots, *feature), got ", shape_of(ring));
+  }
+  check_feature(op, {"ring"}, ring);
+  const auto sizes = ring.sizes(), strides = ring.strides();
+  for (std::size_t a = 0; a < sizes.size(); ++a) {
+    for (std::size_t b = 0; b < sizes.size(); ++b) {
+      const bool reaches =
+          strides[b] == 0 || (a != b && strides[a] % strides[b] == 0 && strides[a] / strides[b] < sizes[b]);
+      if (reaches && sizes[b] > 1 && (a == b || sizes[a] > 1) && ring.numel() > 0) {
+        refuse(op, "ring must not overlap itself in memory, got strides ", Shape{strides.data(), strides.size()},
+               " for shape ", shape_of(ring));
+      }
+    }
+  }
+}
+
+inline void check_slot(const char* op, Name name, std::int64_t slot, const Tensor& ring) {
+  if (slot < 0 || slot >= ring.size(0)) {
+    refuse(op, name, " must be a slot in [0, ", ring.size(0), "), got ", slot);
+  }
+}
+
+// K slots to read and M distinct slots to write.
+inline void check_forecast_into(const Tensor& ring, const Tensor& coefficients, const Tensor& offsets,
+                                const std::vector<std::int64_t>& read, const std::vector<std::int64_t>& write) {
+  const char* op = "forecast_into";
+  check_ring(op, ring);
+  if (read.empty() || read.size() > kMaxHistory) {
+    refuse(op, "read must name 1 to ", kMaxHistory, " slots, got ", read.size());
+  }
+  check_rows(op, coefficients, offsets, read.size(), {"ring"}, ring);
+  if (static_cast<std::int64_t>(write.size()) != coefficients.size(0)) {
+    refuse(op, "write must name ", coefficients.size(0), " slots (the rows of coefficients), got ", write.size());
+  }
+  for (std::size_t k = 0; k < read.size(); ++k) {
+    check_slot(op, {"read", static_cast<std::int64_t>(k)}, read[k], ring);
+  }
+  for (std::size_t m = 0; m < write.size(); ++m) {
+    check_slot(op, {"write", static_cast<std::int64_t>(m)}, write[m], ring);
+    if (std::find(write.begin(), write.begin() + m, write[m]) != write.begin() + m) {
+      refuse(op, "write must name distinct slots, got slot ", write[m], " twice");
+    }
+  }
+}
+
+inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t slot) {
+  const char* op = "push";
+  check_ring(op, ring);
+  check_feature(op, {"feature"}, feature);
+  const Shape wanted{ring.sizes().data() + 1, ring.sizes().size() - 1};
+  if (!same_sizes(shape_of(feature), wanted)) {
+    refuse(op, "feature must have shape ", wanted, " like a slot of ring, got ", shape_of(feature));
+  }
+  check_device(op, {"feature"}, feature, {"ring"}, ring);
+  check_slot(op, {"slot"}, slot, ring);
+}
+
+// Merges dimensions (geometry.h) or refuses what has too many.
+inline Geometry lay_out(const char* op, Shape shape, std::span<const Source> sources, std::span<Operand> operands) {
+  const Geometry geometry = merge_dimensions({shape.sizes, shape.dims}, sources, operands);
+  if (geometry.dims == 0) {
+    refuse(op, "features must have at most ", kMaxDims, " dimensions that their strides do not merge, got shape ",
+           shape);
+  }
+  return geometry;
+}
+
+// A copy may go onto itself but not onto a part of itself. Where strides interleave, the caller answers for it.
+inline void check_overlap(const char* op, Name name, const Geometry& geometry, const Operand& written,
+                          std::size_t written_bytes, const Operand& read, std::size_t read_bytes) {
+  const auto* to = static_cast<const char*>(written.data);
+  const auto* from = static_cast<const char*>(read.data);
+  const bool same = to == from && written_bytes == read_bytes;
+  if (geometry.contiguous && !same && to < from + geometry.numel * read_bytes &&
+      from < to + geometry.numel * written_bytes) {
+    refuse(op, name, " must not overlap a part of the slot that it is written to, got memory ", from - to,
+           " bytes after the slot's");
+  }
+}
+
+inline Source source_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.strides().data()}; }
+
+// A slot of a ring as a tensor of its own, without making one.
+inline Source source_of_slot(const Tensor& ring, std::int64_t slot) {
+  auto* first = static_cast<char*>(ring.data_ptr());
+  return {first + slot * ring.stride(0) * static_cast<std::int64_t>(ring.element_size()), ring.strides().data() + 1};
+}
+
+// The shape of one slot of a ring.
+inline Shape slot_shape(const Tensor& ring) { return {ring.sizes().data() + 1, ring.sizes().size() - 1}; }
+
+// A parameter as kernels read it: [M, K], [M] or [K] (one row) or one element.
+template <typename T>
+Parameter<T> parameter_of(const Tensor& tensor) {
+  const std::int64_t dims = tensor.dim();
+  const bool is_scalar = tensor.numel() == 1;
+  return {tensor.data_ptr(), dims == 2 && !is_scalar ? tensor.stride(0) : 0, is_scalar ? 0 : tensor.stride(dims - 1),
+          tensor.scalar_type() == ScalarType::Float};
+}
+
+// A fresh row-major tensor of another's dtype and device.
+inline Tensor fresh_like(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+
+}  // namespace lesa

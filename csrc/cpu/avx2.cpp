@@ -1,0 +1,88 @@
+// The loops with 256-bit vectors.
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// As in avx512.cpp: nothing but this namespace is compiled for AVX2.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace lesa::cpu::avx2 {
+
+using Floats = __m256;
+using Doubles = __m256d;
+inline constexpr int kSumRegisters = 8;
+
+inline Floats fill(float value) { return _mm256_set1_ps(value); }
+inline Doubles fill(double value) { return _mm256_set1_pd(value); }
+
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
+
+inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
+inline Doubles load(const double* from) { return _mm256_loadu_pd(from); }
+inline Floats load(const float16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Floats load(const bfloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+inline __m128i pack(const float16*, Floats values) {
+  return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline __m128i pack(const bfloat16*, Floats values) {
+  const __m256i bits = _mm256_castps_si256(values);
+  const __m256i high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  const __m256i result = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+}
+
+inline void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
+inline void store(double* to, Doubles values) { _mm256_storeu_pd(to, values); }
+template <typename T>
+inline void store(T* to, Floats values) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
+}
+
+inline void store_past_cache(float* to, Floats values) { _mm256_stream_ps(to, values); }
+inline void store_past_cache(double* to, Doubles values) { _mm256_stream_pd(to, values); }
+template <typename T>
+inline void store_past_cache(T* to, Floats values) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
+}
+inline void fence() { _mm_sfence(); }
+
+inline double to_double(Doubles values) {
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(values), _mm256_extractf128_pd(values, 1));
+  return _mm_cvtsd_f64(pair) + _mm_cvtsd_f64(_mm_unpackhi_pd(pair, pair));
+}
+inline double to_double(Floats values) {
+  return to_double(_mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(values)),
+                                 _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1))));
+}
+
+#include "cpu/loops.inc"
+
+}  // namespace lesa::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace lesa::cpu {
+constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels};
+}
+#endif

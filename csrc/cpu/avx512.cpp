@@ -1,0 +1,90 @@
+// The loops with 512-bit vectors.
+#include "cpu/isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Only what stands between the pragmas is compiled for AVX-512: an inline function of a shared header must not be, the
+// linker could pick that copy for every caller.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined (its bug 105593)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+
+namespace lesa::cpu::avx512 {
+
+using Floats = __m512;
+using Doubles = __m512d;
+inline constexpr int kSumRegisters = 16;
+
+inline Floats fill(float value) { return _mm512_set1_ps(value); }
+inline Doubles fill(double value) { return _mm512_set1_pd(value); }
+
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Doubles load(const double* from) { return _mm512_loadu_pd(from); }
+inline Floats load(const float16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Floats load(const bfloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline __m256i pack(const float16*, Floats values) {
+  return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// Not vcvtneps2bf16: it takes subnormal numbers for zero.
+inline __m256i pack(const bfloat16*, Floats values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+
+inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
+inline void store(double* to, Doubles values) { _mm512_storeu_pd(to, values); }
+template <typename T>
+inline void store(T* to, Floats values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pack(to, values));
+}
+
+inline void store_past_cache(float* to, Floats values) { _mm512_stream_ps(to, values); }
+inline void store_past_cache(double* to, Doubles values) { _mm512_stream_pd(to, values); }
+template <typename T>
+inline void store_past_cache(T* to, Floats values) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), pack(to, values));
+}
+inline void fence() { _mm_sfence(); }
+
+inline double to_double(Doubles values) { return _mm512_reduce_add_pd(values); }
+inline double to_double(Floats values) {
+  return to_double(_mm512_cvtps_pd(_mm512_castps512_ps256(values)) +
+                   _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
+}
+
+#include "cpu/loops.inc"
+
+}  // namespace lesa::cpu::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC diagnostic pop
+#pragma GCC pop_options
+#endif
+
+namespace lesa::cpu {
+constinit const Isa kAvx512{"avx512", 512, avx512::kAllKernels};
+}
+#endif

@@ -1,0 +1,202 @@
+// What all kernels share: vectors, walks over strided tensors, and the launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/kernels.h"
+#include "cuda/plan.h"
+#include "geometry.h"
+
+namespace lesa::cuda {
+
+// The unsigned integers that one load or store of this many bytes moves.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+
+template <typename T, int kWidth>
+using Vector = std::array<T, kWidth>;
+
+template <typename T, int kWidth>
+__device__ Vector<T, kWidth> load(const void* address) {
+  using Bits = typename Word<kWidth * sizeof(T)>::type;
+  return std::bit_cast<Vector<T, kWidth>>(*static_cast<const Bits*>(address));
+}
+
+template <typename T, int kWidth>
+__device__ void store(void* address, const Vector<T, kWidth>& vector) {
+  using Bits = typename Word<kWidth * sizeof(T)>::type;
+  *static_cast<Bits*>(address) = std::bit_cast<Bits>(vector);
+}
+
+// The dimensions that a kernel walks, right-aligned (the others have size 1), in items along the last one.
+struct Extent {
+  std::int64_t sizes[kWalkedDims];
+};
+
+// Strides of one tensor along those dimensions, in bytes from item to item.
+struct Steps {
+  std::int64_t bytes[kWalkedDims];
+};
+
+using Coordinates = std::array<std::int64_t, kWalkedDims>;
+
+// Where an item lies in each tensor, in bytes from its first element. This one: in tensors of any strides.
+template <int kInputs>
+struct StridedWalk {
+  Extent extent;
+  Steps inputs[kInputs];
+  Steps outputs;
+
+  __device__ Coordinates place(std::int64_t item) const {
+    Coordinates result{};
+#pragma unroll
+    for (int d = kWalkedDims - 1; d > 0; --d) {
+      result[d] = item % extent.sizes[d];
+      item /= extent.sizes[d];
+    }
+    result[0] = item;
+    return result;
+  }
+
+  __device__ static std::int64_t offset(const Steps& steps, const Coordinates& place) {
+    std::int64_t result = 0;
+#pragma unroll
+    for (int d = 0; d < kWalkedDims; ++d) {
+      result += place[d] * steps.bytes[d];
+    }
+    return result;
+  }
+
+  __device__ std::int64_t input(int k, const Coordinates& place) const { return offset(inputs[k], place); }
+  __device__ std::int64_t output(const Coordinates& place) const { return offset(outputs, place); }
+};
+
+// The same in contiguous tensors, whose items have this many bytes.
+template <int kInputBytes, int kOutputBytes>
+struct ContiguousWalk {
+  __device__ std::int64_t place(std::int64_t item) const { return item; }
+  __device__ std::int64_t input(int, std::int64_t item) const { return item * kInputBytes; }
+  __device__ std::int64_t output(std::int64_t item) const { return item * kOutputBytes; }
+};
+
+template <bool kStrided, int kInputs, int kInputBytes, int kOutputBytes>
+using Walk = std::conditional_t<kStrided, StridedWalk<kInputs>, ContiguousWalk<kInputBytes, kOutputBytes>>;
+
+inline Extent extent_of(const Geometry& geometry, int width) {
+  Extent extent;
+  std::fill_n(extent.sizes, kWalkedDims, 1);
+  std::copy_n(geometry.sizes, geometry.dims, extent.sizes + kWalkedDims - geometry.dims);
+  extent.sizes[kWalkedDims - 1] /= width;
+  return extent;
+}
+
+inline Steps steps_of(const Geometry& geometry, const Operand& operand, int width, std::int64_t element_size) {
+  Steps steps{};
+  for (int d = 0; d < geometry.dims; ++d) {
+    steps.bytes[kWalkedDims - geometry.dims + d] = operand.strides[d] * element_size;
+  }
+  steps.bytes[kWalkedDims - 1] *= width;
+  return steps;
+}
+
+__host__ __device__ inline void* advance(void* data, std::int64_t bytes) {
+  return static_cast<std::byte*>(data) + bytes;
+}
+
+// Whether a tensor can be walked in vectors of `width` elements; in one dimension a few elements may be left over.
+inline bool takes_vectors(const Geometry& geometry, const Operand& operand, int width, std::int64_t element_size) {
+  const int last = geometry.dims - 1;
+  bool fits = reinterpret_cast<std::uintptr_t>(operand.data) % (width * element_size) == 0 &&
+              operand.strides[last] == 1 && (last == 0 || geometry.sizes[last] % width == 0);
+  for (int d = 0; d < last; ++d) {
+    fits = fits && operand.strides[d] % width == 0;
+  }
+  return fits;
+}
+
+// A geometry and a tensor at one place along the first dimension, without that dimension.
+inline Geometry without_first(Geometry geometry) {
+  geometry.numel /= geometry.sizes[0];
+  std::shift_left(std::begin(geometry.sizes), std::end(geometry.sizes), 1);
+  --geometry.dims;
+  return geometry;
+}
+
+inline Operand at_first(Operand operand, std::int64_t index, std::int64_t element_size) {
+  operand.data = advance(operand.data, index * operand.strides[0] * element_size);
+  std::shift_left(std::begin(operand.strides), std::end(operand.strides), 1);
+  return operand;
+}
+
+// One dimension from an element on.
+inline Geometry from_element(Geometry geometry, std::int64_t start) {
+  geometry.numel = geometry.sizes[0] -= start;
+  return geometry;
+}
+
+inline Operand from_element(Operand operand, std::int64_t start, std::int64_t element_size) {
+  operand.data = advance(operand.data, start * operand.strides[0] * element_size);
+  return operand;
+}
+
+inline void check(cudaError_t error, const Target& target) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("lesa::") + target.op + ": CUDA error: " + cudaGetErrorString(error));
+  }
+}
+
+// How many blocks of a kernel the device holds at a time; asked once per kernel and device.
+template <auto kKernel>
+int resident_blocks(const Target& target) {
+  static std::array<std::atomic<int>, 128> known{};
+  auto& entry = known.at(target.device);
+  int blocks = entry.load(std::memory_order_relaxed);
+  if (blocks == 0) {
+    int multiprocessors = 0, each = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, target.device), target);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kThreads, 0), target);
+    blocks = multiprocessors * each;
+    entry.store(blocks, std::memory_order_relaxed);
+  }
+  return blocks;
+}
+
+// Threads loop over the items, so that any grid is right; this one fills the device once.
+template <auto kKernel, typename Task>
+void launch(const Task& task, int items_per_thread, const Target& target) {
+  static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
+  const std::int64_t items_per_block = std::int64_t{kThreads} * items_per_thread;
+  const std::int64_t wanted = (task.items + items_per_block - 1) / items_per_block;
+  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(wanted, resident_blocks<kKernel>(target)));
+  void* arguments[] = {const_cast<Task*>(&task)};
+  check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, target.stream), target);
+}
+
+}  // namespace lesa::cuda

@@ -1,0 +1,36 @@
+// How the kernels are launched: facts that launches, info.h and tests share. No torch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace lesa::cuda {
+
+inline constexpr int kThreads = 256;
+// Asked of the compiler as well: at most 128 registers a thread, so that two blocks always fit.
+inline constexpr int kResidentBlocks = 2;
+
+inline constexpr int kMostInputs = 64;
+inline constexpr int kMostOutputs = 64;
+
+inline constexpr int kVectorBytes = 16;
+// Features of one item that a thread holds as floats: every input stays in registers, so that it is read from memory
+// once for all M outputs, and before any of them is written.
+inline constexpr int kHeldFloats = 64;
+// Loads that a thread issues before it uses the first.
+inline constexpr int kLoadsInFlight = 4;
+
+// Up to here the number of inputs is a compile-time constant; beyond, it is rounded up to the next of 16, 32, 64.
+inline constexpr int kExactInputs = 8;
+// Dimensions that a kernel walks; launches are repeated over those before them.
+inline constexpr int kWalkedDims = 4;
+
+// Elements of one load for a kernel of this many inputs, element_size bytes each.
+constexpr int vector_width(int inputs, int element_size) {
+  return std::min(kVectorBytes / element_size, std::max(kHeldFloats / inputs, 1));
+}
+
+// Items that a thread takes at a time, so that enough loads are in flight.
+constexpr int items_in_flight(int inputs) { return std::max(kLoadsInFlight / inputs, 1); }
+
+}  // namespace lesa::cuda
