@@ -173,11 +173,11 @@ def _commit() -> str:
 
 
 def table(rows: Sequence[Measurement]) -> Table:
-    """Lay out the rows of one case."""
+    """Lay out the rows of one case; the last column is the time as a multiple of the first row's."""
     out = Table(title=f"{rows[0].op} at {rows[0].size}")
-    out.add_column("variant")
-    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "times slower than ours"):
-        out.add_column(name, justify="right")
+    out.add_column("variant", no_wrap=True)
+    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours"):
+        out.add_column(name, justify="right", no_wrap=True)
     own = rows[0].median_s
     for row in rows:
         numbers = (f"{1e3 * value:.2f}" for value in (row.median_s, row.p20_s, row.p80_s))

@@ -31,22 +31,29 @@ struct Geometry {
   bool contiguous;  // one dimension, and every operand's stride is 1
 };
 
-// Merges the dimensions of a shape for several tensors of that shape. They are walked in the order of the first
-// source's strides, so that permuted but dense tensors become contiguous. Returns dims = 0 when more than kMaxDims are
-// left.
+// Merges the dimensions of a shape for several tensors of that shape. They are walked in the order of their strides,
+// added up over the tensors: tensors that are permuted alike become contiguous, and where layouts differ most tensors
+// have it their way. Returns dims = 0 when more than kMaxDims are left.
 inline Geometry merge_dimensions(std::span<const std::int64_t> sizes, std::span<const Source> sources,
                                  std::span<Operand> operands) {
   Geometry geometry{1, {}, 0, false};
   std::array<int, 64> order;
+  std::array<std::int64_t, 64> reach;
   int count = 0;
   for (int d = 0; d < static_cast<int>(sizes.size()); ++d) {
     geometry.numel *= sizes[d];
     if (sizes[d] != 1 && count < static_cast<int>(order.size())) {
+      std::int64_t sum = 0;
+      for (const Source& source : sources) {
+        sum += source.strides[d];
+      }
       int place = count++;
-      for (; place > 0 && sources[0].strides[order[place - 1]] < sources[0].strides[d]; --place) {
+      for (; place > 0 && reach[place - 1] < sum; --place) {
         order[place] = order[place - 1];
+        reach[place] = reach[place - 1];
       }
       order[place] = d;
+      reach[place] = sum;
     }
   }
   for (std::size_t i = 0; i < sources.size(); ++i) {

@@ -199,18 +199,16 @@ def test_large_outputs_go_past_the_cache_and_are_the_same(isa: str, rows: int, d
 def test_gradients_on_every_instruction_set(isa: str, layout: Layout, dtype: torch.dtype) -> None:
     for count, shape in [(1, (7,)), (4, (3, 1000)), (8, (2, 3, 4097)), (64, (65,)), (3, (0, 4))]:
         history = [_plain(shape, dtype), *(layout(shape, dtype) for _ in range(count - 1))]
-        grad, parameters = layout(shape, dtype), [*_parameters(1, count, dtype), _plain((1, 1), dtype)]
-        arguments = (parameters[0][0], parameters[1], parameters[2])
-        got_history, *got = ops.predict_backward(grad, history, *arguments, True)
-        want_history, *want = reference.predict_backward(
-            grad.double(), _wide(history), *(a.double() for a in arguments), True
-        )
+        grad, (weights, bias), gain = layout(shape, dtype), _parameters(1, count, dtype), _plain((1, 1), dtype)
+        parameters = (weights[0], bias, gain)
+        got_history, *got = ops.predict_backward(grad, history, *parameters, True)
+        weight, b, g = _wide(parameters)
+        want_history, *want = reference.predict_backward(grad.double(), _wide(history), weight, b, g, True)
         for mine, value in zip(got_history, want_history, strict=True):
-            scale = grad.double().abs() * (1 + (arguments[2].double() * arguments[0].double()).abs().max())
-            _assert_within(mine, value, scale, dtype)
-        magnitudes = [tensor.abs() for tensor in _wide([grad, *history, *arguments])]
-        scales = reference.predict_backward(magnitudes[0], magnitudes[1 : count + 1], *magnitudes[count + 1 :], False)
-        for mine, value, scale, parameter in zip(got, want, scales[1:], arguments, strict=True):
+            _assert_within(mine, value, grad.double().abs() * (1 + (g * weight).abs().max()), dtype)
+        magnitudes = [feature.abs() for feature in _wide(history)]
+        _, *scales = reference.predict_backward(grad.double().abs(), magnitudes, weight.abs(), b.abs(), g.abs(), False)
+        for mine, value, scale, parameter in zip(got, want, scales, parameters, strict=True):
             assert mine.dtype == parameter.dtype and mine.shape == parameter.shape
             _assert_within(mine, value, scale, parameter.dtype)
 
