@@ -29,8 +29,8 @@ def status() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures, figures and predictors.")] = Path("demo-output"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    samples: Annotated[int, typer.Option(help="Unseen samples to compare on.", min=10)] = 100,
-    trajectories: Annotated[int, typer.Option(help="Unaccelerated runs to train on.", min=1)] = 16,
+    samples: Annotated[int, typer.Option(help="Unseen samples to compare on.", min=10)] = 64,
+    trajectories: Annotated[int, typer.Option(help="Unaccelerated runs to train on.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Of the predictors' first weights.")] = 0,
 ) -> None:
     """Train LESA for a small FLUX that draws digits, and compare it with its rivals on unseen noise."""

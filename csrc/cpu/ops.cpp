@@ -196,7 +196,7 @@ std::vector<double> sums_with(const Pass& pass) {
   const std::int64_t parts = (pass.geometry().numel + kSummed - 1) / kSummed;
   std::vector<double> partial(parts * (inputs + 1), 0.0), sums(inputs + 1, 0.0);
   const Kernels<T>& loops = chosen().of<T>();
-  const auto run = [&](std::int64_t first, std::int64_t last) {
+  parallel_blocks(pass.streams(), parts, kSummed, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t part = first; part < last; ++part) {
       double* into = partial.data() + part * (inputs + 1);
       const std::int64_t end = std::min((part + 1) * kSummed, pass.geometry().numel);
@@ -208,12 +208,7 @@ std::vector<double> sums_with(const Pass& pass) {
         into[inputs] += loops.sum(grad, count);
       });
     }
-  };
-  if (parts <= 4) {
-    run(0, parts);
-  } else {
-    torch::stable::parallel_for(0, parts, 4, run);
-  }
+  });
   for (std::int64_t part = 0; part < parts; ++part) {
     for (std::size_t k = 0; k <= inputs; ++k) {
       sums[k] += partial[part * (inputs + 1) + k];

@@ -50,10 +50,10 @@ class DemoConfig:
 
     out: Path
     device: str = "cpu"
-    samples: int = 100
+    samples: int = 64
     calls: tuple[int, ...] = (10, 8)
     extra_calls: tuple[int, ...] = (13, 6)
-    trajectories: int = 16
+    trajectories: int = 12
     batch: int = 20
     seed: int = 0
     training: TrainingConfig = TUNED

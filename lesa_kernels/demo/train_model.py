@@ -129,7 +129,7 @@ def train(
             chosen = torch.randint(len(tokens), (batch,))
             loss = flow_loss(model, tokens[chosen].to(device), labels[chosen].to(device))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             rate.step()
