@@ -118,8 +118,8 @@ def draw_images(path: Path, images: dict[str, dict[int, tuple[Tensor, Row]]], re
     from matplotlib.figure import Figure
 
     counts = sorted({count for lines in images.values() for count in lines}, reverse=True)
-    cell, labels, height = 0.24, 2.3, len(images) + 1
-    figure = Figure(figsize=(len(counts) * (labels + 21 * cell), height * 2 * cell + 0.7), layout="constrained")
+    cell, labels, height = 0.36, 2.3, len(images) + 1
+    figure = Figure(figsize=(len(counts) * (labels + 21 * cell), height * cell + 0.7), layout="constrained")
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for panel, count in zip(panels, counts, strict=True):
         lines = [("all 50 calls", reference)]
@@ -136,7 +136,7 @@ def draw_images(path: Path, images: dict[str, dict[int, tuple[Tensor, Row]]], re
             panel.axhline(size * index - 0.5, color="black", linewidth=0.6)
         panel.set_xticks([size * 5, size * 16], ["samples", "error, 3 x"])
         panel.set_title(f"{count} calls of the blocks instead of 50", fontsize=10)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
 
 
 def _line(images: Tensor, reference: Tensor) -> Tensor:
