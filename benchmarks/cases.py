@@ -25,7 +25,7 @@ def _history(shape: Sequence[int], count: int, dtype: torch.dtype, sets: int) ->
 def _copy(moved_bytes: int, sets: int) -> Variant:
     """A plain copy that reads and writes as many bytes, into memory that is there."""
     elements = moved_bytes // 4
-    sources = [torch.zeros(elements // 2, dtype=torch.float32) for _ in range(min(sets, 2))]
+    sources = [torch.zeros(elements // 2, dtype=torch.float32) for _ in range(sets)]
     target = torch.empty_like(sources[0])
 
     def run(turn: int) -> list[Tensor]:
@@ -66,9 +66,7 @@ def forecast_case(size: str, count: int = 8, rows: int = 6, dtype: torch.dtype =
     sets = sets_needed(moved)
     history = _history(shape, count, dtype, sets)
     coefficients, offsets = torch.randn(rows, count), torch.randn(rows)
-    rings = [
-        torch.stack([*features, *(torch.zeros(shape, dtype=dtype) for _ in range(rows))]) for features in history[:2]
-    ]
+    rings = [torch.stack([*features, *(torch.zeros(shape, dtype=dtype) for _ in range(rows))]) for features in history]
     compiled: Callable[..., list[Tensor]] = torch.compile(folded_rows, fullgraph=True)
     read, write = list(range(count)), list(range(count, count + rows))
     # A predict adds the newest feature once; the row without it gives the same forecast.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,9 @@ def status() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for pictures, figures and predictors.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option(help="Folder for pictures, figures and predictors.", file_okay=False)] = Path(
+        "demo-output"
+    ),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     samples: Annotated[int, typer.Option(help="Unseen samples to compare on.", min=10)] = 64,
     trajectories: Annotated[int, typer.Option(help="Unaccelerated runs to train on.", min=1)] = 12,
@@ -39,6 +42,8 @@ def demo(
             raise typer.BadParameter(f"the demo needs {module}: pip install -e .[demo]")
     import torch
 
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise typer.BadParameter(f"--device must be cpu, cuda or cuda:N, got {device}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise typer.BadParameter(f"device {device} is not there: torch {torch.__version__} sees no CUDA device")
     from lesa_kernels.demo.run import DemoConfig, run_demo

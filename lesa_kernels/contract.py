@@ -131,6 +131,19 @@ def check_ring(op: str, ring: Tensor) -> None:
     check_feature(op, "ring", ring)
 
 
+def check_distinct_elements(op: str, ring: Tensor) -> None:
+    """Check that no two elements of a ring share memory, as those that `expand` and `unfold` make do."""
+    dims = [(size, stride) for size, stride in zip(ring.shape, ring.stride(), strict=True) if size > 1]
+    for a, (_, stride_a) in enumerate(dims):
+        for b, (size_b, stride_b) in enumerate(dims):
+            meets = stride_b == 0 or (a != b and stride_a % stride_b == 0 and stride_a // stride_b < size_b)
+            if meets and ring.numel() > 0:
+                raise ValueError(
+                    f"lesa::{op}: ring must not overlap itself in memory, got strides {ring.stride()} "
+                    f"for shape {_shape(ring)}"
+                )
+
+
 def check_slot(op: str, name: str, slot: int, ring: Tensor) -> None:
     """Check that a slot number lies in the ring.
 

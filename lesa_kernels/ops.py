@@ -165,6 +165,34 @@ torch.library.register_autograd("lesa::forecast", _forecast_autograd, setup_cont
 torch.library.register_autograd("lesa::kan_linear", _kan_linear_autograd, setup_context=_kan_linear_setup, lib=_library)
 
 
+def _once_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Nothing is saved: the gradients of gradients are refused."""
+
+
+def _refuse_twice(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("lesa: predict and kan_linear are differentiable once, got a gradient of their gradients")
+
+
+for _name in ("predict_backward", "kan_linear_backward"):
+    torch.library.register_autograd(f"lesa::{_name}", _refuse_twice, setup_context=_once_setup, lib=_library)
+
+
+def _watch_mutation(name: str) -> None:
+    """Let autograd see that an op writes to its first argument: a backward that saved the old values then refuses."""
+    overload = getattr(torch.ops.lesa, name).default
+
+    def kernel(keyset: torch._C.DispatchKeySet, mutated: Tensor, *arguments: Any) -> None:
+        torch.autograd.graph.increment_version(mutated)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, mutated, *arguments)
+
+    _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+for _name in ("forecast_into", "push"):
+    _watch_mutation(_name)
+
+
 class _PredictL1(torch.autograd.Function):
     """Feeds the gradients that `predict_l1` computed along with the loss into autograd."""
 
@@ -178,6 +206,7 @@ class _PredictL1(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, gain = ctx.saved_tensors
         scaled = tuple((grads[0] * gradient).to(gradient.dtype) for gradient in (weight, bias, gain))

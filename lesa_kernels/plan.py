@@ -8,6 +8,7 @@ assigned by liveness.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TypeAlias
 
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
+# What one launch of `forecast_into` takes.
 MAX_INPUTS = 64
 MAX_OUTPUTS = 64
 
@@ -70,11 +72,6 @@ class Segment:
     full_step: int
     slot: int | None
     launches: tuple[Launch, ...]
-
-    @property
-    def forecast_steps(self) -> tuple[int, ...]:
-        """The steps that are forecast after the full step."""
-        return tuple(step for launch in self.launches for step in launch.steps)
 
 
 @dataclass(frozen=True)
@@ -141,8 +138,9 @@ class Plan:
             f"{run} steps: {len(self.segments)} full, {run - len(self.segments)} forecast "
             f"({self.speedup:.2f}x fewer block calls)",
             "full steps: " + " ".join(map(str, self.full_steps)),
-            "segments:",
         ]
+        if self.passes[1]:
+            lines.append("segments:")
         for segment in self.segments:
             for launch in segment.launches:
                 first, last = launch.steps[0], launch.steps[-1]
@@ -196,11 +194,19 @@ def compile_plan(
         The plan.
 
     Raises:
-        ValueError: when the schedule is for another number of steps, or first_step or chunk is out of range.
+        ValueError: when the sigmas do not fall, the schedule is for another number of steps, a row is not finite, or
+            first_step or chunk is out of range.
+        TypeError: when the schedule is neither a Schedule nor a rule.
     """
     levels = tuple(float(sigma) for sigma in sigmas)
     steps = len(levels) - 1
+    if steps < 1 or not all(later < earlier for earlier, later in itertools.pairwise(levels)):
+        raise ValueError(f"sigmas must hold S+1 >= 2 falling numbers, got {levels}")
+    if not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(f"schedule must be a Schedule or a rule that makes one, got {type(schedule).__name__}")
     resolved = schedule if isinstance(schedule, Schedule) else schedule(levels)
+    if not isinstance(resolved, Schedule):
+        raise TypeError(f"schedule must make a Schedule from the sigmas, got {type(resolved).__name__}")
     if resolved.num_steps != steps:
         raise ValueError(
             f"schedule must have {steps} steps (the sigmas hold {steps + 1} values), got {resolved.num_steps}"
@@ -225,6 +231,8 @@ def _resolve_rows(steps: int, schedule: Schedule, rule: RowRule, first_step: int
             continue
         if not row.terms:
             raise ValueError(f"the row of step {step} must read at least one feature, got none")
+        if not all(math.isfinite(value) for value in (*row.terms.values(), row.offset)):
+            raise ValueError(f"the row of step {step} must be finite, got {row.terms} and offset {row.offset}")
         for source in row.terms:
             if not first_step <= source < step:
                 raise ValueError(

@@ -49,10 +49,9 @@ def _parameters(weight: Tensor, bias: Tensor, gain: Tensor, features: torch.dtyp
     return weight.detach().to(dtype), bias.detach().to(dtype).reshape(()), gain.detach().to(dtype).reshape(())
 
 
-def _forecast_one(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the unrounded forecast and the mix that the gain multiplies."""
-    mix = _mix(history, weight, bias)
-    return history[-1].to(weight.dtype) + gain * mix, mix
+def _forecast_one(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
+    """Return the unrounded forecast."""
+    return history[-1].to(weight.dtype) + gain * _mix(history, weight, bias)
 
 
 def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tenso
         TypeError: for a wrong dtype.
     """
     contract.check_predict("predict", history, weight, bias, gain)
-    forecast, _ = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
+    forecast = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
     return forecast.to(history[0].dtype).contiguous()
 
 
@@ -151,7 +150,7 @@ def predict_l1(
     contract.check_like("predict_l1", "target", target, "history[0]", history[0])
     if out is not None:
         contract.check_like("predict_l1", "out", out, "history[0]", history[0])
-    forecast, _ = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
+    forecast = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
     error = forecast - target.to(forecast.dtype)
     count = error.numel()
     loss = error.abs().sum() / count if count else error.new_zeros(())
@@ -200,6 +199,7 @@ def forecast_into(
         TypeError: for a wrong dtype.
     """
     contract.check_forecast_into(ring, coefficients, offsets, read, write)
+    contract.check_distinct_elements("forecast_into", ring)
     rows = forecast([ring[slot] for slot in read], coefficients, offsets)
     for slot, row in zip(write, rows, strict=True):
         ring[slot].copy_(row)
@@ -210,7 +210,7 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
 
     Args:
         ring: [slots, *feature], written in place.
-        feature: [*feature], any feature dtype, any strides.
+        feature: [*feature], any feature dtype, any strides; it may be the slot, but not overlap it in part.
         slot: which slot.
 
     Raises:
@@ -218,6 +218,7 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
         TypeError: for a dtype that is no feature dtype.
     """
     contract.check_push(ring, feature, slot)
+    contract.check_distinct_elements("push", ring)
     ring[slot].copy_(feature)
 
 
@@ -286,8 +287,10 @@ def kan_linear(x: Tensor, grid: Tensor, base_weight: Tensor, spline_weight: Tens
     wide, knots = x.to(dtype), grid.to(dtype)
     bases = spline_bases(wide, knots, spline_order(grid, spline_weight))
     splines = spline_weight.to(dtype) * spline_scaler.to(dtype).unsqueeze(-1)
-    smooth = functional.linear(functional.silu(wide), base_weight.to(dtype))
-    return (smooth + functional.linear(bases.flatten(-2), splines.flatten(1))).to(x.dtype).contiguous()
+    # The products would enter the dispatcher again and be cast to the autocast dtype.
+    with torch.autocast(x.device.type, enabled=False):
+        smooth = functional.linear(functional.silu(wide), base_weight.to(dtype))
+        return (smooth + functional.linear(bases.flatten(-2), splines.flatten(1))).to(x.dtype).contiguous()
 
 
 def kan_linear_backward(
@@ -322,10 +325,11 @@ def kan_linear_backward(
     base, spline, scaler = (parameter.to(dtype) for parameter in (base_weight, spline_weight, spline_scaler))
     sigmoid = torch.sigmoid(wide)
     silu_slope = sigmoid * (1 + wide * (1 - sigmoid))
-    through_splines = torch.einsum("no,oib->nib", g, spline * scaler.unsqueeze(-1))
-    grad_x = (g @ base) * silu_slope + (through_splines * spline_slopes(wide, knots, order)).sum(-1)
-    grad_base = g.T @ (wide * sigmoid)
-    grad_scaled = torch.einsum("no,nib->oib", g, spline_bases(wide, knots, order))
+    with torch.autocast(x.device.type, enabled=False):
+        through_splines = torch.einsum("no,oib->nib", g, spline * scaler.unsqueeze(-1))
+        grad_x = (g @ base) * silu_slope + (through_splines * spline_slopes(wide, knots, order)).sum(-1)
+        grad_base = g.T @ (wide * sigmoid)
+        grad_scaled = torch.einsum("no,nib->oib", g, spline_bases(wide, knots, order))
     return (
         grad_x.reshape(x.shape).to(x.dtype),
         grad_base.to(base_weight.dtype),

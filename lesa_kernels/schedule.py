@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -73,7 +74,7 @@ class Schedule:
     @classmethod
     def explicit(cls, num_steps: int, full_steps: Iterable[int]) -> Schedule:
         """Any set of full steps, in any order, repeats ignored; step 0 must be in it."""
-        return cls(num_steps, tuple(sorted(set(full_steps))))
+        return cls(num_steps, tuple(sorted({operator.index(step) for step in full_steps})))
 
     @classmethod
     def uniform_in_sigma(cls, sigmas: Sequence[float], num_full: int, warmup: int = 1) -> Schedule:
@@ -100,7 +101,7 @@ class Schedule:
             raise ValueError(
                 f"num_full must be at most {num_steps} (the steps of {num_steps + 1} sigmas), got {num_full}"
             )
-        if any(later >= earlier for earlier, later in itertools.pairwise(sigmas)):
+        if not all(later < earlier for earlier, later in itertools.pairwise(sigmas)):
             raise ValueError("sigmas must fall from step to step")
         full = list(range(warmup))
         start, end = float(sigmas[warmup - 1]), float(sigmas[num_steps - 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype
+from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype, check_feature
 from lesa_kernels.history import Ring
 from lesa_kernels.plan import Launch, Plan, Segment
 
@@ -64,8 +64,10 @@ class Session:
 
         Raises:
             ValueError: when the step is not full, or the feature's shape or device changes within a run.
+            TypeError: when the feature is of no feature dtype or not dense.
             RuntimeError: when the step is out of order.
         """
+        check_feature("push", "feature", feature)
         segment = self._segments.get(step)
         if segment is None:
             raise ValueError(f"step must be a full step of the plan {self.plan.full_steps}, got {step}")
@@ -116,7 +118,7 @@ class Session:
     def _launch(self, segment: Segment, launch: Launch) -> None:
         done = -1 if self._launched is None else segment.launches.index(self._launched)
         if segment.launches.index(launch) != done + 1:
-            raise RuntimeError(f"step {launch.steps[0]} must come next after the chunk before it; chunks run in order")
+            raise RuntimeError(f"step {launch.steps[0]} must be asked for in its turn: chunks run once, in order")
         ring = self._ring
         if ring is None:
             raise RuntimeError("no feature was pushed")

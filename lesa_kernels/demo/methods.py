@@ -17,9 +17,9 @@ from lesa_kernels.integrations import enabled, recorded
 from lesa_kernels.predictors import Forecaster, LesaPredictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
 
-PUBLISHED = "published interval rule"
+PUBLISHED = "published rule"
 UNIFORM = "uniform in sigma"
-WARM_UNIFORM = "0-3, then uniform in sigma"
+WARM_UNIFORM = "0-3, then uniform"
 
 # Interval N of the published rule at 50 steps -> calls of the blocks.
 INTERVALS = {13: 5, 10: 7, 8: 10, 6: 22}
@@ -89,11 +89,11 @@ def methods(sigmas: Sequence[float], calls: int, predictors: dict[tuple[int, str
             yield Method("LESA", placement, schedule, predictors[calls, placement])
         if placement == WARM_UNIFORM:
             continue
-        yield Method("TaylorSeer 2 in sigma", placement, schedule, TaylorSeer(2, "sigma"))
-        yield Method("TaylorSeer 2 in steps", placement, schedule, TaylorSeer(2, "step"))
+        yield Method("TaylorSeer 2, sigma", placement, schedule, TaylorSeer(2, "sigma"))
+        yield Method("TaylorSeer 2, steps", placement, schedule, TaylorSeer(2, "step"))
         yield Method("reuse", placement, schedule, Reuse())
-        yield Method("fewer steps, Euler", placement, schedule, order=1)
-        yield Method("fewer steps, Adams-Bashforth 2", placement, schedule, order=2)
+        yield Method("Euler, fewer steps", placement, schedule, order=1)
+        yield Method("AB2, fewer steps", placement, schedule, order=2)
 
 
 def run(

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from lesa_kernels.demo import methods, report
-from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, WARM_UNIFORM, Method, Outcome
+from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, Method, Outcome
 from lesa_kernels.demo.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
 from lesa_kernels.demo.solvers import solve
 from lesa_kernels.integrations import recorded
@@ -116,11 +116,7 @@ def _all_steps() -> Schedule:
 
 
 def _bar(console: Console) -> Progress:
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-    )
+    columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
@@ -202,7 +198,6 @@ def _compare(
     """Run every method; keep the pictures of those that the figure shows."""
     counts = sorted({*config.calls, *config.extra_calls}, reverse=True)
     todo = [method for calls in counts for method in methods.methods(sigmas, calls, predictors)]
-    short = {PUBLISHED: "published rule", UNIFORM: "uniform", WARM_UNIFORM: "0-3, then uniform"}
     rows: list[report.Row] = []
     pictures: dict[str, dict[int, tuple[Tensor, report.Row]]] = {}
     with _bar(console) as bar:
@@ -210,6 +205,6 @@ def _compare(
             outcome = methods.run(model, noise, labels, sigmas, method)
             rows.append(_row(method, outcome, *references))
             if method.calls in config.calls:
-                label = f"{method.name}\n{short[method.placement]}"
+                label = f"{method.name}\n{method.placement}"
                 pictures.setdefault(label, {})[method.calls] = (outcome.images, rows[-1])
     return rows, pictures

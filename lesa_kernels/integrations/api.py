@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def default_schedule(sigmas: Sequence[float]) -> Schedule:
-    """The schedule of `enable` without one: a fifth of the steps, rounded up, at least two; uniform in sigma.
+    """The schedule of `enable` without one: a fifth of the steps, rounded up, at least three; uniform in sigma.
 
     Args:
         sigmas: S+1 falling noise levels.
@@ -31,7 +31,7 @@ def default_schedule(sigmas: Sequence[float]) -> Schedule:
         ValueError: when the sigmas do not fall.
     """
     steps = len(sigmas) - 1
-    return Schedule.uniform_in_sigma(sigmas, num_full=min(steps, max(2, -(-steps // 5))))
+    return Schedule.uniform_in_sigma(sigmas, num_full=min(steps, max(3, -(-steps // 5))))
 
 
 def enable(

@@ -44,9 +44,8 @@ class Forecaster(ABC):
             The plan. Its `full_steps` may hold more steps than the schedule's: those with too short a history.
 
         Raises:
-            ValueError: when the schedule does not fit the sigmas, or a number is out of range.
+            ValueError: when the sigmas do not fall, the schedule does not fit them, or a number is out of range.
+            TypeError: when the schedule is neither a Schedule nor a rule.
         """
         levels = [float(sigma) for sigma in sigmas]
-        if len(levels) < 2:
-            raise ValueError(f"sigmas must hold S+1 >= 2 values, got {len(levels)}")
         return compile_plan(levels, schedule, self.rows(levels), first_step=first_step, chunk=chunk)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lesa_kernels.contract import MAX_HISTORY
@@ -24,6 +28,7 @@ class LesaPredictor(
     Forecaster,
     PyTorchModelHubMixin,
     library_name="lesa-kernels",
+    paper_url="https://arxiv.org/abs/2602.20497",
     tags=["feature-caching", "diffusion"],
 ):
     """LESA: forecast = h[s-1] + gain * (sum_k w[k] * h[s-K+k] + b), gain = KAN(t_s - t_0, ..., t_s - t_S).
@@ -54,21 +59,41 @@ class LesaPredictor(
         spline_order: int = SPLINE_ORDER,
     ) -> None:
         super().__init__()
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        for name, value, least in [
+            ("num_steps", num_steps, 1),
+            ("hidden_dim", hidden_dim, 1),
+            ("grid_size", grid_size, 1),
+            ("spline_order", spline_order, 0),
+        ]:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for index, (threshold, window) in enumerate(stages):
+            if not math.isfinite(threshold):
+                raise ValueError(f"stages[{index}] must have a finite threshold, got {threshold}")
+            if window != int(window) or not 1 <= window <= MAX_HISTORY:
+                raise ValueError(f"stages[{index}] must have a history of 1 to {MAX_HISTORY} features, got {window}")
         self.num_steps = num_steps
         self.stages = tuple((float(threshold), int(window)) for threshold, window in stages)
         thresholds = [threshold for threshold, _ in self.stages]
         if not thresholds or any(low >= high for high, low in itertools.pairwise(thresholds)):
             raise ValueError(f"stages must have falling thresholds, got {thresholds}")
-        for index, (_, window) in enumerate(self.stages):
-            if not 1 <= window <= MAX_HISTORY:
-                raise ValueError(f"stages[{index}] must have a history of 1 to {MAX_HISTORY} features, got {window}")
         widths = (num_steps + 1, hidden_dim, hidden_dim, 1)
-        self._mixers = [nn.Linear(window, 1) for _, window in self.stages]
-        self._kans = [KAN(widths, grid_size, spline_order) for _ in self.stages]
-        self.latent = nn.ModuleList(self._mixers)
-        self.timestep = nn.ModuleList(self._kans)
+        self.latent = nn.ModuleList(nn.Linear(window, 1) for _, window in self.stages)
+        self.timestep = nn.ModuleList(KAN(widths, grid_size, spline_order) for _ in self.stages)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> LesaPredictor:
+        """Load for `from_pretrained`; the mixin's own default would fill what is missing with random numbers."""
+        if "num_steps" not in options:
+            raise ValueError(f"{model_id}: config.json must be there and name num_steps")
+        file = Path(model_id) / SAFETENSORS_SINGLE_FILE
+        if Path(model_id).is_dir() and not file.is_file():
+            raise FileNotFoundError(f"{model_id}: must hold {SAFETENSORS_SINGLE_FILE}")
+        try:
+            loaded: LesaPredictor = super()._from_pretrained(model_id=model_id, strict=True, **options)
+            return loaded
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{model_id}: not the weights of such a LesaPredictor: {error}") from error
 
     def stage(self, t: float) -> int:
         """Return the number of the stage that serves the noise level t."""
@@ -95,9 +120,10 @@ class LesaPredictor(
         Raises:
             ValueError: when there are not S+1 sigmas.
         """
-        kan = self._kans[stage]
+        kan = cast(KAN, self.timestep[stage])
         levels = self._levels(sigmas)
-        now = torch.tensor([t] if isinstance(t, (int, float)) else list(t), dtype=torch.float64)
+        times = [t] if isinstance(t, (int, float)) else list(t)
+        now = torch.tensor(times, dtype=torch.float64, device=levels.device)
         # Differences in float64: neighbouring sigmas of long schedules lie close together.
         differences = (now.unsqueeze(-1) - levels).to(next(kan.parameters()))
         gains: Tensor = kan(differences)
@@ -114,8 +140,9 @@ class LesaPredictor(
 
     def parameters_at(self, sigmas: Sequence[float] | Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `torch.ops.lesa.predict` takes at noise level t: weight [K], bias [1] and gain [1]."""
+        t = float(t)
         stage = self.stage(t)
-        mixer = self._mixers[stage]
+        mixer = cast(nn.Linear, self.latent[stage])
         return mixer.weight.reshape(-1), mixer.bias, self.gain(sigmas, t, stage)
 
     def forward(self, history: Sequence[Tensor], sigmas: Sequence[float] | Tensor, t: float) -> Tensor:
@@ -132,6 +159,7 @@ class LesaPredictor(
         Raises:
             ValueError: when the history is shorter than the stage's K, or there are not S+1 sigmas.
         """
+        t = float(t)
         window = self.window(t)
         if len(history) < window:
             raise ValueError(f"history must hold at least {window} features at t = {t}, got {len(history)}")
@@ -143,7 +171,7 @@ class LesaPredictor(
         """See `Forecaster.rows`. All gains are computed at once, so that planning costs one synchronisation a stage.
 
         Raises:
-            ValueError: when there are not S+1 sigmas or a parameter or gain is not finite.
+            ValueError: when there are not S+1 sigmas.
         """
         levels = [float(sigma) for sigma in self._levels(sigmas)]
         stages = [self.stage(t) for t in levels[:-1]]
@@ -152,8 +180,9 @@ class LesaPredictor(
             steps = [step for step, own in enumerate(stages) if own == stage]
             values = self.gain(levels, [levels[step] for step in steps], stage).reshape(-1).tolist()
             gains.update(zip(steps, values, strict=True))
-        weights = [mixer.weight.reshape(-1).tolist() for mixer in self._mixers]
-        biases = [mixer.bias.item() for mixer in self._mixers]
+        mixers = [cast(nn.Linear, mixer) for mixer in self.latent]
+        weights = [mixer.weight.reshape(-1).tolist() for mixer in mixers]
+        biases = [mixer.bias.item() for mixer in mixers]
 
         def row(step: int, full_steps: Sequence[int]) -> Row | None:
             stage = stages[step]
@@ -162,11 +191,6 @@ class LesaPredictor(
                 return None
             terms = {step - window + k: gains[step] * weight for k, weight in enumerate(weights[stage])}
             terms[step - 1] += 1.0
-            offset = gains[step] * biases[stage]
-            if not all(math.isfinite(value) for value in (*terms.values(), offset)):
-                raise ValueError(
-                    f"the predictor's coefficients at step {step} must be finite, got {list(terms.values())}, {offset}"
-                )
-            return Row(terms, offset)
+            return Row(terms, gains[step] * biases[stage])
 
         return row

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
+import io
 import pickle
 import re
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,19 +18,11 @@ from lesa_kernels.predictors.lesa import LesaPredictor
 _PREFIX = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
 _KEY = re.compile(r"^(latent|timestep)(?:_(cond|uncond))?\.(\d+)\.(.+)$")
 _PUBLISHED_THRESHOLDS = {False: (0.9, 0.5, 0.0), True: (0.9, 0.4, 0.0)}
-
-# What a state of plain tensors is made of; every other name in the file becomes an inert placeholder.
-_ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    **{
-        ("torch", str(dtype).removeprefix("torch.")): dtype
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    },
+_STORAGE_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
 }
 
 
@@ -53,22 +45,63 @@ class _Placeholder:
         """Take an item of a pickled list subclass."""
 
 
+def _rebuild_tensor(storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> object:
+    """Make a tensor over a storage that the file holds; anything else, such as an integer tensor, is a placeholder."""
+    if not isinstance(storage, Tensor):
+        return _Placeholder()
+    count = 1
+    for extent in size:
+        count *= extent
+    # Strides can make a tensor of any size from one element: the archive must hold every element.
+    if count > storage.numel():
+        raise ValueError(f"a tensor of shape {tuple(size)} has more elements than its storage, {storage.numel()}")
+    return storage.as_strided(size, stride, offset).clone()
+
+
+def _rebuild_parameter(data: object, *_: object) -> object:
+    return data
+
+
+# What a state of plain tensors is made of; every other name in the file becomes an inert placeholder.
+_KNOWN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors and containers; calls nothing else."""
+    """Builds containers, and tensors from the records of the archive; calls nothing else."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
+        self._archive = archive
+        self._root = root
+        self._storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        return _ALLOWED.get((module, name), _Placeholder)
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        return _KNOWN.get((module, name), _Placeholder)
 
-
-_PICKLE = SimpleNamespace(Unpickler=_Unpickler, load=lambda *_, **__: None, __name__="lesa_kernels_pickle")
+    def persistent_load(self, pid: Any) -> object:
+        """Return the storage that a tensor refers to, as a flat tensor."""
+        _, dtype, key, *_ = pid
+        if not isinstance(dtype, torch.dtype):
+            return _Placeholder()
+        if key not in self._storages:
+            # Reading a record whole checks its CRC.
+            data = bytearray(self._archive.read(f"{self._root}data/{key}"))
+            self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self._storages[key]
 
 
 def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = None) -> dict[str, LesaPredictor]:
     """Read a checkpoint of the published training script; sizes are inferred from its tensors.
 
-    The file is a pickle `{config, model, optimizer, scheduler}`, of which only `model` is read. Objects of foreign
-    classes become placeholders: no code from the file runs. Keys may carry the prefixes `module.`, `model.` and
-    `_orig_mod.`.
+    The file is a zip archive around a pickle `{config, model, optimizer, scheduler}`, of which only `model` is used.
+    Nothing in it is executed: the pickle is read by an unpickler that knows containers and tensors and puts a
+    placeholder for everything else. Keys may carry the prefixes `module.`, `model.` and `_orig_mod.`.
 
     Args:
         path: the file.
@@ -80,7 +113,7 @@ def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = No
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the file is truncated, no checkpoint of torch, or not a LESA predictor.
+        ValueError: when the file is damaged, no checkpoint of torch, or not a LESA predictor.
     """
     file = Path(path)
     branches: dict[str, dict[str, Tensor]] = {}
@@ -93,24 +126,29 @@ def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = No
         suffixed = suffixed or branch is not None
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {key} must be finite")
-        branches.setdefault(branch or "cond", {})[f"{kind}.{stage}.{rest}"] = tensor.detach().float().clone()
-    if not branches:
-        raise ValueError(f"{file}: not a LESA predictor: its model has no tensors")
+        state = branches.setdefault(branch or "cond", {})
+        name = f"{kind}.{int(stage)}.{rest}"
+        if name in state:
+            raise ValueError(f"{file}: has two tensors for {name}, the second is {key!r}")
+        state[name] = tensor.float()
+    if "cond" not in branches:
+        raise ValueError(f"{file}: not a LESA predictor: its model has no tensors of a conditional branch")
     chosen = _PUBLISHED_THRESHOLDS[suffixed] if thresholds is None else thresholds
     return {branch: _build(file, state, chosen) for branch, state in sorted(branches.items())}
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of `model`, loading the file with the inert unpickler."""
+    """Return the tensors of `model`."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{file}: not a checkpoint written by torch.save (no zip archive), or truncated")
-    with zipfile.ZipFile(file) as archive:
-        if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
-            raise ValueError(f"{file}: a TorchScript archive, not a checkpoint; it holds code and is not read")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+        with zipfile.ZipFile(file) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            if len(pickles) != 1:
+                raise ValueError(f"must hold one data.pkl, got {len(pickles)}")
+            content = _Unpickler(archive, pickles[0].removesuffix("data.pkl")).load()
     except Exception as error:
         # Whatever a damaged or hostile stream provokes in the parser means the same to the user.
         raise ValueError(f"{file}: not a readable checkpoint ({type(error).__name__}: {error})") from error
@@ -141,6 +179,6 @@ def _build(file: Path, state: dict[str, Tensor], thresholds: tuple[float, ...]) 
             spline_order=order,
         )
         predictor.load_state_dict(state, strict=True)
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file}: not a LESA predictor of the published form: {error}") from error
     return predictor

@@ -37,7 +37,7 @@ class TaylorSeer(Forecaster):
     """
 
     def __init__(self, order: int = 2, variable: Literal["sigma", "step"] = "sigma") -> None:
-        if order not in range(MAX_ORDER + 1):
+        if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
             raise ValueError(f"order must be 0 to {MAX_ORDER}, got {order!r}")
         if variable not in ("sigma", "step"):
             raise ValueError(f'variable must be "sigma" or "step", got {variable!r}')

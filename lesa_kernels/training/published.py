@@ -15,6 +15,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from lesa_kernels.contract import check_like
 from lesa_kernels.ops import predict_l1_loss
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -50,6 +51,16 @@ class TrainingConfig:
     decay_factor: float = 0.5
     restart_each_phase: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("guided_epochs", "closed_loop_epochs", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm", "decay_every", "decay_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.decay not in ("step", "cosine"):
+            raise ValueError(f'decay must be "step" or "cosine", got {self.decay!r}')
+
 
 @dataclass
 class TrainingResult:
@@ -66,6 +77,7 @@ class TrainingResult:
     updates: int = 0
 
 
+@torch.enable_grad()
 def train(
     predictor: LesaPredictor,
     trajectories: Sequence[Sequence[Tensor]],
@@ -128,6 +140,10 @@ def _check(
     for index, trajectory in enumerate(trajectories):
         if len(trajectory) != num_steps:
             raise ValueError(f"trajectories[{index}] must hold {num_steps} features, got {len(trajectory)}")
+        for step, feature in enumerate(trajectory):
+            check_like(
+                "predict_l1", f"trajectories[{index}][{step}]", feature, f"trajectories[{index}][0]", trajectory[0]
+            )
     if len(full_steps) == num_steps:
         raise ValueError("schedule must leave a step to forecast, got full steps only")
     for name, parameter in predictor.named_parameters():

@@ -31,7 +31,6 @@ KEEPERS = {
     "triton": {"backends"},
     "ctypes": {"backends"},
     "typer": {"cli", "demo"},
-    "sklearn": {"training", "demo"},
     "mlxtend": {"training", "demo"},
     "matplotlib": {"training", "demo"},
 }

@@ -188,7 +188,7 @@ def test_order_and_shape_are_watched() -> None:
 def test_chunks_run_in_order() -> None:
     session = Session(Reuse().plan(SIGMAS, Schedule.explicit(20, [0]), chunk=2))
     session.push(0, torch.randn(3))
-    with pytest.raises(RuntimeError, match="chunks run in order"):
+    with pytest.raises(RuntimeError, match="chunks run once, in order"):
         session.forecast(5)
 
 

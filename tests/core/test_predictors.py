@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import pickle
+import random
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lesa_kernels import LesaPredictor, Schedule, TaylorSeer, load_official
 from lesa_kernels.predictors.taylor import taylor_weights
@@ -74,9 +78,14 @@ def test_half_precision_features_with_float32_parameters() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"stages": [(0.5, 4), (0.9, 8)]}, "stages must have falling thresholds"),
         ({"stages": []}, "stages must have falling thresholds"),
+        ({"num_steps": 5.0}, "num_steps must be an integer of at least 1, got 5.0"),
+        ({"grid_size": 0}, "grid_size must be an integer of at least 1, got 0"),
+        ({"spline_order": -1}, "spline_order must be an integer of at least 0"),
+        ({"stages": [(float("nan"), 4)]}, r"stages\[0\] must have a finite threshold"),
+        ({"stages": [(0.0, 4.7)]}, r"stages\[0\] must have a history of 1 to 64 features, got 4.7"),
         ({"stages": [(0.9, 0), (0.0, 8)]}, r"stages\[0\] must have a history of 1 to 64 features, got 0"),
     ],
 )
@@ -85,11 +94,44 @@ def test_constructor_errors(arguments: dict[str, object], message: str) -> None:
         _small(**arguments)
 
 
+def test_times_may_be_elements_of_a_scheduler_s_sigmas() -> None:
+    predictor, history, sigmas = _small(), [torch.randn(3) for _ in range(8)], torch.tensor(SIGMAS)
+    assert torch.equal(predictor(history, sigmas, sigmas[7]), predictor(history, sigmas, float(sigmas[7])))
+    assert predictor.parameters_at(sigmas, np.float32(0.3))[0].shape == (8,)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    predictor = _small()
+    plan = predictor.plan(SIGMAS, Schedule.explicit(10, [0]))
+    with torch.device("meta"):
+        assert predictor.plan(SIGMAS, Schedule.explicit(10, [0])) == plan
+
+
+def test_autocast_does_not_touch_the_gains() -> None:
+    predictor = _small()
+    plan = predictor.plan(SIGMAS, Schedule.explicit(10, [0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert predictor.plan(SIGMAS, Schedule.explicit(10, [0])) == plan
+
+
+@pytest.mark.parametrize("bad", [[1.0, float("nan"), 0.0], [1.0, 0.5, 0.5, 0.0], [0.0, 0.5, 1.0], [1.0]])
+def test_a_plan_refuses_sigmas_that_do_not_fall(bad: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"sigmas must hold S\+1 >= 2 falling numbers"):
+        TaylorSeer().plan(bad, Schedule.explicit(max(len(bad) - 1, 1), [0]))
+
+
+def test_a_plan_refuses_what_is_no_schedule() -> None:
+    with pytest.raises(TypeError, match="schedule must be a Schedule or a rule that makes one, got list"):
+        TaylorSeer().plan(SIGMAS, [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="schedule must make a Schedule from the sigmas, got NoneType"):
+        TaylorSeer().plan(SIGMAS, lambda sigmas: None)  # type: ignore[arg-type,return-value]
+
+
 def test_a_plan_refuses_parameters_that_are_not_finite() -> None:
     predictor = _small()
     with torch.no_grad():
         predictor.latent[2].bias.fill_(torch.nan)
-    with pytest.raises(ValueError, match="coefficients at step 8 must be finite"):
+    with pytest.raises(ValueError, match="the row of step 8 must be finite"):
         predictor.plan(SIGMAS, Schedule.explicit(10, [0]))
 
 
@@ -101,6 +143,25 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert loaded.stages == predictor.stages
     for key, value in predictor.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key])
+
+
+def test_loading_fills_nothing_with_random_numbers(tmp_path: Path) -> None:
+    predictor = _small()
+    predictor.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    state = predictor.state_dict()
+    save_file({key: value for key, value in state.items() if key != "latent.1.bias"}, weights)
+    with pytest.raises(ValueError, match=r"latent\.1\.bias"):
+        LesaPredictor.from_pretrained(str(tmp_path))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=tmp_path.name):
+        LesaPredictor.from_pretrained(str(tmp_path))
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"must hold model\.safetensors"):
+        LesaPredictor.from_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json must be there and name num_steps"):
+        LesaPredictor.from_pretrained(str(tmp_path))
 
 
 @dataclasses.dataclass
@@ -160,6 +221,46 @@ def test_load_official_runs_no_code(tmp_path: Path) -> None:
     assert not flag.exists()
     torch.load(tmp_path / "hostile.pt", weights_only=False)
     assert flag.exists(), "the file was harmless: this test proved nothing"
+
+
+def test_load_official_does_not_load_torchscript(tmp_path: Path) -> None:
+    with pytest.deprecated_call():
+        script = torch.jit.script(torch.nn.Linear(2, 2))
+    script.save(str(tmp_path / "script.pt"))
+    with pytest.raises(ValueError, match=r"script\.pt"):
+        load_official(tmp_path / "script.pt")
+
+
+def test_load_official_survives_damage(tmp_path: Path) -> None:
+    good = _write(tmp_path / "good.pt", LesaPredictor(num_steps=3, hidden_dim=2).state_dict()).read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(good)
+        damaged[generator.randrange(len(good))] ^= 1 << generator.randrange(8)
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            load_official(tmp_path / "damaged.pt")
+            continue
+        refused += 1
+    assert refused > 30
+
+
+def test_load_official_refuses_a_tensor_larger_than_its_storage(tmp_path: Path) -> None:
+    state = LesaPredictor(num_steps=3, hidden_dim=2).state_dict()
+    torch.save({"model": {**state, "latent.0.bias": torch.zeros(1).expand(1 << 45)}}, tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match="more elements than its storage"):
+        load_official(tmp_path / "bomb.pt")
+
+
+def test_load_official_refuses_ambiguous_keys(tmp_path: Path) -> None:
+    state = LesaPredictor(num_steps=3, hidden_dim=2).state_dict()
+    twice = {**state, **{f"module.{key}": value for key, value in state.items()}}
+    with pytest.raises(ValueError, match="has two tensors for"):
+        load_official(_write(tmp_path / "twice.pt", twice))
+    suffixed = {key.replace(".", "_uncond.", 1): value for key, value in state.items()}
+    with pytest.raises(ValueError, match="no tensors of a conditional branch"):
+        load_official(_write(tmp_path / "uncond.pt", suffixed))
 
 
 def test_load_official_names_what_is_wrong(tmp_path: Path) -> None:

@@ -80,6 +80,32 @@ def test_wrong_input_is_named() -> None:
         train(predictor.bfloat16(), _trajectories(1), SIGMAS, SCHEDULE)
 
 
+def test_a_trajectory_of_mixed_shapes_is_named() -> None:
+    trajectories = _trajectories(2)
+    trajectories[1][4] = torch.randn(3)
+    with pytest.raises(ValueError, match=r"trajectories\[1\]\[4\] must have shape \(8, 16\)"):
+        train(LesaPredictor(STEPS, ((0.0, 2),), 8), trajectories, SIGMAS, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": "linear"}, 'decay must be "step" or "cosine"'),
+        ({"guided_epochs": -1}, "guided_epochs must not be negative"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_training_works_where_gradients_are_off() -> None:
+    with torch.no_grad():
+        result = train(LesaPredictor(STEPS, ((0.0, 2),), 8), _trajectories(1), SIGMAS, SCHEDULE, progress=False)
+    assert result.updates > 0
+
+
 def test_the_plot_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
     torch.manual_seed(0)

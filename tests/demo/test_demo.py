@@ -82,7 +82,7 @@ def test_the_demo_writes_what_it_says(tmp_path: Path) -> None:
     assert len(results["rows"]) == len(rows) and results["reference"]["block_calls"] == 50
     found = {(row.method, row.placement, row.block_calls) for row in rows}
     assert ("LESA", methods.PUBLISHED, 10) in found and ("LESA", methods.WARM_UNIFORM, 10) in found
-    for name in ("reuse", "TaylorSeer 2 in sigma", "TaylorSeer 2 in steps", "fewer steps, Euler"):
+    for name in ("reuse", "TaylorSeer 2, sigma", "TaylorSeer 2, steps", "Euler, fewer steps"):
         for placement in (methods.PUBLISHED, methods.UNIFORM):
             assert (name, placement, 10) in found and (name, placement, 6) in found
     assert all(row.block_calls == len(row.full_steps) for row in rows)
@@ -96,6 +96,11 @@ def test_the_command_names_what_is_missing() -> None:
         pytest.skip("a CUDA device is there")
     result = CliRunner().invoke(app, ["demo", "--device", "cuda"])
     assert result.exit_code == 2 and "sees no CUDA device" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_command_refuses_other_devices() -> None:
+    result = CliRunner().invoke(app, ["demo", "--device", "tpu"])
+    assert result.exit_code == 2 and "got tpu" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_lesa_status_prints() -> None:

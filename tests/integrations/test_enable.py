@@ -44,7 +44,7 @@ def test_blocks_run_on_the_full_steps_of_the_plan_alone(pipe: TinyPipeline) -> N
     assert "full steps: 0 1 5" in found.plan
 
 
-@pytest.mark.parametrize(("steps", "full"), [(1, 1), (2, 2), (4, 2), (10, 2), (11, 3), (50, 10)])
+@pytest.mark.parametrize(("steps", "full"), [(1, 1), (2, 2), (4, 3), (10, 3), (16, 4), (50, 10)])
 def test_the_default_schedule_takes_a_fifth_of_the_steps(steps: int, full: int) -> None:
     assert len(default_schedule([1 - step / steps for step in range(steps + 1)]).full_steps) == full
 

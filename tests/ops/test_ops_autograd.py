@@ -100,6 +100,29 @@ def test_predict_l1_loss_refuses_a_history_that_wants_gradients() -> None:
         )
 
 
+def test_gradients_of_gradients_are_refused() -> None:
+    history, weight = [_random(3, 4)], _random(1)
+    (grad,) = torch.autograd.grad(ops.predict(history, weight, _random(1), _random(1)).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+    x, *rest = _kan()
+    (grad,) = torch.autograd.grad(ops.kan_linear(x, *rest).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_autograd_sees_what_the_mutating_ops_write() -> None:
+    for write in (
+        lambda ring: ops.push(ring, torch.ones(4), 0),
+        lambda ring: ops.forecast_into(ring, torch.ones(1, 1), torch.zeros(1), [1], [0]),
+    ):
+        ring, factor = torch.randn(3, 4), torch.randn(4, requires_grad=True)
+        product = (ring[0] * factor).sum()
+        write(ring)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
 def _model_step(history: list[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
     return ops.predict(history, weight, bias, gain).sin().sum()
 

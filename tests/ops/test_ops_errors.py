@@ -50,6 +50,18 @@ def test_a_wrong_argument_is_named(op: str, arguments: tuple[Any, ...], message:
             call(*arguments)
 
 
+@pytest.mark.parametrize(
+    "ring",
+    [torch.zeros(1, 2, 3).expand(4, 2, 3), torch.zeros(9).unfold(0, 6, 1).view(4, 6)[:, :6].unflatten(1, (2, 3))],
+)
+def test_a_ring_that_overlaps_itself_is_refused(ring: torch.Tensor) -> None:
+    for module in (torch.ops.lesa, reference):
+        with pytest.raises((ValueError, RuntimeError), match="ring must not overlap itself in memory"):
+            module.push(ring, torch.ones(2, 3), 0)
+        with pytest.raises((ValueError, RuntimeError), match="ring must not overlap itself in memory"):
+            module.forecast_into(ring, ROWS, OFFSETS, [0, 1, 2], [3, 1])
+
+
 def test_an_error_changes_nothing() -> None:
     ring = torch.randn(4, 2, 3)
     before = ring.clone()
