@@ -23,7 +23,7 @@ help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 $(TORCH_STAMP):
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is required, got {v[0]}.{v[1]}: run `make PYTHON=python3.12`")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is required (diffusers needs it; the package alone takes 3.10), got {v[0]}.{v[1]}: run `make PYTHON=python3.12`")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH) into $(VENV) ..."
 	@$(PIP) install '$(TORCH)'
