@@ -29,7 +29,7 @@ TRAINING_SEED = 1_000
 UNSEEN_SEED = 0
 
 # Beside the published settings: a rate that float32 parameters can use, afresh for each phase.
-TUNED = TrainingConfig(2, 4, learning_rate=3e-3, decay="cosine", decay_factor=0.1, restart_each_phase=True)
+TUNED = TrainingConfig(2, 4, learning_rate=1e-3, decay="cosine", decay_factor=0.1, restart_each_phase=True)
 
 
 @dataclass(frozen=True)
