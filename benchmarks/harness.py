@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -174,7 +175,7 @@ def _commit() -> str:
 
 def table(rows: Sequence[Measurement]) -> Table:
     """Lay out the rows of one case; the last column is the time as a multiple of the first row's."""
-    out = Table(title=f"{rows[0].op} at {rows[0].size}")
+    out = Table(title=f"{rows[0].op} at {rows[0].size}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("variant", no_wrap=True)
     for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours"):
         out.add_column(name, justify="right", no_wrap=True)

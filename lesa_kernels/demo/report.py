@@ -111,8 +111,8 @@ def draw_images(path: Path, images: dict[str, dict[int, tuple[Tensor, Row]]], re
 
     counts = sorted({count for lines in images.values() for count in lines}, reverse=True)
     cell, labels, height = 0.36, 2.3, len(images) + 1
-    figure = Figure(figsize=(len(counts) * (labels + 21 * cell), height * cell + 0.7), layout="constrained")
-    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    figure = Figure(figsize=(labels + 21 * cell, len(counts) * (height * cell + 0.7)), layout="constrained")
+    panels = figure.subplots(len(counts), 1, squeeze=False)[:, 0]
     for panel, count in zip(panels, counts, strict=True):
         lines = [("all 50 calls", reference)]
         for label, by_count in images.items():
