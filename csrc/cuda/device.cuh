@@ -188,15 +188,20 @@ int resident_blocks(const Target& target) {
   return blocks;
 }
 
+template <auto kKernel, typename Task>
+void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) {
+  static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
+  void* arguments[] = {const_cast<Task*>(&task)};
+  check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, target.stream),
+        target);
+}
+
 // Threads loop over the items, so that any grid is right; this one fills the device once.
 template <auto kKernel, typename Task>
 void launch(const Task& task, int items_per_thread, const Target& target) {
-  static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
   const std::int64_t items_per_block = std::int64_t{kThreads} * items_per_thread;
   const std::int64_t wanted = (task.items + items_per_block - 1) / items_per_block;
-  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(wanted, resident_blocks<kKernel>(target)));
-  void* arguments[] = {const_cast<Task*>(&task)};
-  check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(kThreads), arguments, 0, target.stream), target);
+  launch_blocks<kKernel>(task, std::min<std::int64_t>(wanted, resident_blocks<kKernel>(target)), target);
 }
 
 }  // namespace lesa::cuda

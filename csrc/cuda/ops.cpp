@@ -1,38 +1,18 @@
 // The ops on CUDA: check, lay out, launch. What each op means stands in lesa_kernels/reference.py.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
 #include <vector>
 
 #include "contract.h"
+#include "cuda/entry.h"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
-
-// Lives in libtorch_cuda. Weak, so that this library builds and loads beside a torch without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
 
 namespace lesa::cuda {
 namespace {
 
 static_assert(kMaxHistory == kMostInputs && kMaxForecasts == kMostOutputs);
-
-using torch::stable::accelerator::DeviceGuard;
-
-Target target_of(const char* op, const Tensor& tensor) {
-  if (aoti_torch_get_current_cuda_stream == nullptr) {
-    refuse(op, "CUDA kernels must run in a torch built with CUDA, got one without");
-  }
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return {op, tensor.get_device_index(), static_cast<cudaStream_t>(stream)};
-}
-
-// Calls body.operator()<T>() for the features' type; the checks have admitted no other.
-template <typename Body>
-void for_feature(ScalarType dtype, Body&& body) {
-  for_dtype<float, float16, bfloat16>(dtype, body);
-}
 
 std::vector<Source> sources_of(const std::vector<Tensor>& tensors) {
   std::vector<Source> sources;
