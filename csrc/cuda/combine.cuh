@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     combine_kernel(const __grid_constant__ CombineTask<T, kInputs, kWidth, kStrided> task) {
   constexpr bool kExact = !kStrided && kInputs <= kExactInputs;
   constexpr int kItems = items_in_flight(kInputs);
-  __shared__ alignas(16) float coefficients[kMostOutputs * kInputs];
+  alignas(16) __shared__ float coefficients[kMostOutputs * kInputs];
   __shared__ float offsets[kMostOutputs];
 
   const int unused = kExact ? 0 : task.unused;

@@ -46,7 +46,8 @@ using Vector = std::array<T, kWidth>;
 template <typename T, int kWidth>
 __device__ Vector<T, kWidth> load(const void* address) {
   using Bits = typename Word<kWidth * sizeof(T)>::type;
-  return std::bit_cast<Vector<T, kWidth>>(*static_cast<const Bits*>(address));
+  const Bits bits = *static_cast<const Bits*>(address);
+  return std::bit_cast<Vector<T, kWidth>>(bits);
 }
 
 template <typename T, int kWidth>

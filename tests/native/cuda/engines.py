@@ -1,0 +1,292 @@
+"""Two ways to run the CUDA kernels without a GPU, host side included; the same tests run on both.
+
+`ptx`: nvcc compiles, the simulator `ptxsim` executes the PTX and finds races, divergence and accesses out of bounds.
+`host`: g++ compiles the same sources under AddressSanitizer and UBSan, with a shim for threads, barriers and shuffles.
+Speed is not what either tells.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from arrays import Array
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[2]
+CSRC = REPOSITORY / "csrc"
+PTXSIM = REPOSITORY.parent / "shared" / "ptxsim" / "ptxsim.py"
+SANITIZERS = "-fsanitize=address,undefined"
+
+
+class Unavailable(Exception):
+    """This machine cannot run an engine; the text says why."""
+
+
+class Source(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.POINTER(ctypes.c_int64)))
+
+
+class Values(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("column_stride", ctypes.c_int64),
+        ("is_float", ctypes.c_bool),
+    )
+
+
+def integers(values: Sequence[int]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+class Engine(ABC):
+    """The host library of the kernels: calls its C functions (*_entries.cpp) on arrays of one test."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._alive: list[np.ndarray] = []
+
+    @abstractmethod
+    def address(self, storage: np.ndarray) -> int:
+        """The address by which kernels know a storage."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget the memory of earlier tests."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Raise what went wrong in a launch."""
+
+    def pointer(self, array: Array | None) -> ctypes.c_void_p:
+        if array is None:
+            return ctypes.c_void_p(None)
+        self._alive.append(array.storage)
+        return ctypes.c_void_p(self.address(array.storage) + array.offset * array.storage.itemsize)
+
+    def source(self, array: Array) -> Source:
+        return Source(self.pointer(array), integers(array.strides))
+
+    def sources(self, arrays: Sequence[Array]) -> Any:
+        return (Source * len(arrays))(*map(self.source, arrays))
+
+    def values(self, array: Array | None) -> Values:
+        """A parameter [rows, columns], or none."""
+        if array is None:
+            return Values(None, 0, 0, False)
+        row, column = array.strides
+        return Values(self.pointer(array), row, column, array.dtype == "float32")
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Call a C function that returns a message where it fails.
+
+        Raises:
+            RuntimeError: with that message, or what a launch met.
+        """
+        entry = getattr(self._library, function)
+        entry.restype = ctypes.c_char_p
+        message = entry(*(argument.encode() if isinstance(argument, str) else argument for argument in arguments))
+        self._alive.clear()
+        self.finish()
+        if message:
+            raise RuntimeError(message.decode())
+
+    def fail_launches(self, error: int) -> None:
+        self._library.fail_launches(error)
+
+
+class Host(Engine):
+    """Kernels compiled by g++: memory is memory. Needs libasan in the process before Python's allocations."""
+
+    def begin(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass  # a sanitizer's report ends the process
+
+    def address(self, storage: np.ndarray) -> int:
+        return storage.ctypes.data
+
+
+class Simulated(Engine):
+    """Kernels compiled by nvcc, whose launches are simulated."""
+
+    def __init__(self, library: Path, ptx: Sequence[Path]) -> None:
+        super().__init__(library)
+        self.launches: list[str] = []  # kernels of the last call
+        self._memory: Any = None
+        self._error: BaseException | None = None
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+        self._callback = callback(self._launch)
+        self._library.on_launch(self._callback)
+        parts = [part for path in ptx for part in re.split(r"\.entry ", path.read_text())[1:]]
+        self._ptx = {re.match(r"\w+", part)[0]: part for part in parts}  # type: ignore[index]
+        self._modules: dict[str, tuple[Any, int]] = {}
+
+    def begin(self) -> None:
+        self._memory = simulator().Memory()
+
+    def call(self, function: str, *arguments: Any) -> None:
+        self.launches, self._error = [], None
+        super().call(function, *arguments)
+
+    def finish(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def address(self, storage: np.ndarray) -> int:
+        address: int = self._memory.add(storage)
+        return address
+
+    def _module(self, kernel: str) -> tuple[Any, int]:
+        """The simulator's module for a kernel and the size of its task.
+
+        The simulator does not know parameters that are indexed at run time. So the task goes to global memory, where
+        reads are checked as well, and the kernel gets its address.
+        """
+        if kernel not in self._modules:
+            text = self._ptx[kernel]
+            name = f"{kernel}_param_0"
+            size = re.search(rf"\.param \.align \d+ \.b8 {name}\[(\d+)\]", text)
+            assert size is not None
+            head, brace, body = text.partition("{")
+            head = head.replace(size[0], f".param .u64 {name}")
+            body = body.replace("ld.param.", "ld.global.").replace(name, "%task")
+            text = f".entry {head}{brace}\nld.param.u64 %task, [{name}];\n{body}"
+            self._modules[kernel] = simulator().Module(text), int(size[1])
+        return self._modules[kernel]
+
+    def _launch(self, kernel: bytes, blocks: int, threads: int, task: int) -> None:
+        try:
+            module, size = self._module(kernel.decode())
+            module.memory = self._memory
+            self.launches.append(kernel.decode())
+            module.launch(
+                kernel.decode(), (blocks,), (threads,), [np.frombuffer(ctypes.string_at(task, size), np.uint8)]
+            )
+        except BaseException as error:
+            self._error = self._error or error
+
+
+@functools.cache
+def simulator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ptxsim", PTXSIM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ptxsim"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(command: Sequence[str | Path], folder: Path) -> None:
+    result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def _run_all(commands: Sequence[Sequence[str | Path]], folder: Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: _run(command, folder), commands))
+
+
+def _kernel_sources() -> list[Path]:
+    """The files that hold kernels: all but the one that tells of the build."""
+    return sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "info")
+
+
+def _folder_for(engine: str, cache: Path) -> Path:
+    """A folder that is named after the contents of all that goes into a build."""
+    text = hashlib.sha256()
+    for path in sorted([*CSRC.rglob("*.*"), *HERE.rglob("*.cpp"), *HERE.rglob("*.h"), Path(__file__)]):
+        text.update(path.name.encode() + path.read_bytes())
+    return cache / f"{engine}-{text.hexdigest()[:16]}"
+
+
+def _finished(folder: Path) -> bool:
+    """Whether the build in a folder is complete; begins with an empty one where it is not."""
+    if (folder / "kernels.so").exists():
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return False
+
+
+def build_ptx(cache: Path) -> Simulated:
+    """Compile with nvcc to PTX for sm_90 and to a host library, and simulate.
+
+    Raises:
+        Unavailable: without nvcc or the simulator.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise Unavailable("nvcc is not on the PATH")
+    if not PTXSIM.exists():
+        raise Unavailable("the PTX simulator is not at ../shared/ptxsim")
+    folder, sources = _folder_for("ptx", cache), _kernel_sources()
+    if not _finished(folder):
+        common = [nvcc, "-std=c++20", f"-I{CSRC}", "-Xcompiler=-fPIC", "-cudart=none"]
+        device = ["--expt-relaxed-constexpr", "-arch=compute_90", "-code=compute_90", "--keep", "--keep-dir", folder]
+        objects = [f"{source.stem}.o" for source in sources]
+        compiles = [[*common, *device, "-c", source, "-o", name] for source, name in zip(sources, objects, strict=True)]
+        _run_all(compiles, folder)
+        link = [*common, "-shared", "-Xlinker=-Bsymbolic,-z,defs", *sorted(HERE.glob("*.cpp")), *objects]
+        _run([*link, "-o", "partial.so"], folder)
+        (folder / "partial.so").rename(folder / "kernels.so")
+    return Simulated(folder / "kernels.so", [folder / f"{source.stem}.ptx" for source in sources])
+
+
+def build_host(cache: Path) -> Host:
+    """Compile with g++ under the sanitizers.
+
+    Raises:
+        Unavailable: without g++ or its sanitizers.
+    """
+    if sanitizer_runtime() is None:
+        raise Unavailable("g++ with libasan is not installed")
+    folder = _folder_for("host", cache)
+    if not _finished(folder):
+        flags = ["g++", "-std=c++20", "-O1", "-g1", "-fPIC", SANITIZERS, "-fno-sanitize-recover=undefined"]
+        includes = [f"-I{HERE / 'shim'}", f"-I{CSRC}", f"-I{HERE}"]
+        entries = [*HERE.glob("*_entries.cpp"), *HERE.glob("shim/*.cpp")]
+        sources = [*_kernel_sources(), *sorted(entries)]
+        objects = [f"{source.stem}.o" for source in sources]
+        # What nvcc needs for its device pass, g++ does not know.
+        quiet = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        compiles = [
+            [*flags, *quiet, *includes, "-x", "c++", "-c", source, "-o", name]
+            for source, name in zip(sources, objects, strict=True)
+        ]
+        _run_all(compiles, folder)
+        _run([*flags, "-shared", "-Wl,-z,nodelete", *objects, "-o", "partial.so"], folder)
+        (folder / "partial.so").rename(folder / "kernels.so")
+    return Host(folder / "kernels.so")
+
+
+@functools.cache
+def sanitizer_runtime() -> str | None:
+    """The libraries to preload, so that NumPy's arrays have AddressSanitizer's borders around them.
+
+    libstdc++ is among them because libasan looks for its exceptions before Python loads it.
+    """
+    if shutil.which("g++") is None:
+        return None
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = ["g++", f"-print-file-name={name}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return " ".join(paths) if all(Path(path).is_absolute() for path in paths) else None
