@@ -106,6 +106,12 @@ constexpr A predicted(A newest, A gain, A mix) {
   return newest + gain * mix;
 }
 
+// The derivative of |error|: -1, 0 or 1, and NaN for NaN.
+template <typename A>
+constexpr A sign_of(A error) {
+  return error > 0 ? A{1} : error < 0 ? A{-1} : error;
+}
+
 // A parameter of a linear forecast: a matrix, vector (one row) or scalar, float or of the features' type T.
 template <typename T>
 struct Parameter {

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -273,6 +274,32 @@ inline void check_overlap(const char* op, Name name, const Geometry& geometry, c
       from < to + geometry.numel * written_bytes) {
     refuse(op, name, " must not overlap a part of the slot that it is written to, got memory ", from - to,
            " bytes after the slot's");
+  }
+}
+
+// Where strides interleave, the caller answers for it.
+inline void check_apart(const char* op, Name name, const Tensor& written, Name other_name, const Tensor& other) {
+  const auto* to = static_cast<const char*>(written.data_ptr());
+  const auto* from = static_cast<const char*>(other.data_ptr());
+  const auto bytes = static_cast<std::int64_t>(written.element_size()) * written.numel();
+  if (written.is_contiguous() && other.is_contiguous() && to < from + bytes && from < to + bytes) {
+    refuse(op, name, " must not share memory with ", other_name, ", got memory that starts ", to - from,
+           " bytes after its start");
+  }
+}
+
+// All tensors have one shape and dtype.
+inline void check_predict_l1(const std::vector<Tensor>& history, const Tensor& target, const Tensor& weight,
+                             const Tensor& bias, const Tensor& gain, const std::optional<Tensor>& out) {
+  const char* op = "predict_l1";
+  check_predict(op, history, weight, bias, gain);
+  check_like(op, {"target"}, target, {"history", 0}, history[0]);
+  if (out) {
+    check_like(op, {"out"}, *out, {"history", 0}, history[0]);
+    check_apart(op, {"out"}, *out, {"target"}, target);
+    for (std::size_t k = 0; k < history.size(); ++k) {
+      check_apart(op, {"out"}, *out, {"history", static_cast<std::int64_t>(k)}, history[k]);
+    }
   }
 }
 

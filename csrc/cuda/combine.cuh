@@ -6,12 +6,10 @@
 // inputs, odd alignments and most strides go one element at a time.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <iterator>
 #include <utility>
 
-#include "cuda/device.cuh"
+#include "cuda/pass.cuh"
 
 namespace lesa::cuda {
 
@@ -127,66 +125,11 @@ void launch_combine(const Combination<T>& combination, const Target& target) {
 }
 
 template <typename T>
-void launch_elements(const Combination<T>& combination, const Target& target) {
-  combination.num_inputs <= kExactInputs ? launch_combine<T, kExactInputs, 1, true>(combination, target)
-                                         : launch_combine<T, kMostInputs, 1, true>(combination, target);
-}
-
-// Contiguous, aligned tensors: vectors, then one by one the few elements that are left.
-template <typename T, int kInputs>
-void launch_vectors(const Combination<T>& combination, const Target& target) {
-  constexpr int kWidth = vector_width(kInputs, sizeof(T));
-  const std::int64_t whole = combination.geometry.numel / kWidth * kWidth;
-  if (whole > 0) {
-    launch_combine<T, kInputs, kWidth, false>(combination, target);
-  }
-  if (whole < combination.geometry.numel) {
-    Combination<T> rest = combination;
-    rest.geometry = from_element(rest.geometry, whole);
-    for (Operand& operand : rest.operands) {
-      operand = from_element(operand, whole, sizeof(T));
-    }
-    launch_elements(rest, target);
-  }
-}
-
-template <typename T, int... kInputs>
-void launch_exact(std::integer_sequence<int, kInputs...>, const Combination<T>& combination, const Target& target) {
-  ((combination.num_inputs == kInputs + 1 ? launch_vectors<T, kInputs + 1>(combination, target) : void()), ...);
-}
-
-template <typename T>
 void combine(const Combination<T>& combination, const Target& target) {
-  const Geometry& geometry = combination.geometry;
-  if (geometry.numel == 0) {
-    return;
-  }
-  if (geometry.dims > kWalkedDims) {
-    Combination<T> part = combination;
-    part.geometry = without_first(geometry);
-    for (std::int64_t i = 0; i < geometry.sizes[0]; ++i) {
-      std::transform(combination.operands.begin(), combination.operands.end(), part.operands.begin(),
-                     [i](const Operand& operand) { return at_first(operand, i, sizeof(T)); });
-      combine(part, target);
-    }
-    return;
-  }
-  const int inputs = combination.num_inputs;
-  const auto fits = [&](int width) {
-    return std::all_of(combination.operands.begin(), combination.operands.end(),
-                       [&](const Operand& operand) { return takes_vectors(geometry, operand, width, sizeof(T)); });
-  };
-  if (inputs <= kExactInputs && fits(vector_width(kExactInputs, sizeof(T)))) {
-    geometry.dims == 1
-        ? launch_exact(std::make_integer_sequence<int, kExactInputs>{}, combination, target)
-        : launch_combine<T, kExactInputs, vector_width(kExactInputs, sizeof(T)), true>(combination, target);
-  } else if (inputs > kExactInputs && inputs <= 16 && geometry.dims == 1 && fits(vector_width(16, sizeof(T)))) {
-    launch_vectors<T, 16>(combination, target);
-  } else if (inputs > 16 && inputs <= 32 && geometry.dims == 1 && fits(vector_width(32, sizeof(T)))) {
-    launch_vectors<T, 32>(combination, target);
-  } else {
-    launch_elements(combination, target);
-  }
+  run_pass<T>(std::integer_sequence<int, 1, 2, 3, 4, 5, 6, 7, 8, 16, 32>{}, combination,
+              [&]<int kInputs, int kWidth, bool kStrided>(const Combination<T>& part) {
+                launch_combine<T, kInputs, kWidth, kStrided>(part, target);
+              });
 }
 
 }  // namespace lesa::cuda

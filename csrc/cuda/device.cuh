@@ -173,20 +173,36 @@ inline void check(cudaError_t error, const Target& target) {
   }
 }
 
-// How many blocks of a kernel the device holds at a time; asked once per kernel and device.
+// A number that belongs to a device, asked for once.
+template <typename Ask>
+int remembered(std::array<std::atomic<int>, 128>& known, const Target& target, const Ask& ask) {
+  auto& entry = known.at(target.device);
+  int value = entry.load(std::memory_order_relaxed);
+  if (value == 0) {
+    value = ask();
+    entry.store(value, std::memory_order_relaxed);
+  }
+  return value;
+}
+
+inline int multiprocessors(const Target& target) {
+  static std::array<std::atomic<int>, 128> known{};
+  return remembered(known, target, [&] {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, target.device), target);
+    return count;
+  });
+}
+
+// How many blocks of a kernel the device holds at a time.
 template <auto kKernel>
 int resident_blocks(const Target& target) {
   static std::array<std::atomic<int>, 128> known{};
-  auto& entry = known.at(target.device);
-  int blocks = entry.load(std::memory_order_relaxed);
-  if (blocks == 0) {
-    int multiprocessors = 0, each = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, target.device), target);
+  return remembered(known, target, [&] {
+    int each = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kThreads, 0), target);
-    blocks = multiprocessors * each;
-    entry.store(blocks, std::memory_order_relaxed);
-  }
-  return blocks;
+    return multiprocessors(target) * each;
+  });
 }
 
 template <auto kKernel, typename Task>

@@ -1,17 +1,21 @@
-// What the entries of all ops on CUDA share: the current stream and the features' type.
+// What the entries of all ops on CUDA share.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "contract.h"
 #include "cuda/kernels.h"
+#include "cuda/plan.h"
 
 // Lives in libtorch_cuda. Weak, so that this library builds and loads beside a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
 
 namespace lesa::cuda {
+
+static_assert(kMaxHistory == kMostInputs && kMaxForecasts == kMostOutputs);
 
 using torch::stable::accelerator::DeviceGuard;
 
@@ -28,6 +32,16 @@ inline Target target_of(const char* op, const Tensor& tensor) {
 template <typename Body>
 void for_feature(ScalarType dtype, Body&& body) {
   for_dtype<float, float16, bfloat16>(dtype, body);
+}
+
+// With room for the tensors that an op adds.
+inline std::vector<Source> sources_of(const std::vector<Tensor>& tensors) {
+  std::vector<Source> sources;
+  sources.reserve(kMaxHistory + kMaxForecasts);
+  for (const Tensor& tensor : tensors) {
+    sources.push_back(source_of(tensor));
+  }
+  return sources;
 }
 
 }  // namespace lesa::cuda

@@ -33,6 +33,40 @@ struct Combination {
 template <typename T>
 void combine(const Combination<T>& combination, const Target& target);
 
+// The sums from which all gradients of the parameters follow, S_k = sum g * in[k] and S_b = sum g, with the gradient g
+// of the forecast given; or, for an L1 loss, g = sign(forecast - target) / N, and the loss itself.
+template <typename T>
+struct Reduction {
+  Geometry geometry;
+  std::vector<Operand> operands;  // K inputs, newest last, then the gradient or the target, then the output if any
+  int num_inputs;
+  Parameter<T> weight;
+  Parameter<T> bias;
+  Parameter<T> gain;
+  bool is_loss;  // the operand after the inputs is the target of an L1 loss; the output receives the forecast
+};
+
+// Where a sum goes: fresh, contiguous memory of float32 or the features' type; null where nobody wants it.
+struct Result {
+  void* data;
+  bool is_float;
+};
+
+struct Gradients {
+  Result weight;
+  Result bias;
+  Result gain;
+  float* loss;     // null unless the reduction is a loss
+  float* factors;  // K + 1 floats or null: d forecast / d in[k], then a zero
+};
+
+// How many doubles `reduce` needs to work in.
+std::int64_t reduction_workspace(int num_inputs, const Target& target);
+
+// Runs the reduction and writes the gradients. Every sum has a fixed order: the same input gives the same bits.
+template <typename T>
+void reduce(const Reduction<T>& reduction, double* workspace, const Gradients& gradients, const Target& target);
+
 // to = from, rounded to nearest where the types differ; bits are kept where they do not.
 template <typename To, typename From>
 void copy(const Geometry& geometry, const Operand& to, const Operand& from, const Target& target);

@@ -1,27 +1,14 @@
-// The ops on CUDA: check, lay out, launch. What each op means stands in lesa_kernels/reference.py.
+// The ops that forecast and move features: check, lay out, launch. What each op means stands in
+// lesa_kernels/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
 #include <vector>
 
-#include "contract.h"
 #include "cuda/entry.h"
-#include "cuda/kernels.h"
-#include "cuda/plan.h"
 
 namespace lesa::cuda {
 namespace {
-
-static_assert(kMaxHistory == kMostInputs && kMaxForecasts == kMostOutputs);
-
-std::vector<Source> sources_of(const std::vector<Tensor>& tensors) {
-  std::vector<Source> sources;
-  sources.reserve(kMaxHistory + kMaxForecasts);
-  for (const Tensor& tensor : tensors) {
-    sources.push_back(source_of(tensor));
-  }
-  return sources;
-}
 
 // Runs out[m] = sum_k coefficients[m, k] * in[k] + offsets[m] on the sources, K inputs and then the outputs; with a
 // gain, predict.

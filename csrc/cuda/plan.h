@@ -7,6 +7,8 @@
 namespace lesa::cuda {
 
 inline constexpr int kThreads = 256;
+inline constexpr int kWarpThreads = 32;
+inline constexpr int kWarps = kThreads / kWarpThreads;
 // Asked of the compiler as well: at most 128 registers a thread, so that two blocks always fit.
 inline constexpr int kResidentBlocks = 2;
 

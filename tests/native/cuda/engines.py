@@ -106,8 +106,18 @@ class Engine(ABC):
         if message:
             raise RuntimeError(message.decode())
 
+    def number(self, function: str, *arguments: Any) -> int:
+        """Call a C function that returns a number."""
+        entry = getattr(self._library, function)
+        entry.restype = ctypes.c_int64
+        return int(entry(*arguments))
+
     def fail_launches(self, error: int) -> None:
         self._library.fail_launches(error)
+
+    @abstractmethod
+    def check_launches(self, *names: str) -> None:
+        """Check which kernels the last call launched, by parts of their names."""
 
 
 class Host(Engine):
@@ -118,6 +128,9 @@ class Host(Engine):
 
     def finish(self) -> None:
         pass  # a sanitizer's report ends the process
+
+    def check_launches(self, *names: str) -> None:
+        pass  # kernels that g++ compiled have no names
 
     def address(self, storage: np.ndarray) -> int:
         return storage.ctypes.data
@@ -134,8 +147,14 @@ class Simulated(Engine):
         callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
         self._callback = callback(self._launch)
         self._library.on_launch(self._callback)
-        parts = [part for path in ptx for part in re.split(r"\.entry ", path.read_text())[1:]]
+        texts = [path.read_text() for path in ptx]
+        parts = [part for text in texts for part in re.split(r"\.entry ", text)[1:]]
         self._ptx = {re.match(r"\w+", part)[0]: part for part in parts}  # type: ignore[index]
+        # What inlined functions share is declared outside of the kernels; the simulator wants it inside.
+        shared = [
+            found for text in texts for found in re.finditer(r"^(?:\.weak )?(\.shared .*?(\w+)\[\d+\];)", text, re.M)
+        ]
+        self._shared = {found[2]: found[1] for found in shared}
         self._modules: dict[str, tuple[Any, int]] = {}
 
     def begin(self) -> None:
@@ -144,6 +163,10 @@ class Simulated(Engine):
     def call(self, function: str, *arguments: Any) -> None:
         self.launches, self._error = [], None
         super().call(function, *arguments)
+
+    def check_launches(self, *names: str) -> None:
+        assert len(self.launches) == len(names), self.launches
+        assert all(name in launch for name, launch in zip(names, self.launches, strict=True)), self.launches
 
     def finish(self) -> None:
         if self._error is not None:
@@ -167,7 +190,8 @@ class Simulated(Engine):
             head, brace, body = text.partition("{")
             head = head.replace(size[0], f".param .u64 {name}")
             body = body.replace("ld.param.", "ld.global.").replace(name, "%task")
-            text = f".entry {head}{brace}\nld.param.u64 %task, [{name}];\n{body}"
+            used = "\n".join(text for variable, text in self._shared.items() if variable in body)
+            text = f".entry {head}{brace}\n{used}\nld.param.u64 %task, [{name}];\n{body}"
             self._modules[kernel] = simulator().Module(text), int(size[1])
         return self._modules[kernel]
 

@@ -1,0 +1,128 @@
+// predict_backward and predict_l1: check, lay out, launch. What each op means stands in lesa_kernels/reference.py.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cuda/entry.h"
+
+namespace lesa::cuda {
+namespace {
+
+// The arguments of predict.
+struct Arguments {
+  const std::vector<Tensor>& history;
+  const Tensor& weight;
+  const Tensor& bias;
+  const Tensor& gain;
+};
+
+// What a reduction writes.
+struct Outputs {
+  Tensor weight, bias, gain;
+  std::optional<Tensor> loss, factors;
+
+  explicit Outputs(const Arguments& like)
+      : weight(fresh_like(like.weight)), bias(fresh_like(like.bias)), gain(fresh_like(like.gain)) {}
+};
+
+Tensor fresh(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+}
+
+Result result_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float}; }
+
+float* floats_of(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<float*>(tensor->data_ptr()) : nullptr;
+}
+
+// Reduces the history and `other`, which is the forecast's gradient, or the target if a loss is wanted.
+template <typename T>
+void run(const Arguments& arguments, const Tensor& other, const std::optional<Tensor>& forecast, const Outputs& outputs,
+         const Target& target) {
+  std::vector<Source> sources = sources_of(arguments.history);
+  sources.push_back(source_of(other));
+  if (forecast) {
+    sources.push_back(source_of(*forecast));
+  }
+  Reduction<T> reduction{};
+  reduction.operands.resize(sources.size());
+  reduction.geometry = lay_out(target.op, shape_of(other), sources, reduction.operands);
+  reduction.num_inputs = static_cast<int>(arguments.history.size());
+  reduction.weight = parameter_of<T>(arguments.weight);
+  reduction.bias = parameter_of<T>(arguments.bias);
+  reduction.gain = parameter_of<T>(arguments.gain);
+  reduction.is_loss = outputs.loss.has_value();
+  const Tensor workspace = fresh(other, {reduction_workspace(reduction.num_inputs, target)}, ScalarType::Double);
+  const Gradients gradients{result_of(outputs.weight), result_of(outputs.bias), result_of(outputs.gain),
+                            floats_of(outputs.loss), floats_of(outputs.factors)};
+  reduce(reduction, static_cast<double*>(workspace.data_ptr()), gradients, target);
+}
+
+// history[k] enters the forecast with factors[k], so that its gradient is a forecast from grad alone.
+template <typename T>
+std::vector<Tensor> history_gradients(const Tensor& grad, std::size_t count, float* factors, const Target& target) {
+  std::vector<Tensor> gradients;
+  std::vector<Source> sources = sources_of({grad});
+  for (std::size_t k = 0; k < count; ++k) {
+    gradients.push_back(fresh_like(grad));
+    sources.push_back(source_of(gradients.back()));
+  }
+  Combination<T> combination{};
+  combination.operands.resize(sources.size());
+  combination.geometry = lay_out(target.op, shape_of(grad), sources, combination.operands);
+  combination.num_inputs = 1;
+  combination.coefficients = {factors, 1, 0, true};
+  combination.offsets = {factors + count, 0, 0, true};
+  combine(combination, target);
+  return gradients;
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> predict_backward(const Tensor& grad,
+                                                                         const std::vector<Tensor>& history,
+                                                                         const Tensor& weight, const Tensor& bias,
+                                                                         const Tensor& gain, bool history_needs_grad) {
+  const char* op = "predict_backward";
+  check_predict(op, history, weight, bias, gain);
+  check_like(op, {"grad"}, grad, {"history", 0}, history[0]);
+  const DeviceGuard guard(grad.get_device_index());
+  const Target target = target_of(op, grad);
+  const Arguments arguments{history, weight, bias, gain};
+  Outputs outputs(arguments);
+  std::vector<Tensor> of_history;
+  for_feature(grad.scalar_type(), [&]<typename T>() {
+    if (history_needs_grad) {
+      outputs.factors = fresh(grad, {static_cast<std::int64_t>(history.size()) + 1}, ScalarType::Float);
+    }
+    run<T>(arguments, grad, std::nullopt, outputs, target);
+    if (history_needs_grad) {
+      of_history = history_gradients<T>(grad, history.size(), floats_of(outputs.factors), target);
+    }
+  });
+  return {std::move(of_history), outputs.weight, outputs.bias, outputs.gain};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> predict_l1(const std::vector<Tensor>& history, const Tensor& truth,
+                                                      const Tensor& weight, const Tensor& bias, const Tensor& gain,
+                                                      std::optional<Tensor> out) {
+  check_predict_l1(history, truth, weight, bias, gain, out);
+  const DeviceGuard guard(truth.get_device_index());
+  const Target target = target_of("predict_l1", truth);
+  const Arguments arguments{history, weight, bias, gain};
+  Outputs outputs(arguments);
+  outputs.loss = fresh(truth, {}, ScalarType::Float);
+  for_feature(truth.scalar_type(), [&]<typename T>() { run<T>(arguments, truth, out, outputs, target); });
+  return {*outputs.loss, outputs.weight, outputs.bias, outputs.gain};
+}
+
+}  // namespace
+}  // namespace lesa::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(lesa, CUDA, m) {
+  m.impl("predict_backward", TORCH_BOX(&lesa::cuda::predict_backward));
+  m.impl("predict_l1", TORCH_BOX(&lesa::cuda::predict_l1));
+}
