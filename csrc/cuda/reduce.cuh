@@ -66,14 +66,15 @@ __device__ void finish_block(const Task& task, const float (&sums)[kSums]) {
   }
 }
 
-// 64 sums and as many addresses do not fit into half of a multiprocessor's registers.
+// From 16 inputs on, their sums and the loads in flight do not fit into half of a multiprocessor's registers.
 template <int kInputs>
-inline constexpr int kReduceBlocks = kInputs <= 32 ? kResidentBlocks : 1;
+inline constexpr int kReduceBlocks = kInputs <= kExactInputs ? kResidentBlocks : 1;
 
 template <typename T, int kInputs, int kWidth, bool kStrided, bool kLoss>
 __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
     reduce_kernel(const __grid_constant__ ReduceTask<T, kInputs, kWidth, kStrided> task) {
   constexpr bool kHolds = kInputs <= kExactInputs;
+  constexpr int kGroup = kHolds ? kInputs : kLoadsInFlight;
   __shared__ float weights[kInputs];
 
   const int unused = task.unused;
@@ -88,31 +89,38 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
   const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t item = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; item < task.items; item += threads) {
     const auto place = task.walk.place(item);
-    const auto read = [&](int k) { return load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place))); };
     const Vector<T, kWidth> other = load<T, kWidth>(advance(task.other, task.walk.input(kInputs, place)));
-    Vector<T, kWidth> held[kHolds ? kInputs : 1] = {};
-    if constexpr (kHolds) {
+    Vector<T, kWidth> group[kGroup];
+    const auto read_group = [&](int first) {
 #pragma unroll
-      for (int k = 0; k < kInputs; ++k) {
+      for (int j = 0; j < kGroup; ++j) {
+        const int k = first + j;
+        group[j] = {};
         if (k >= unused) {
-          held[k] = read(k);
+          group[j] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
         }
       }
+    };
+    if (kHolds) {
+      read_group(0);
     }
     float slopes[kWidth];
     if constexpr (kLoss) {
       float mixes[kWidth] = {};
-      Vector<T, kWidth> newest{};
+#pragma unroll 1  // one turn where a thread holds its inputs; else addresses would outlive it
+      for (int first = 0; first < kInputs; first += kGroup) {
+        if (!kHolds) {
+          read_group(first);
+        }
 #pragma unroll
-      for (int k = 0; k < kInputs; ++k) {
-        if (k >= unused) {
-          newest = kHolds ? held[kHolds ? k : 0] : read(k);
+        for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) {
-            mixes[e] = add_term(mixes[e], weights[k], widen(newest[e]));
+            mixes[e] = add_term(mixes[e], weights[first + j], widen(group[j][e]));
           }
         }
       }
+      const Vector<T, kWidth> newest = group[kGroup - 1];
       float loss = 0.0f;
       Vector<T, kWidth> forecast;
 #pragma unroll
@@ -140,15 +148,18 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
     }
     sums[kInputs] += total;
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) {
-      if (k >= unused) {
-        const Vector<T, kWidth> feature = kHolds ? held[kHolds ? k : 0] : read(k);
+    for (int first = 0; first < kInputs; first += kGroup) {
+      if (!kHolds) {
+        read_group(first);
+      }
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
         float product = 0.0f;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          product = add_term(product, slopes[e], widen(feature[e]));
+          product = add_term(product, slopes[e], widen(group[j][e]));
         }
-        sums[k] += product;
+        sums[first + j] += product;
       }
     }
   }

@@ -1,0 +1,148 @@
+"""What the compiler made of the CUDA kernels: the resource report and the machine code of the built library."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import lesa_kernels as lesa
+from lesa_kernels.backends import libraries
+
+LIBRARY = Path(lesa.__file__).parent / "_cuda.so"
+ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
+# A multiprocessor has 65,536 registers: 128 let two blocks of 256 threads share it, 255 let one run.
+REGISTERS_OF_TWO_BLOCKS, REGISTERS_OF_ONE_BLOCK = 128, 255
+# Loads that must be under way together, or all of a kernel's inputs if they are fewer: csrc/cuda/plan.h.
+LOADS_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The template arguments of an elementwise or reducing kernel, as its name has them."""
+
+    family: str
+    inputs: int
+    width: int
+    strided: bool
+    loads: int  # bytes of one load
+    stores: int  # bytes of one store; 0 where it writes no features
+
+    @classmethod
+    def of(cls, name: str) -> Shape | None:
+        """Read a kernel's name; None for kernels that do not walk features."""
+        found = re.search(r"(combine|reduce|copy)_kernel<([^>]*)>", name)
+        if found is None:
+            return None
+        arguments = [argument.removeprefix("lesa::") for argument in found[2].split(", ")]
+        sizes = [ELEMENT_BYTES[argument] for argument in arguments if argument in ELEMENT_BYTES]
+        numbers = [int(argument) for argument in arguments if argument.isdigit()]
+        flags = [argument == "true" for argument in arguments if argument in ("true", "false")]
+        *_, width = numbers
+        to, source = (sizes[0], sizes[-1])
+        stores = 0 if found[1] == "reduce" and not flags[1] else width * to
+        return cls(found[1], numbers[0] if len(numbers) == 2 else 1, width, flags[0], width * source, stores)
+
+
+def _cuobjdump(*options: str) -> str:
+    """Run NVIDIA's disassembler, the toolkit's or the copy in the triton package, and read the names of kernels."""
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := find_spec("triton")) and triton.origin:
+        found = shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    if found is None:
+        pytest.skip("cuobjdump was not found, neither on the PATH nor in the triton package")
+    if shutil.which("c++filt") is None:
+        pytest.skip("c++filt (binutils) was not found")
+    text = subprocess.run([found, *options, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    if not LIBRARY.exists():
+        pytest.skip(libraries.load_library("_cuda").reason)
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[tuple[str, dict[str, int]]]:
+    """Name and resources of each kernel, for every architecture in the library."""
+    found = re.findall(r"Function (.+):\n\s+(REG:.*)", _cuobjdump("--dump-resource-usage"))
+    return [(name, {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", text)}) for name, text in found]
+
+
+def _blocks_meant(name: str) -> int:
+    """How many blocks of a kernel are to share a multiprocessor: csrc/cuda/reduce.cuh has the exception."""
+    shape = Shape.of(name)
+    return 1 if shape and shape.family == "reduce" and shape.inputs > 8 else 2
+
+
+def test_kernels_keep_everything_in_registers(resources: list[tuple[str, dict[str, int]]]) -> None:
+    assert resources
+    assert not [name for name, used in resources if used["STACK"] or used["LOCAL"]]
+
+
+def test_registers_leave_room_for_the_blocks_that_are_meant_to_run(
+    resources: list[tuple[str, dict[str, int]]],
+) -> None:
+    limits = {1: REGISTERS_OF_ONE_BLOCK, 2: REGISTERS_OF_TWO_BLOCKS}
+    assert not [(name, used["REG"]) for name, used in resources if used["REG"] > limits[_blocks_meant(name)]]
+
+
+def _machine_code(architecture: str) -> Iterator[tuple[str, list[str]]]:
+    """Name and opcodes of each kernel."""
+    text = _cuobjdump("-sass", "-arch", f"sm_{architecture}")
+    for part in text.split("Function : ")[1:]:
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", part)
+        yield part.splitlines()[0], opcodes
+
+
+def _accesses(opcodes: list[str], kind: str, size: int) -> list[int]:
+    """Positions of the global loads (LDG) or stores (STG) of this many bytes."""
+    suffix = {16: ".128", 8: ".64", 4: "", 2: ".U16"}[size]
+    pattern = re.compile(rf"{kind}\.E(?:\.EF|\.NA)?{re.escape(suffix)}(\.CONSTANT|\.SYS|\.STRONG\.\w+)*$")
+    return [position for position, opcode in enumerate(opcodes) if pattern.match(opcode)]
+
+
+def _most_together(opcodes: list[str], loads: list[int]) -> int:
+    """The longest row of loads with no floating-point sum and no store between them."""
+    best = run = 0
+    for position, opcode in enumerate(opcodes):
+        if position in loads:
+            run += 1
+            best = max(best, run)
+        elif opcode.startswith(("FFMA", "FADD", "STG")):
+            run = 0
+    return best
+
+
+ARCHITECTURES = [
+    pytest.param("80", marks=pytest.mark.exhaustive),
+    "90",
+    pytest.param("100", marks=pytest.mark.exhaustive),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vectors_are_loaded_and_stored_whole(architecture: str) -> None:
+    """Each vector kernel moves vectors of its width, 16 bytes up to 8 inputs, and loads several before the first sum."""
+    if f"{architecture}-real" not in libraries.read_record()["architectures"]:
+        pytest.skip(f"sm_{architecture} is not among the architectures that were built")
+    vectors = 0
+    for name, opcodes in _machine_code(architecture):
+        assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], name
+        shape = Shape.of(name)
+        if shape is None or shape.width == 1:
+            continue
+        vectors += 1
+        assert max(shape.loads, shape.stores) == 16 or shape.inputs > 8, name
+        loads = _accesses(opcodes, "LDG", shape.loads)
+        assert len(loads) >= min(shape.inputs, LOADS_IN_FLIGHT), name
+        assert _most_together(opcodes, loads) >= min(shape.inputs, LOADS_IN_FLIGHT), name
+        assert bool(_accesses(opcodes, "STG", shape.stores or 16)) == bool(shape.stores), name
+    assert vectors
