@@ -194,23 +194,27 @@ inline void check_rows(const char* op, const Tensor& coefficients, const Tensor&
   check_vector(op, {"offsets"}, offsets, rows, like_name, like);
 }
 
-// A ring is written, so no two of its elements may share memory: this finds what expand and unfold make.
+// A tensor is written, so no two of its elements may share memory: this finds what expand and unfold make.
+inline void check_distinct_elements(const char* op, Name name, const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (std::size_t a = 0; a < sizes.size(); ++a) {
+    for (std::size_t b = 0; b < sizes.size(); ++b) {
+      const bool reaches =
+          strides[b] == 0 || (a != b && strides[a] % strides[b] == 0 && strides[a] / strides[b] < sizes[b]);
+      if (reaches && sizes[b] > 1 && (a == b || sizes[a] > 1) && tensor.numel() > 0) {
+        refuse(op, name, " must not overlap itself in memory, got strides ", Shape{strides.data(), strides.size()},
+               " for shape ", shape_of(tensor));
+      }
+    }
+  }
+}
+
 inline void check_ring(const char* op, const Tensor& ring) {
   if (ring.dim() < 1) {
     refuse(op, "ring must have shape (slots, *feature), got ", shape_of(ring));
   }
   check_feature(op, {"ring"}, ring);
-  const auto sizes = ring.sizes(), strides = ring.strides();
-  for (std::size_t a = 0; a < sizes.size(); ++a) {
-    for (std::size_t b = 0; b < sizes.size(); ++b) {
-      const bool reaches =
-          strides[b] == 0 || (a != b && strides[a] % strides[b] == 0 && strides[a] / strides[b] < sizes[b]);
-      if (reaches && sizes[b] > 1 && (a == b || sizes[a] > 1) && ring.numel() > 0) {
-        refuse(op, "ring must not overlap itself in memory, got strides ", Shape{strides.data(), strides.size()},
-               " for shape ", shape_of(ring));
-      }
-    }
-  }
+  check_distinct_elements(op, {"ring"}, ring);
 }
 
 inline void check_slot(const char* op, Name name, std::int64_t slot, const Tensor& ring) {
@@ -296,6 +300,7 @@ inline void check_predict_l1(const std::vector<Tensor>& history, const Tensor& t
   check_like(op, {"target"}, target, {"history", 0}, history[0]);
   if (out) {
     check_like(op, {"out"}, *out, {"history", 0}, history[0]);
+    check_distinct_elements(op, {"out"}, *out);
     check_apart(op, {"out"}, *out, {"target"}, target);
     for (std::size_t k = 0; k < history.size(); ++k) {
       check_apart(op, {"out"}, *out, {"history", static_cast<std::int64_t>(k)}, history[k]);

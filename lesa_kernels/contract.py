@@ -131,16 +131,20 @@ def check_ring(op: str, ring: Tensor) -> None:
     check_feature(op, "ring", ring)
 
 
-def check_distinct_elements(op: str, ring: Tensor) -> None:
-    """Check that no two elements of a ring share memory, as those that `expand` and `unfold` make do."""
-    dims = [(size, stride) for size, stride in zip(ring.shape, ring.stride(), strict=True) if size > 1]
+def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
+    """Check that no two elements of a tensor that is written share memory, as those of `expand` and `unfold` do.
+
+    Raises:
+        ValueError: when two do.
+    """
+    dims = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     for a, (_, stride_a) in enumerate(dims):
         for b, (size_b, stride_b) in enumerate(dims):
             meets = stride_b == 0 or (a != b and stride_a % stride_b == 0 and stride_a // stride_b < size_b)
-            if meets and ring.numel() > 0:
+            if meets and tensor.numel() > 0:
                 raise ValueError(
-                    f"lesa::{op}: ring must not overlap itself in memory, got strides {ring.stride()} "
-                    f"for shape {_shape(ring)}"
+                    f"lesa::{op}: {name} must not overlap itself in memory, got strides {tensor.stride()} "
+                    f"for shape {_shape(tensor)}"
                 )
 
 
@@ -185,6 +189,21 @@ def check_push(ring: Tensor, feature: Tensor, slot: int) -> None:
         )
     check_device("push", "feature", feature, "ring", ring)
     check_slot("push", "slot", slot, ring)
+
+
+def check_apart(op: str, name: str, written: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that a tensor shares no memory with another; where strides interleave, the caller answers for it.
+
+    Raises:
+        ValueError: when contiguous memory of the two overlaps.
+    """
+    size = written.numel() * written.element_size()
+    distance = written.data_ptr() - other.data_ptr()
+    if written.is_contiguous() and other.is_contiguous() and abs(distance) < size:
+        raise ValueError(
+            f"lesa::{op}: {name} must not share memory with {other_name}, "
+            f"got memory that starts {distance} bytes after its start"
+        )
 
 
 def check_kan_linear(

@@ -177,20 +177,21 @@ for _name in ("predict_backward", "kan_linear_backward"):
     torch.library.register_autograd(f"lesa::{_name}", _refuse_twice, setup_context=_once_setup, lib=_library)
 
 
-def _watch_mutation(name: str) -> None:
-    """Let autograd see that an op writes to its first argument: a backward that saved the old values then refuses."""
+def _watch_mutation(name: str, position: int) -> None:
+    """Let autograd see that an op writes to an argument: a backward that saved the old values then refuses."""
     overload = getattr(torch.ops.lesa, name).default
 
-    def kernel(keyset: torch._C.DispatchKeySet, mutated: Tensor, *arguments: Any) -> None:
-        torch.autograd.graph.increment_version(mutated)
+    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if arguments[position] is not None:
+            torch.autograd.graph.increment_version(arguments[position])
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, mutated, *arguments)
+            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
     _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-for _name in ("forecast_into", "push"):
-    _watch_mutation(_name)
+for _name, _position in (("forecast_into", 0), ("push", 0), ("predict_l1", 5)):
+    _watch_mutation(_name, _position)
 
 
 class _PredictL1(torch.autograd.Function):

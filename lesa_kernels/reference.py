@@ -143,13 +143,17 @@ def predict_l1(
         loss [] (float32; float64 for float64 features), then the gradients of weight, bias and gain.
 
     Raises:
-        ValueError: for a wrong shape, count or device.
+        ValueError: for a wrong shape, count or device, or where `out` overlaps itself or another feature.
         TypeError: for a wrong dtype.
     """
     contract.check_predict("predict_l1", history, weight, bias, gain)
     contract.check_like("predict_l1", "target", target, "history[0]", history[0])
     if out is not None:
         contract.check_like("predict_l1", "out", out, "history[0]", history[0])
+        contract.check_distinct_elements("predict_l1", "out", out)
+        contract.check_apart("predict_l1", "out", out, "target", target)
+        for k, feature in enumerate(history):
+            contract.check_apart("predict_l1", "out", out, f"history[{k}]", feature)
     forecast = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
     error = forecast - target.to(forecast.dtype)
     count = error.numel()
@@ -199,7 +203,7 @@ def forecast_into(
         TypeError: for a wrong dtype.
     """
     contract.check_forecast_into(ring, coefficients, offsets, read, write)
-    contract.check_distinct_elements("forecast_into", ring)
+    contract.check_distinct_elements("forecast_into", "ring", ring)
     rows = forecast([ring[slot] for slot in read], coefficients, offsets)
     for slot, row in zip(write, rows, strict=True):
         ring[slot].copy_(row)
@@ -218,7 +222,7 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
         TypeError: for a dtype that is no feature dtype.
     """
     contract.check_push(ring, feature, slot)
-    contract.check_distinct_elements("push", ring)
+    contract.check_distinct_elements("push", "ring", ring)
     ring[slot].copy_(feature)
 
 
