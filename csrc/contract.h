@@ -258,6 +258,54 @@ inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t s
   check_slot(op, {"slot"}, slot, ring);
 }
 
+inline void check_shaped(const char* op, Name name, const Tensor& tensor, Shape shape, Name like_name,
+                         const Tensor& like) {
+  if (!same_sizes(shape_of(tensor), shape)) {
+    refuse(op, name, " must have shape ", shape, ", got ", shape_of(tensor));
+  }
+  check_parameter(op, name, tensor, like_name, like);
+}
+
+// A KAN layer of I inputs, O outputs and B bases: x [..., I], grid [I, B + order + 1], base_weight and spline_scaler
+// [O, I], spline_weight [O, I, B].
+inline void check_kan_linear(const char* op, const Tensor& x, const Tensor& grid, const Tensor& base_weight,
+                             const Tensor& spline_weight, const Tensor& spline_scaler) {
+  check_feature(op, {"x"}, x);
+  if (x.dim() < 1) {
+    refuse(op, "x must have shape (..., inputs), got ", shape_of(x));
+  }
+  const std::int64_t inputs = x.size(x.dim() - 1);
+  if (base_weight.dim() != 2 || base_weight.size(1) != inputs) {
+    refuse(op, "base_weight must have shape (outputs, ", inputs, "), got ", shape_of(base_weight));
+  }
+  const std::int64_t outputs = base_weight.size(0);
+  if (spline_weight.dim() != 3 || spline_weight.size(0) != outputs || spline_weight.size(1) != inputs ||
+      spline_weight.size(2) < 1) {
+    refuse(op, "spline_weight must have shape (", outputs, ", ", inputs, ", bases), got ", shape_of(spline_weight));
+  }
+  const std::int64_t bases = spline_weight.size(2);
+  if (grid.dim() != 2 || grid.size(0) != inputs || grid.size(1) < bases + 1) {
+    refuse(op, "grid must have shape (", inputs, ", ", bases, " + order + 1), got ", shape_of(grid));
+  }
+  const std::int64_t weights[] = {outputs, inputs};
+  check_parameter(op, {"grid"}, grid, {"x"}, x);
+  check_parameter(op, {"base_weight"}, base_weight, {"x"}, x);
+  check_parameter(op, {"spline_weight"}, spline_weight, {"x"}, x);
+  check_shaped(op, {"spline_scaler"}, spline_scaler, {weights, 2}, {"x"}, x);
+}
+
+// The gradient of an output of this shape: of the dtype and on the device of another tensor.
+inline void check_gradient(const char* op, const Tensor& grad, Shape shape, Name like_name, const Tensor& like) {
+  if (!same_sizes(shape_of(grad), shape)) {
+    refuse(op, "grad must have shape ", shape, ", got ", shape_of(grad));
+  }
+  if (grad.scalar_type() != like.scalar_type()) {
+    refuse(op, "grad must have dtype ", dtype_name(like.scalar_type()), " like ", like_name, ", got ",
+           dtype_name(grad.scalar_type()));
+  }
+  check_device(op, {"grad"}, grad, like_name, like);
+}
+
 // Merges dimensions (geometry.h) or refuses what has too many.
 inline Geometry lay_out(const char* op, Shape shape, std::span<const Source> sources, std::span<Operand> operands) {
   const Geometry geometry = merge_dimensions({shape.sizes, shape.dims}, sources, operands);

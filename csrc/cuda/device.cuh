@@ -56,6 +56,16 @@ __device__ void store(void* address, const Vector<T, kWidth>& vector) {
   *static_cast<Bits*>(address) = std::bit_cast<Bits>(vector);
 }
 
+// Writes a gradient of a parameter: float32 or the features' type.
+template <typename T>
+__device__ void write(const Result& result, std::int64_t index, double value) {
+  if (result.is_float) {
+    static_cast<float*>(result.data)[index] = static_cast<float>(value);
+  } else {
+    static_cast<T*>(result.data)[index] = narrow<T>(static_cast<float>(value));
+  }
+}
+
 // The dimensions that a kernel walks, right-aligned (the others have size 1), in items along the last one.
 struct Extent {
   std::int64_t sizes[kWalkedDims];

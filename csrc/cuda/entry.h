@@ -34,6 +34,8 @@ void for_feature(ScalarType dtype, Body&& body) {
   for_dtype<float, float16, bfloat16>(dtype, body);
 }
 
+inline Result result_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float}; }
+
 // With room for the tensors that an op adds.
 inline std::vector<Source> sources_of(const std::vector<Tensor>& tensors) {
   std::vector<Source> sources;

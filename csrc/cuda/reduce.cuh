@@ -179,15 +179,6 @@ struct GradientTask {
   Gradients gradients;
 };
 
-template <typename T>
-__device__ void write(const Result& result, int index, double value) {
-  if (result.is_float) {
-    static_cast<float*>(result.data)[index] = static_cast<float>(value);
-  } else {
-    static_cast<T*>(result.data)[index] = narrow<T>(static_cast<float>(value));
-  }
-}
-
 // d loss / d weight[k] = gain * S_k, d bias = gain * S_b, d gain = sum_k weight[k] * S_k + bias * S_b. One block.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)

@@ -34,8 +34,6 @@ Tensor fresh(const Tensor& like, std::initializer_list<std::int64_t> sizes, Scal
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
 }
 
-Result result_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float}; }
-
 float* floats_of(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<float*>(tensor->data_ptr()) : nullptr;
 }

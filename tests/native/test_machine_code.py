@@ -77,9 +77,11 @@ def resources() -> list[tuple[str, dict[str, int]]]:
 
 
 def _blocks_meant(name: str) -> int:
-    """How many blocks of a kernel are to share a multiprocessor: csrc/cuda/reduce.cuh has the exception."""
+    """How many blocks of a kernel are to share a multiprocessor: reduce.cuh and kan.cu have the exceptions."""
     shape = Shape.of(name)
-    return 1 if shape and shape.family == "reduce" and shape.inputs > 8 else 2
+    many_inputs = shape is not None and shape.family == "reduce" and shape.inputs > 8
+    high_order = re.search(r"kan_\w+_kernel<.*, 8>", name) is not None
+    return 1 if many_inputs or high_order else 2
 
 
 def test_kernels_keep_everything_in_registers(resources: list[tuple[str, dict[str, int]]]) -> None:
@@ -130,7 +132,7 @@ ARCHITECTURES = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vectors_are_loaded_and_stored_whole(architecture: str) -> None:
-    """Each vector kernel moves vectors of its width, 16 bytes up to 8 inputs, and loads several before the first sum."""
+    """Vector kernels move vectors of their width, 16 bytes up to 8 inputs, and load several before the first sum."""
     if f"{architecture}-real" not in libraries.read_record()["architectures"]:
         pytest.skip(f"sm_{architecture} is not among the architectures that were built")
     vectors = 0

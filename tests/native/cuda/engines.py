@@ -50,6 +50,12 @@ class Values(ctypes.Structure):
     )
 
 
+class Result(ctypes.Structure):
+    """Where a gradient goes."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("is_float", ctypes.c_bool))
+
+
 def integers(values: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
 

@@ -24,14 +24,10 @@ from arrays import (
     tensor_of,
     transposed,
 )
-from engines import Engine, Values, integers
+from engines import Engine, Result, Values, integers
 
 from lesa_kernels import reference
 from lesa_kernels.reference import TOLERANCES
-
-
-class Result(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("is_float", ctypes.c_bool))
 
 
 class Gradients(ctypes.Structure):
