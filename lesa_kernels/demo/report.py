@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, WARM_UNIFORM
+from lesa_kernels.machine import device_name
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,12 @@ def table(rows: Sequence[Row], reference: Row, samples: int) -> Table:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Tell what the figures were measured on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-        name = found.group(1) if found else platform.machine()
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
 
 
 def write_json(path: Path, rows: Sequence[Row], reference: Row, settings: dict[str, Any]) -> None:

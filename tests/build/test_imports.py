@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "lesa_kernels"
 
 # Part -> the parts right below it. It may import these and whatever lies below them.
 BELOW: dict[str, set[str]] = {
+    "machine": set(),
     "contract": set(),
     "reference": {"contract"},
     "ops": {"reference"},
@@ -22,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "session": {"plan", "history"},
     "integrations": {"session", "predictors"},
     "training": {"session", "predictors"},
-    "demo": {"integrations", "training"},
+    "demo": {"integrations", "training", "machine"},
     "cli": {"demo", "backends"},
 }
 # Outside package -> the only parts that may know it.
