@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lesa_kernels import reference
+from lesa_kernels.predictors.kan import KANLinear
+
 
 def published_eager(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
     """LESA as its authors' script writes it: stack the history, mix it by a linear layer, scale, add.
@@ -56,3 +59,34 @@ def folded_rows(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor
         M tensors [*feature].
     """
     return [folded_sum(history, coefficients[m], offsets[m]) for m in range(coefficients.shape[0])]
+
+
+def published_l1(history: Sequence[Tensor], target: Tensor, weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
+    """The loss of one published training step, from which autograd goes back.
+
+    Args:
+        history: K tensors [*feature].
+        target: [*feature].
+        weight: [K], requires gradients.
+        bias: [1], likewise.
+        gain: [1], likewise.
+
+    Returns:
+        [], the features' dtype.
+    """
+    return functional.l1_loss(published_eager(history, weight, bias, gain), target)
+
+
+def kan_eager(x: Tensor, layers: Sequence[KANLinear]) -> Tensor:
+    """KAN layers in a row in plain torch, all bases evaluated, differentiated by autograd.
+
+    Args:
+        x: [rows, I].
+        layers: the layers, of which only the parameters are used.
+
+    Returns:
+        [rows, O].
+    """
+    for layer in layers:
+        x = reference.kan_linear(x, layer.grid, layer.base_weight, layer.spline_weight, layer.spline_scaler)
+    return x

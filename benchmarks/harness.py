@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.clock import Clock, Run
+from benchmarks.results import Measurement, Origin
+from lesa_kernels.reference import Tolerance
+
 COPY = "copy of the same bytes"
+MOST_SETS = 128
+MOST_CALLS = 1000
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Variant:
     Args:
         name: what it is called.
         run: computes the outputs of input set i, a list of tensors.
-        checked: whether its outputs must match the reference (a copy's need not).
+        tolerance: how far its outputs may lie from the reference; None for a copy, which computes nothing.
     """
 
     name: str
-    run: Callable[[int], Sequence[Tensor]]
-    checked: bool = True
+    run: Run
+    tolerance: Tolerance | None
 
 
 @dataclass(frozen=True)
@@ -42,54 +41,31 @@ class Case:
 
     Args:
         op: name of the op.
-        size: name of the size.
+        size: name of the size, with what else distinguishes the case.
         moved_bytes: bytes that must be read and written at least.
-        reference: the outputs of input set 0, in float64 or float32.
-        tolerance: largest allowed error relative to the largest magnitude of an output.
-        variants: to be timed, the copy among them.
+        reference: the outputs of input set 0, in a wider dtype.
+        scale: for each output the magnitude that relative errors refer to, of a shape that broadcasts.
+        variants: to be timed, the copy among them; the first one is ours.
+        context: what the variants run under.
     """
 
     op: str
     size: str
     moved_bytes: int
     reference: Sequence[Tensor]
-    tolerance: float
+    scale: Sequence[Tensor]
     variants: Sequence[Variant]
+    context: Callable[[], AbstractContextManager[object]] = torch.inference_mode
+
+    @property
+    def title(self) -> str:
+        """What tables and messages call the case."""
+        return f"{self.op} at {self.size}"
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One row of the results; seconds are wall clock."""
-
-    op: str
-    size: str
-    variant: str
-    median_s: float
-    p20_s: float
-    p80_s: float
-    gb_per_s: float
-    share_of_copy: float
-    device: str
-    threads: int
-    torch: str
-    commit: str
-    date: str
-    command: str
-
-
-def last_level_cache() -> int:
-    """Bytes of the CPU's last-level cache; 32 MiB where the system does not tell."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        match = re.fullmatch(r"(\d+)([KM])", path.read_text().strip())
-        if match:
-            sizes.append(int(match[1]) * (2**10 if match[2] == "K" else 2**20))
-    return max(sizes, default=32 * 2**20)
-
-
-def sets_needed(bytes_per_set: int) -> int:
+def sets_needed(bytes_per_set: int, cache_bytes: int) -> int:
     """How many input sets to rotate through, so that each is cold when its turn comes."""
-    return max(2, min(64, -(-4 * last_level_cache() // max(bytes_per_set, 1))))
+    return max(2, min(MOST_SETS, -(-4 * cache_bytes // max(bytes_per_set, 1))))
 
 
 def check(case: Case) -> None:
@@ -99,24 +75,28 @@ def check(case: Case) -> None:
         ValueError: names the variant and its error.
     """
     for variant in case.variants:
-        if not variant.checked:
+        if variant.tolerance is None:
             continue
-        for got, want in zip(variant.run(0), case.reference, strict=True):
-            error = ((got.double() - want.double()).abs().max() / want.abs().max().double()).item()
-            if not error <= case.tolerance:
+        outputs = variant.run(0)
+        for number, (got, want, scale) in enumerate(zip(outputs, case.reference, case.scale, strict=True)):
+            error = (got.to(want.dtype) - want).abs()
+            allowed = variant.tolerance.absolute + variant.tolerance.relative * scale
+            # A NaN compares false.
+            if not bool((error <= allowed).all()):
                 raise ValueError(
-                    f"{case.op} at {case.size}: {variant.name} must be within {case.tolerance} of the reference, "
-                    f"got {error:.2e}"
+                    f"{case.title}: output {number} of {variant.name} must match the reference, it is off by "
+                    f"{(error - allowed).max().item():.2e} more than allowed"
                 )
 
 
-def measure(case: Case, repeats: int, command: str) -> list[Measurement]:
+def measure(case: Case, clock: Clock, repeats: int, origin: Origin) -> list[Measurement]:
     """Check a case, then time its variants in turn.
 
     Args:
         case: what to measure.
-        repeats: rounds; each runs every variant once, in a rotating order.
-        command: recorded with each row.
+        clock: of the device that the case lies on.
+        repeats: rounds; each takes a sample of every variant, in a rotating order.
+        origin: recorded with each row.
 
     Returns:
         One row a variant.
@@ -124,23 +104,37 @@ def measure(case: Case, repeats: int, command: str) -> list[Measurement]:
     Raises:
         ValueError: when a variant computes something else than the reference.
     """
-    check(case)
-    times: dict[str, list[float]] = {variant.name: [] for variant in case.variants}
-    for turn in range(repeats + 1):
-        order = [*case.variants[turn % len(case.variants) :], *case.variants[: turn % len(case.variants)]]
-        for variant in order:
-            begin = time.perf_counter()
-            result = variant.run(turn)
-            elapsed = time.perf_counter() - begin
-            # Freed outside of the clock: returning pages to the system is not the op's work.
-            del result
-            if turn:
-                times[variant.name].append(elapsed)
-    copy = statistics.median(times[COPY])
-    return [_row(case, name, values, copy, command) for name, values in times.items()]
+    with case.context():
+        check(case)
+        extra = {variant.name: clock.extra_bytes(variant.run) for variant in case.variants}
+        calls = {variant.name: _calls(variant, clock) for variant in case.variants}
+        deadline = time.perf_counter() + clock.warm_seconds
+        _round(case, clock, calls, 0)
+        while time.perf_counter() < deadline:
+            _round(case, clock, calls, 0)
+        rounds = [_round(case, clock, calls, turn) for turn in range(1, repeats + 1)]
+    copy = statistics.median(times[COPY] for times in rounds)
+    return [
+        _row(case, variant.name, [times[variant.name] for times in rounds], copy, extra[variant.name], origin)
+        for variant in case.variants
+    ]
 
 
-def _row(case: Case, name: str, values: list[float], copy: float, command: str) -> Measurement:
+def _calls(variant: Variant, clock: Clock) -> int:
+    """How many calls fill a sample; the check has set up whatever the first call sets up."""
+    return max(1, min(MOST_CALLS, round(clock.sample_seconds / clock.sample(variant.run, 1, 1))))
+
+
+def _round(case: Case, clock: Clock, calls: dict[str, int], turn: int) -> dict[str, float]:
+    """Take one sample of every variant; the order rotates with the turn."""
+    start = turn % len(case.variants)
+    order = [*case.variants[start:], *case.variants[:start]]
+    return {variant.name: clock.sample(variant.run, turn, calls[variant.name]) for variant in order}
+
+
+def _row(
+    case: Case, name: str, values: list[float], copy: float, extra_bytes: int | None, origin: Origin
+) -> Measurement:
     ordered = sorted(values)
     median = statistics.median(values)
     return Measurement(
@@ -152,51 +146,6 @@ def _row(case: Case, name: str, values: list[float], copy: float, command: str) 
         p80_s=ordered[-(-8 * (len(ordered) - 1) // 10)],
         gb_per_s=case.moved_bytes / median / 1e9,
         share_of_copy=copy / median,
-        device=_device(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        commit=_commit(),
-        date=datetime.now(timezone.utc).date().isoformat(),
-        command=command,
+        extra_bytes=extra_bytes,
+        **origin._asdict(),
     )
-
-
-def _device() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found.group(1) if found else platform.machine()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def table(rows: Sequence[Measurement]) -> Table:
-    """Lay out the rows of one case; the last column is the time as a multiple of the first row's."""
-    out = Table(title=f"{rows[0].op} at {rows[0].size}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    out.add_column("variant", no_wrap=True)
-    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours"):
-        out.add_column(name, justify="right", no_wrap=True)
-    own = rows[0].median_s
-    for row in rows:
-        numbers = (f"{1e3 * value:.2f}" for value in (row.median_s, row.p20_s, row.p80_s))
-        out.add_row(
-            row.variant,
-            *numbers,
-            f"{row.gb_per_s:.1f}",
-            f"{100 * row.share_of_copy:.0f} %",
-            f"{row.median_s / own:.2f}",
-        )
-    return out
-
-
-def save(rows: Sequence[Measurement], path: Path) -> None:
-    """Append rows to a CSV file, with a header where it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(Measurement.__dataclass_fields__))
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)

@@ -1,48 +1,217 @@
-"""The benchmark's gate and its bookkeeping; its figures are not tested."""
+"""The benchmark's gate, its clock and its bookkeeping; its figures are not tested."""
 
 from __future__ import annotations
 
+import csv
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
-from benchmarks import cases, harness
-from benchmarks.baselines import folded_sum, published_eager
+from benchmarks import __main__ as command
+from benchmarks import cases, harness, results, suite, targets
+from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
+from benchmarks.clock import CpuClock, Run, clock_for
+from benchmarks.training import kan_by_ops, kan_case, predict_l1_case
+from lesa_kernels.predictors.kan import KAN
+from lesa_kernels.reference import Tolerance
+
+ORIGIN = results.Origin("a device", 1, "2.13", "abc", "2026-01-01", "test")
 
 
-def test_every_variant_passes_the_gate_and_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class SmallCache(CpuClock):
+    def cache_bytes(self) -> int:
+        return 1
+
+
+class Scripted(SmallCache):
+    """A call takes as many seconds as its name says; what was asked for is written down."""
+
+    sample_seconds = 8.0
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def sample(self, run: Run, first: int, calls: int) -> float:
+        self.asked.append(calls)
+        return float(run(first)[0])
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.SIZES, "tiny", (3, 5))
-    monkeypatch.setattr(cases, "sets_needed", lambda size: 2)
-    for make in (cases.predict_case, cases.forecast_case):
-        case = make("tiny", count=3, dtype=torch.bfloat16)
-        rows = harness.measure(case, repeats=3, command="test")
-        assert [row.variant for row in rows] == [variant.name for variant in case.variants]
-        assert all(0 < row.p20_s <= row.median_s <= row.p80_s for row in rows)
-        assert harness.table(rows).row_count == len(rows)
-        harness.save(rows, tmp_path / "results.csv")
-    lines = (tmp_path / "results.csv").read_text().splitlines()
-    assert lines[0].startswith("op,size,variant,median_s") and len(lines) == 1 + 4 + 5
+
+
+Make = Callable[[CpuClock], harness.Case]
+MAKERS: dict[str, Make] = {
+    "predict": lambda clock: cases.predict_case("tiny", clock, count=3),
+    "predict, float32": lambda clock: cases.predict_case("tiny", clock, count=3, dtype=torch.float32),
+    "forecast, float16": lambda clock: cases.forecast_case("tiny", clock, count=3, rows=2, dtype=torch.float16),
+    "push": lambda clock: cases.push_case("tiny", clock),
+    "predict_l1": lambda clock: predict_l1_case("tiny", clock, count=3),
+    "predict_l1, float32": lambda clock: predict_l1_case("tiny", clock, count=3, dtype=torch.float32),
+    "kan_linear": lambda clock: kan_case(2, clock),
+}
+
+
+@pytest.fixture(params=list(MAKERS))
+def make(request: pytest.FixtureRequest) -> Make:
+    torch.compiler.reset()
+    return MAKERS[request.param]
+
+
+def test_every_variant_passes_the_gate_and_is_measured(make: Make, tmp_path: Path) -> None:
+    case = make(SmallCache())
+    rows = harness.measure(case, SmallCache(), 3, ORIGIN)
+    assert [row.variant for row in rows] == [variant.name for variant in case.variants]
+    assert rows[-1].variant == harness.COPY and rows[-1].share_of_copy == 1
+    assert all(0 < row.p20_s <= row.median_s <= row.p80_s for row in rows)
+    assert results.table(rows).row_count == len(rows)
+    results.save(rows, tmp_path / "results.csv")
+    assert results.load(tmp_path / "results.csv") == rows
+
+
+def test_the_gate_sees_each_output_of_each_variant(make: Make) -> None:
+    case = make(SmallCache())
+    for index, variant in enumerate(case.variants[:-1]):
+        for number in range(len(case.reference)):
+
+            def off_by_a_tenth(turn: int, run: Run = variant.run, number: int = number) -> list[torch.Tensor]:
+                outputs = [output.clone() for output in run(turn)]
+                outputs[number].view(-1)[-1] += 0.1 * case.scale[number].max()
+                return outputs
+
+            broken = [*case.variants[:index], replace(variant, run=off_by_a_tenth)]
+            with case.context(), pytest.raises(ValueError, match=f"output {number} of {re.escape(variant.name)} must"):
+                harness.check(replace(case, variants=broken))
+
+
+def _case(value: float, *variants: harness.Variant) -> harness.Case:
+    return harness.Case("predict", "4", 16, [torch.full((4,), value)], [torch.ones(())], variants)
 
 
 def test_a_wrong_variant_is_never_timed() -> None:
-    wrong = harness.Variant("wrong", lambda turn: [torch.ones(4)])
-    case = harness.Case("predict", "4", 16, [torch.zeros(4) + 0.5], 0.01, [wrong])
-    with pytest.raises(ValueError, match=r"predict at 4: wrong must be within 0\.01 of the reference, got 1\.00e\+00"):
-        harness.measure(case, 3, "test")
+    clock = Scripted()
+    wrong = harness.Variant("wrong", lambda turn: [torch.ones(4)], Tolerance(0.01, 0.0))
+    with pytest.raises(
+        ValueError, match=r"predict at 4: output 0 of wrong must match the reference, .* 4\.90e-01 more"
+    ):
+        harness.measure(_case(0.5, wrong), clock, 3, ORIGIN)
+    assert clock.asked == []
 
 
 def test_a_nan_does_not_pass() -> None:
-    broken = harness.Variant("broken", lambda turn: [torch.full((4,), torch.nan)])
+    broken = harness.Variant("broken", lambda turn: [torch.full((4,), torch.nan)], Tolerance(0.01, 0.01))
     with pytest.raises(ValueError, match="broken"):
-        harness.check(harness.Case("predict", "4", 16, [torch.ones(4)], 0.01, [broken]))
+        harness.check(_case(1.0, broken))
+
+
+def test_short_calls_are_repeated_within_a_sample() -> None:
+    clock = Scripted()
+    slow = harness.Variant("slow", lambda turn: [torch.tensor(2.0)], Tolerance(1, 1))
+    copy = harness.Variant(harness.COPY, lambda turn: [torch.tensor(100.0)], None)
+    rows = harness.measure(_case(2.0, slow, copy), clock, 3, ORIGIN)
+    assert clock.asked[:2] == [1, 1] and set(clock.asked[2:]) == {4, 1}
+    assert [row.median_s for row in rows] == [2, 100] and rows[0].share_of_copy == 50
+
+
+def test_inputs_rotate_through_several_times_the_cache() -> None:
+    assert harness.sets_needed(10, 100) == 40
+    assert harness.sets_needed(1000, 100) == 2
+    assert harness.sets_needed(1, 10**9) == harness.MOST_SETS
+
+
+def test_a_device_without_a_clock_is_refused() -> None:
+    assert clock_for(torch.device("cpu")).sample(lambda turn: turn, 3, 2) > 0
+    with pytest.raises(ValueError, match="type cpu or cuda, got meta"):
+        clock_for(torch.device("meta"))
+
+
+def test_rows_of_older_versions_are_kept(tmp_path: Path) -> None:
+    path, row = tmp_path / "results.csv", harness._row(_case(1.0), "x", [1.0, 2.0, 3.0], 1.0, 7, ORIGIN)
+    results.save([row], path)
+    with path.open(newline="") as file:
+        old = next(csv.DictReader(file))
+    del old["extra_bytes"]
+    path.write_text(",".join(old) + "\n" + ",".join(old.values()) + "\n")
+    results.save([row], path)
+    assert results.load(path) == [replace(row, extra_bytes=None), row]
+    path.write_text("strange\n1\n")
+    with pytest.raises(ValueError, match="got strange"):
+        results.save([row], path)
+
+
+def test_the_committed_results_are_readable() -> None:
+    assert len(results.load(command.RESULTS)) > 0
 
 
 def test_baselines_compute_the_formula() -> None:
-    history = [torch.randn(4, 6) for _ in range(5)]
+    history, target = [torch.randn(4, 6) for _ in range(5)], torch.randn(4, 6)
     weight, bias, gain = torch.randn(5), torch.randn(1), torch.randn(1)
     want = torch.ops.lesa.predict(history, weight, bias, gain)
     torch.testing.assert_close(published_eager(history, weight, bias, gain), want)
     coefficients = gain * weight
     coefficients[-1] += 1
     torch.testing.assert_close(folded_sum(history, coefficients, (gain * bias).reshape(())), want)
+    torch.testing.assert_close(published_l1(history, target, weight, bias, gain), (want - target).abs().mean())
+
+
+def test_layers_called_by_hand_agree_with_autograd() -> None:
+    network, x = KAN((4, 6, 2)), torch.randn(3, 4)
+    layers = list(network.layers)
+    parameters = [
+        tensor for layer in layers for tensor in (layer.base_weight, layer.spline_weight, layer.spline_scaler)
+    ]
+    out = kan_eager(x, layers)
+    want = [out, *torch.autograd.grad(out.sum(), parameters)]
+    for got, wanted in zip(kan_by_ops(torch.ops.lesa, layers, x), want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def _measured(target: targets.Target, ratio: float) -> list[results.Measurement]:
+    row = harness._row(_case(1.0), target.ours, [1.0], 1.0, None, ORIGIN)
+    row = replace(row, op=target.op, size=target.size)
+    return [row, replace(row, variant=target.against, median_s=ratio)]
+
+
+def test_targets_are_judged_by_what_was_measured() -> None:
+    target = next(targets.targets())
+    for ratio, word in ((target.at_least, "met"), (target.at_least * 0.999, "NOT MET")):
+        verdicts = targets.judge(_measured(target, ratio))
+        assert verdicts[0].word == word and verdicts[0].ratio == ratio
+        assert {verdict.word for verdict in verdicts[1:]} == {"not measured"}
+        assert targets.table(verdicts).row_count == len(verdicts)
+
+
+def test_every_target_names_variants_that_the_suite_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (suite.FLUX, suite.QWEN):
+        monkeypatch.setitem(cases.SIZES, size, (3, 5))
+    monkeypatch.setattr(cases, "implementations", lambda device: {"lesa::": torch.ops.lesa})
+    measurable = set()
+    for entry in suite.suite(torch.device("cuda")):
+        case = entry.make(SmallCache())
+        measurable |= {(case.op, case.size, variant.name) for variant in case.variants}
+    for target in targets.targets():
+        assert {(target.op, target.size, name) for name in (target.ours, target.against)} <= measurable
+
+
+def test_the_command_measures_and_saves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entries = [suite.Entry(op, MAKERS[op]) for op in ("push", "predict", "push")]
+    monkeypatch.setattr(command, "suite", lambda device: entries)
+    path = tmp_path / "out.csv"
+
+    app = typer.Typer()
+    app.command()(command.main)
+
+    def run(*arguments: str) -> str:
+        return CliRunner().invoke(app, ["--repeats", "3", *arguments]).output
+
+    assert "appended to out.csv" in run("--op", "push", "--save", "--out", str(path))
+    assert {row.op for row in results.load(path)} == {"push"} and len(results.load(path)) == 2 * 3
+    assert "3 cases left out: 0 seconds are over" in run("--seconds", "0")
+    assert "must name an op" in run("--op", "nothing")

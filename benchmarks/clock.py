@@ -1,0 +1,118 @@
+"""Clocks: how long a call takes on a device, and what a measurement there must know of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MEBIBYTE = 2**20
+
+Run = Callable[[int], Sequence[Tensor]]
+"""Computes the outputs of input set i."""
+
+
+class Clock(Protocol):
+    """Times calls on one device.
+
+    Args:
+        device: what it times.
+        sample_seconds: how long one sample should last: short calls are repeated within it.
+        warm_seconds: how long to run before the first sample counts.
+    """
+
+    device: torch.device
+    sample_seconds: float
+    warm_seconds: float
+
+    def sample(self, run: Run, first: int, calls: int) -> float:
+        """Return the mean seconds of a call, over `calls` calls in a row with input sets from `first` on."""
+
+    def cache_bytes(self) -> int:
+        """Return the size of the largest cache between the device and its memory."""
+
+    def extra_bytes(self, run: Run) -> int | None:
+        """Return the most memory that a call holds beyond its inputs; None where the device does not tell."""
+
+
+class CpuClock:
+    """Wall clock around each call; what a call returns is freed outside of it, since that is not the op's work."""
+
+    device = torch.device("cpu")
+    sample_seconds = 0.0
+    warm_seconds = 0.0
+
+    def sample(self, run: Run, first: int, calls: int) -> float:
+        """Return the mean seconds of a call."""
+        total = 0.0
+        for turn in range(first, first + calls):
+            begin = time.perf_counter()
+            result = run(turn)
+            total += time.perf_counter() - begin
+            del result
+        return total / calls
+
+    def cache_bytes(self) -> int:
+        """Return the size of the last-level cache; 32 MiB where the system does not tell."""
+        sizes = []
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+            match = re.fullmatch(r"(\d+)([KM])", path.read_text().strip())
+            if match:
+                sizes.append(int(match[1]) * (2**10 if match[2] == "K" else MEBIBYTE))
+        return max(sizes, default=32 * MEBIBYTE)
+
+    def extra_bytes(self, run: Run) -> None:
+        """Return None: the CPU's allocator keeps no account."""
+
+
+class CudaClock:
+    """CUDA events around calls in a row: a kernel's own time, or the host's where launching takes longer."""
+
+    sample_seconds = 3e-3
+    warm_seconds = 0.2  # an idle GPU needs a while to raise its clocks
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def sample(self, run: Run, first: int, calls: int) -> float:
+        """Return the mean seconds of a call."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Not timed: while the GPU works on it, the host gets ahead, and no idle time enters the sample.
+        run(first)
+        begin.record()
+        for turn in range(first + 1, first + 1 + calls):
+            run(turn)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / calls
+
+    def cache_bytes(self) -> int:
+        """Return the size of the L2 cache."""
+        return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+
+    def extra_bytes(self, run: Run) -> int:
+        """Return the peak of the allocator during a call, above what it held before; the result counts."""
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        result = run(0)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        del result
+        return peak - before
+
+
+def clock_for(device: torch.device) -> Clock:
+    """Return the clock of a device.
+
+    Raises:
+        ValueError: for a kind of device that has none.
+    """
+    if device.type == "cpu":
+        return CpuClock()
+    if device.type == "cuda":
+        return CudaClock(device)
+    raise ValueError(f"device must be of type cpu or cuda, got {device}")

@@ -1,0 +1,129 @@
+"""The rows of the results: where they were measured, how they are kept and shown."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.table import Table
+
+from lesa_kernels.machine import device_name
+
+
+class Origin(NamedTuple):
+    """What all rows of a run share."""
+
+    device: str
+    threads: int
+    torch: str
+    commit: str
+    date: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the results. Seconds are per call; `extra_bytes` is the peak memory beyond the inputs, if known."""
+
+    op: str
+    size: str
+    variant: str
+    median_s: float
+    p20_s: float
+    p80_s: float
+    gb_per_s: float
+    share_of_copy: float
+    extra_bytes: int | None
+    device: str
+    threads: int
+    torch: str
+    commit: str
+    date: str
+    command: str
+
+
+COLUMNS = [field.name for field in fields(Measurement)]
+
+
+def origin(device: torch.device) -> Origin:
+    """Return where and how this process measures."""
+    return Origin(
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        commit=commit(),
+        date=datetime.now(timezone.utc).date().isoformat(),
+        command=" ".join(["python -m benchmarks", *sys.argv[1:]]),
+    )
+
+
+def commit() -> str:
+    """Return what git calls the working tree; "unknown" outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def table(rows: Sequence[Measurement]) -> Table:
+    """Lay out the rows of one case; the last column is the time as a multiple of the first row's."""
+    out = Table(title=f"{rows[0].op} at {rows[0].size}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out.add_column("variant")
+    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours"):
+        out.add_column(name, justify="right", no_wrap=True)
+    own = rows[0].median_s
+    for row in rows:
+        digits = 2 if own >= 1e-3 else 4
+        numbers = (f"{1e3 * value:.{digits}f}" for value in (row.median_s, row.p20_s, row.p80_s))
+        out.add_row(
+            row.variant,
+            *numbers,
+            f"{row.gb_per_s:.1f}",
+            f"{100 * row.share_of_copy:.0f} %",
+            f"{row.median_s / own:.2f}",
+        )
+    return out
+
+
+def save(rows: Sequence[Measurement], path: Path) -> None:
+    """Append rows to a CSV file; rows that an older version wrote are kept, with empty cells in newer columns.
+
+    Raises:
+        ValueError: when the file has a column that rows do not have any more.
+    """
+    old: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            old = list(reader)
+            strange = set(reader.fieldnames or ()) - set(COLUMNS)
+        if strange:
+            raise ValueError(f"{path} must have no column but {', '.join(COLUMNS)}, got {', '.join(sorted(strange))}")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(old)
+        writer.writerows(asdict(row) for row in rows)
+
+
+def load(path: Path) -> list[Measurement]:
+    """Read the rows of a CSV file that `save` wrote."""
+    with path.open(newline="") as file:
+        return [_parsed(row) for row in csv.DictReader(file)]
+
+
+def _parsed(row: dict[str, str]) -> Measurement:
+    values: dict[str, Any] = {name: row[name] for name in COLUMNS if name in row}
+    values |= {name: float(row[name]) for name in ("median_s", "p20_s", "p80_s", "gb_per_s", "share_of_copy")}
+    extra = row.get("extra_bytes")
+    return Measurement(**{**values, "threads": int(row["threads"]), "extra_bytes": int(extra) if extra else None})
