@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+# Folder of tests -> the package without which its files cannot even be imported.
+NEEDED = {"integrations": "diffusers", "demo": "diffusers"}
+
+
+class _Unimportable(pytest.Module):
+    """A file of tests that is skipped as a whole."""
+
+    def collect(self) -> Any:
+        package = NEEDED[self.path.parent.name]
+        pytest.skip(f"{package} is not installed (extra: {package})", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip what needs a package that is not there, with the reason."""
+    package = NEEDED.get(module_path.parent.name)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return _Unimportable.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +37,10 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill every fresh tensor with NaN while the test runs."""
+    # torch's matrix products on CUDA, which the reference uses, demand this where algorithms have to be deterministic.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

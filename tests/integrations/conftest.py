@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import pytest
-from tiny_flux import TinyPipeline, tiny_pipeline
 
 from lesa_kernels import Plan, Session
 from lesa_kernels.integrations import runs
 
+if TYPE_CHECKING:
+    from tiny_flux import TinyPipeline
+
 
 @pytest.fixture
 def pipe() -> TinyPipeline:
+    from tiny_flux import tiny_pipeline  # needs diffusers: without it these tests are skipped
+
     return tiny_pipeline()
 
 

@@ -1,4 +1,7 @@
-"""Inputs for the op tests: dtypes, odd shapes, strides and storage offsets, and the comparison with float64."""
+"""Inputs for the op tests: dtypes, odd shapes, strides and storage offsets, and the comparison with float64.
+
+Tensors are made on torch's default device, which the caller sets (`with torch.device("cuda"):`).
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lesa_kernels import reference
 
@@ -44,29 +46,32 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
 
 
 @pytest.mark.parametrize(("op", "arguments", "message"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
-def test_a_wrong_argument_is_named(op: str, arguments: tuple[Any, ...], message: str) -> None:
+def test_a_wrong_argument_is_named(op: str, arguments: tuple[Any, ...], message: str, device: torch.device) -> None:
+    arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
     for call in (getattr(torch.ops.lesa, op), getattr(reference, op)):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
             call(*arguments)
 
 
-@pytest.mark.parametrize(
-    "ring",
-    [torch.zeros(1, 2, 3).expand(4, 2, 3), torch.zeros(9).unfold(0, 6, 1).view(4, 6)[:, :6].unflatten(1, (2, 3))],
-)
-def test_a_ring_that_overlaps_itself_is_refused(ring: torch.Tensor) -> None:
+@pytest.mark.parametrize("kind", ["expanded", "unfolded"])
+def test_a_ring_that_overlaps_itself_is_refused(kind: str) -> None:
+    rings = {
+        "expanded": torch.zeros(1, 2, 3).expand(4, 2, 3),
+        "unfolded": torch.zeros(9).unfold(0, 6, 1).view(4, 6)[:, :6].unflatten(1, (2, 3)),
+    }
+    ring, rows, offsets = rings[kind], torch.randn(2, 3), torch.randn(2)
     for module in (torch.ops.lesa, reference):
         with pytest.raises((ValueError, RuntimeError), match="ring must not overlap itself in memory"):
             module.push(ring, torch.ones(2, 3), 0)
         with pytest.raises((ValueError, RuntimeError), match="ring must not overlap itself in memory"):
-            module.forecast_into(ring, ROWS, OFFSETS, [0, 1, 2], [3, 1])
+            module.forecast_into(ring, rows, offsets, [0, 1, 2], [3, 1])
 
 
 def test_an_error_changes_nothing() -> None:
     ring = torch.randn(4, 2, 3)
     before = ring.clone()
     with pytest.raises((ValueError, RuntimeError)):
-        torch.ops.lesa.forecast_into(ring, ROWS, OFFSETS, [0, 1, 2], [3, 9])
+        torch.ops.lesa.forecast_into(ring, torch.randn(2, 3), torch.randn(2), [0, 1, 2], [3, 9])
     assert torch.equal(ring, before)
 
 

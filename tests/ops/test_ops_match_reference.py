@@ -1,4 +1,4 @@
-"""Every op, as the dispatcher serves it on the CPU, against its definition in float64."""
+"""Every op, as the dispatcher serves it on each device, against its definition in float64."""
 
 from __future__ import annotations
 

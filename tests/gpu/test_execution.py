@@ -1,0 +1,109 @@
+"""How the ops run: graphs, streams, devices, no sync, no allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from steps import DEVICE, STEPS, Step, capture
+from torch import Tensor
+
+from lesa_kernels import LesaPredictor, Schedule, Session
+
+DELAY_CYCLES = 20_000_000  # some 10 ms: longer than the host needs to go on
+
+
+@contextmanager
+def _syncs_are_errors() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _allocations() -> int:
+    return torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+
+
+def test_a_replayed_graph_sees_new_data_and_coefficients(step: Step, ops: Any) -> None:
+    replay, outputs = capture(lambda: step.run(ops))
+    for _ in range(3):
+        step.draw()
+        for output in outputs:
+            output.fill_(torch.nan)
+        replay()
+        step.check(outputs)
+
+
+def test_no_op_waits_for_the_device(step: Step, ops: Any) -> None:
+    step.run(ops)
+    with _syncs_are_errors():
+        step.run(ops)
+
+
+@pytest.mark.parametrize("name", ["push", "forecast_into"])
+def test_writing_into_the_ring_allocates_nothing(name: str, dtype: torch.dtype, ops: Any) -> None:
+    step = STEPS[name](dtype)
+    step.run(ops)
+    before = _allocations()
+    step.run(ops)
+    assert _allocations() == before
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_ops_run_on_the_current_stream(name: str, ops: Any) -> None:
+    """Two streams at once: each draws its inputs late, so that a kernel on another stream would read the old ones."""
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    steps = [STEPS[name](torch.bfloat16) for _ in streams]
+    for step in steps:
+        step.run(ops)  # what compiles must not do so between the streams
+    torch.cuda.synchronize()
+    outputs: list[list[Tensor]] = []
+    for stream, step in zip(streams, steps, strict=True):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(DELAY_CYCLES)
+            step.draw()
+            outputs.append(step.run(ops))
+    torch.cuda.synchronize()
+    for step, written in zip(steps, outputs, strict=True):
+        step.check(written)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only: a second device is not tested")
+def test_ops_run_on_the_device_of_their_tensors(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steps.DEVICE", torch.device("cuda:1"))
+    for make in STEPS.values():
+        step = make(torch.bfloat16)
+        assert torch.cuda.current_device() == 0
+        outputs = step.run(ops)
+        assert torch.cuda.current_device() == 0 and all(output.device.index == 1 for output in outputs)
+        step.check(outputs)
+
+
+def test_a_sampling_run_neither_waits_nor_allocates_once_its_ring_is_there(flux_sigmas: list[float]) -> None:
+    plan = LesaPredictor(num_steps=50).plan(flux_sigmas, Schedule.interval(50, 7))
+    features = {step: torch.randn(2, 64, 128) for step in plan.full_steps}
+    kept = torch.empty(50, 2, 64, 128, device=DEVICE)
+
+    def run(session: Session, given: dict[int, Tensor], forecasts: Tensor) -> None:
+        for step in range(plan.num_steps):
+            if plan.is_full(step):
+                session.push(step, given[step])
+            else:
+                torch.ops.lesa.push(forecasts, session.forecast(step), step)
+
+    want = torch.empty(kept.shape)
+    run(Session(plan), features, want)
+    session, on_gpu = Session(plan), {step: feature.to(DEVICE) for step, feature in features.items()}
+    run(session, on_gpu, kept)
+    before = _allocations()
+    with _syncs_are_errors():
+        run(session, on_gpu, kept)
+    assert _allocations() == before
+    for step in set(range(plan.num_steps)) - set(plan.full_steps):
+        torch.testing.assert_close(kept[step].cpu(), want[step], rtol=1e-4, atol=1e-4)
