@@ -17,7 +17,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 FORMATTED := $(NATIVE_FILES) $(wildcard tests/native/*.cpp)
 
-.PHONY: help setup demo demo-train test bench lint format clean
+.PHONY: help setup demo demo-train test test-all bench gpu-check lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,8 +48,14 @@ demo-train: setup ## Train the demo's diffusion transformer again (minutes)
 test: setup ## Run the tests
 	@$(BIN)/python -m pytest
 
+test-all: setup ## Run the tests that take long as well
+	@$(BIN)/python -m pytest -m ''
+
 bench: setup ## Time the kernels against their baselines
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-check: ## Build, test and measure on the GPU here, with the packages of PYTHON and no network; writes a report
+	@$(PYTHON) -m tools.gpu_check $(ARGS)
 
 lint: setup ## Check style, types and format
 	@$(BIN)/ruff check .
