@@ -324,8 +324,8 @@ def kan_linear_backward(
             f"lesa::{op}: grad must have shape {(*x.shape[:-1], base_weight.shape[0])}, got {tuple(grad.shape)}"
         )
     dtype = contract.arithmetic_dtype(x.dtype)
-    wide, knots, order = x.to(dtype).reshape(-1, x.shape[-1]), grid.to(dtype), spline_order(grid, spline_weight)
-    g = grad.to(dtype).reshape(-1, base_weight.shape[0])
+    rows, knots, order = x.shape[:-1].numel(), grid.to(dtype), spline_order(grid, spline_weight)
+    wide, g = x.to(dtype).reshape(rows, x.shape[-1]), grad.to(dtype).reshape(rows, base_weight.shape[0])
     base, spline, scaler = (parameter.to(dtype) for parameter in (base_weight, spline_weight, spline_scaler))
     sigmoid = torch.sigmoid(wide)
     silu_slope = sigmoid * (1 + wide * (1 - sigmoid))

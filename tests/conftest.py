@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # Folder of tests -> the package without which its files cannot even be imported.
-NEEDED = {"integrations": "diffusers", "demo": "diffusers"}
+NEEDED = {"integrations": "diffusers", "demo": "diffusers", "triton_kernels": "triton"}
 
 
 class _Unimportable(pytest.Module):
@@ -20,7 +20,8 @@ class _Unimportable(pytest.Module):
 
     def collect(self) -> Any:
         package = NEEDED[self.path.parent.name]
-        pytest.skip(f"{package} is not installed (extra: {package})", allow_module_level=True)
+        extra = "test" if package == "triton" else package
+        pytest.skip(f"{package} is not installed (extra: {extra})", allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:

@@ -1,11 +1,21 @@
-"""Fills torch's dispatcher with the compiled kernels, once, and tells which kernel serves which device and why.
+"""Fills torch's dispatcher with kernels, once, and tells which kernel serves which device and why.
 
-Only this package knows the compiled libraries. Everything else calls `torch.ops.lesa`.
+Only this package knows the compiled libraries and Triton. Everything else calls `torch.ops.lesa`.
 """
 
 from __future__ import annotations
 
-from lesa_kernels.backends.libraries import load
+from lesa_kernels.backends import libraries, registration
 from lesa_kernels.backends.report import KernelStatus, Status, status
+
+
+def load() -> None:
+    """Load every library that is there, then Triton's kernels where none of them serves.
+
+    `lesa_kernels` calls this once, after the ops are declared.
+    """
+    libraries.load()
+    registration.load(libraries.libraries())
+
 
 __all__ = ["KernelStatus", "Status", "load", "status"]

@@ -73,7 +73,9 @@ def load_library(name: str, folder: Path = PACKAGE, cuda: str | None = torch.ver
         facts = _facts(path)
     except (OSError, RuntimeError, AttributeError) as error:
         reason = f"failed to load: {error}"
-        warnings.warn(f"lesa_kernels: {path.name} {reason}; the reference serves instead", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"lesa_kernels: {path.name} {reason}; status() tells what serves instead", RuntimeWarning, stacklevel=2
+        )
         return Library(name, False, reason)
     return Library(name, True, "loaded", facts)
 
@@ -87,7 +89,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def load() -> None:
-    """Load every library that is there. `lesa_kernels` calls this once, after the ops are declared."""
+    """Load every library that is there."""
     for name in ("_cpu", "_cuda"):
         if name not in _libraries:
             _libraries[name] = load_library(name)

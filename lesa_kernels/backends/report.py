@@ -12,8 +12,10 @@ import torch
 
 from lesa_kernels import ops
 from lesa_kernels.backends.libraries import Library, inspection_module, libraries, read_record
+from lesa_kernels.backends.registration import Choice, choices
 
 REFERENCE = "reference (plain torch)"
+TRITON = "Triton"
 _DEVICES = {"CPU": "_cpu", "CUDA": "_cuda"}
 _INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
 
@@ -24,8 +26,8 @@ class KernelStatus:
 
     Args:
         op: str, as in torch.ops.lesa.
-        device: str, "CPU" or "CUDA".
-        kernel: str, as in "C++ AVX-512", "CUDA C++" or "reference (plain torch)".
+        device: str, "CPU" or "CUDA"; "XPU" too where torch was built for it.
+        kernel: str, as in "C++ AVX-512", "CUDA C++", "Triton" or "reference (plain torch)".
         reason: str, why this one.
     """
 
@@ -57,7 +59,8 @@ class Status:
         """Return the table, the libraries below it, and what else runs where."""
         served = {(kernel.op, kernel.device): kernel.kernel for kernel in self.kernels}
         names = dict.fromkeys(kernel.op for kernel in self.kernels)
-        rows = [["op", *_DEVICES], *([op, *(served[op, device] for device in _DEVICES)] for op in names)]
+        devices = dict.fromkeys(kernel.device for kernel in self.kernels)
+        rows = [["op", *devices], *([op, *(served[op, device] for device in devices)] for op in names)]
         lines = ["   ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
         lines += [*_columns(rows), "", "Every other device runs the reference.", ""]
         lines += _columns([library.name, library.reason] for library in self.libraries)
@@ -89,12 +92,21 @@ def _label(library: Library) -> str:
     return f"C++ {_INSTRUCTION_SETS.get(chosen, chosen)}"
 
 
-def _serving(op: str, device: str, library: Library) -> KernelStatus:
+def _serving(op: str, device: str, library: Library | None, triton: Choice | None) -> KernelStatus:
     """Ask torch's dispatcher what serves an op on a device."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"lesa::{op}", device):
-        return KernelStatus(op, device, _label(library), f"{library.name} is loaded")
-    reason = f"{library.name} has no kernel for it" if library.loaded else f"{library.name}: {library.reason}"
-    return KernelStatus(op, device, REFERENCE, reason)
+        if triton is not None and triton.registered:
+            return KernelStatus(op, device, TRITON, triton.reason)
+        if library is not None:
+            return KernelStatus(op, device, _label(library), f"{library.name} is loaded")
+    reasons = []
+    if library is not None:
+        reasons.append(
+            f"{library.name} has no kernel for it" if library.loaded else f"{library.name}: {library.reason}"
+        )
+    if triton is not None and triton.present and not (library is not None and library.loaded):
+        reasons.append(f"Triton: {triton.reason}")
+    return KernelStatus(op, device, REFERENCE, "; ".join(reasons))
 
 
 def _old_gpus(library: Library) -> list[str]:
@@ -133,7 +145,13 @@ def status() -> Status:
         "torch": torch.__version__,
         "Python": platform.python_version(),
     }
-    kernels = [_serving(op, device, found[name]) for op in ops.OPS for device, name in _DEVICES.items()]
+    by_triton = choices()
+    others = [device for device, choice in by_triton.items() if choice.present and device not in _DEVICES]
+    kernels = [
+        _serving(op, device, found.get(_DEVICES.get(device, "")), by_triton.get(device))
+        for op in ops.OPS
+        for device in (*_DEVICES, *others)
+    ]
     inspection = Library("_inspect", module is not None, reason)
     build = read_record()
     notes = (*build.get("notes", ()), *_old_gpus(found["_cuda"]))

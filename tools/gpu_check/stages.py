@@ -22,7 +22,7 @@ WORK = ROOT / "build" / "gpu-check"
 PASSED, FAILED, LEFT_OUT = "passed", "FAILED", "left out"
 
 # The GPU's own tests first: they are the likeliest to fail.
-FIRST_FOLDERS = ("gpu", "ops", "triton", "native")
+FIRST_FOLDERS = ("gpu", "ops", "triton_kernels", "native")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 86
 NO_TESTS_LEFT = 5  # pytest's status where every file of a folder is skipped

@@ -1,0 +1,23 @@
+"""The ops in Triton, for devices that torch and Triton know and for which no compiled library of ours is there.
+
+The functions have the signatures of `torch.ops.lesa` and the meaning of `lesa_kernels.reference`; features are float32,
+float16 or bfloat16. `lesa_kernels.backends` registers them; tests and benchmarks may call them directly. Importing this
+package imports triton.
+"""
+
+from __future__ import annotations
+
+from lesa_kernels.backends.triton.features import forecast, forecast_into, predict, push
+from lesa_kernels.backends.triton.gradients import predict_backward, predict_l1
+from lesa_kernels.backends.triton.layers import kan_linear, kan_linear_backward
+
+__all__ = [
+    "forecast",
+    "forecast_into",
+    "kan_linear",
+    "kan_linear_backward",
+    "predict",
+    "predict_backward",
+    "predict_l1",
+    "push",
+]

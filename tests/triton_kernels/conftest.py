@@ -1,0 +1,87 @@
+"""The engine that Triton's kernels run on: the GPU where there is one, else the interpreter and the PTX simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from triton_places import ON_GPU, PTXSIM
+
+from lesa_kernels.reference import TOLERANCES, Tolerance
+
+ENGINES = ["gpu"] if ON_GPU else ["interpreter", "ptx"]
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+_needs_simulator = pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX simulator is not at ../shared/ptxsim")
+_PARAMETERS = [pytest.param(name, marks=[_needs_simulator] if name == "ptx" else []) for name in ENGINES]
+
+
+@pytest.fixture(params=_PARAMETERS)
+def lesa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The package of launchers; its kernels run on the engine of the test, on tensors of its device."""
+    from triton_engines import interpreter, on_gpu, simulator
+
+    runs = {"gpu": on_gpu, "interpreter": interpreter, "ptx": simulator}[request.param]
+    if request.param == "interpreter":
+        # It truncates where it casts to bfloat16: up to one unit in the last place instead of half of one.
+        loose = Tolerance(2 * TOLERANCES[torch.bfloat16].relative, TOLERANCES[torch.bfloat16].absolute)
+        monkeypatch.setattr(cases, "TOLERANCES", {**TOLERANCES, torch.bfloat16: loose})
+    with torch.device(DEVICE), runs() as package:
+        yield package
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what does not apply to Triton's kernels; mark what one engine or another need not run every time."""
+    here = Path(__file__).parent
+    mine = [item for item in items if isinstance(item, pytest.Function) and item.path.is_relative_to(here)]
+    left_out = {item for item in mine if not _applies(item)}
+    for item in set(mine) - left_out:
+        if not _is_quick(item):
+            item.add_marker(pytest.mark.exhaustive)
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _parameters_of(item: pytest.Function) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _applies(item: pytest.Function) -> bool:
+    """Whether Triton's kernels can pass: none take float64, and the interpreter does not round to bfloat16."""
+    parameters = _parameters_of(item)
+    if torch.float64 in parameters.values() or item.get_closest_marker("float64"):
+        return False
+    truncates = parameters.get("lesa") == "interpreter" and parameters.get("dtype") == torch.bfloat16
+    return not (truncates and item.originalname in _ROUNDING and parameters.get("source") != torch.bfloat16)
+
+
+_ROUNDING = {
+    "test_half_precision_rounds_to_nearest_even_and_overflows_to_infinity",
+    "test_push_copies_and_converts_as_copy_does",
+}
+# What a parameter may be in a quick test, where engines run thousands of cases. One compilation takes a second.
+_QUICK: dict[str, dict[str, list[Any]]] = {
+    "gpu": {},
+    "interpreter": {"dtype": [torch.float32, torch.bfloat16], "count": [1, 3, 8, 17, 64], "rows": [1, 4, 17]},
+    "ptx": {
+        "dtype": [torch.bfloat16],
+        "shape": [(0,), (7,), (1030,)],
+        "feature": [(7, 9), (2, 1030)],
+        "count": [8, 64],
+        "rows": [4],
+        "source": [torch.float32],
+        "order": [0, 3],
+    },
+}
+
+
+def _is_quick(item: pytest.Function) -> bool:
+    parameters = _parameters_of(item)
+    quick = _QUICK.get(parameters.get("lesa", "gpu"), {})
+    return all(value in quick[name] for name, value in parameters.items() if name in quick)

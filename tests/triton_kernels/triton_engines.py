@@ -1,0 +1,184 @@
+"""How Triton's kernels run in tests: compiled for the GPU that is there; without one, interpreted or simulated.
+
+`interpreter`: Triton's own, on NumPy. `ptx`: Triton compiles for sm_90 and `ptxsim` executes the PTX, with every access
+checked; it stands in for Triton's driver, so that launchers, specialization and compiler are the ones of a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
+from triton_places import PTXSIM
+
+PACKAGE = "lesa_kernels.backends.triton"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@functools.cache
+def kernels(interpreted: bool) -> ModuleType:
+    """Import the package anew, its kernels to be interpreted or compiled: Triton decides that where it decorates."""
+    mine = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(PACKAGE)}
+    try:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = interpreted
+            return importlib.import_module(PACKAGE)
+    finally:
+        for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
+            del sys.modules[name]
+        sys.modules.update(mine)
+
+
+@contextmanager
+def interpreter() -> Iterator[ModuleType]:
+    """Run kernels in Triton's interpreter, whose sums are quick only for the function that it knows."""
+    package = kernels(interpreted=True)
+    add, tl.standard._sum_combine = tl.standard._sum_combine, package.kernels.reduce.add
+    try:
+        with np.errstate(all="ignore"):
+            yield package
+    finally:
+        tl.standard._sum_combine = add
+
+
+@contextmanager
+def simulator() -> Iterator[ModuleType]:
+    """Run compiled kernels on the simulator."""
+    runtime = triton.runtime.driver
+    before, runtime._active = runtime._active, driver()
+    driver().begin()
+    try:
+        with np.errstate(all="ignore"):
+            yield kernels(interpreted=False)
+    finally:
+        runtime._active = before
+
+
+@functools.cache
+def driver() -> Simulator:
+    """Return the simulator: one for all tests, since kernels keep the launcher that they were compiled with."""
+    return Simulator()
+
+
+@contextmanager
+def on_gpu() -> Iterator[ModuleType]:
+    """Run compiled kernels on the GPU."""
+    yield importlib.import_module(PACKAGE)
+
+
+@functools.cache
+def _ptxsim() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ptxsim", PTXSIM)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ptxsim"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What Triton made of one kernel for one specialization."""
+
+    name: str
+    signature: dict[str, Any]
+    ptx: str
+    cubin: bytes
+    warps: int
+    shared: int
+
+    def count(self, pattern: str) -> int:
+        """Return how many instructions of the PTX fit a pattern."""
+        return len(re.findall(pattern, self.ptx))
+
+    def resources(self) -> dict[str, int]:
+        """Return registers, stack and local memory, as the assembler reports them."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+class Simulator:
+    """Stands in for Triton's driver: `load_binary` and `launcher_cls` are what compiled kernels call."""
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.compilations = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the memory and the launches of earlier tests."""
+        self.launches: list[Compiled] = []
+        self._memory = _ptxsim().Memory()
+        self._alive: list[Any] = []
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 1}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
+        return name, name, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """Return what launches one compiled kernel."""
+        self.compilations += 1
+        files = get_cache_manager(metadata.hash)
+        ptx = Path(files.get_file(f"{metadata.name}.ptx")).read_text()
+        cubin = Path(files.get_file(f"{metadata.name}.cubin")).read_bytes()
+        compiled = Compiled(metadata.name, source.signature, ptx, cubin, metadata.num_warps, metadata.shared)
+        module = _ptxsim().Module(ptx)
+        kernel = module.find(metadata.name)
+
+        def launch(x: int, y: int, z: int, *arguments: Any) -> None:
+            values = arguments[len(arguments) - len(source.signature) :]
+            module.memory = self._memory
+            self.launches.append(compiled)
+            flat = [*self._flat(tuple(source.signature.values()), values), None, None]
+            module.launch(kernel, (x, y, z), (32 * compiled.warps,), flat, shared_bytes=compiled.shared)
+
+        return launch
+
+    def _flat(self, kinds: Sequence[Any], values: Sequence[Any]) -> Iterator[Any]:
+        """Parameters as the simulator takes them; constants are not among a kernel's."""
+        for kind, value in zip(kinds, values, strict=True):
+            if isinstance(kind, tuple):
+                yield from self._flat(kind, value)
+            elif kind.startswith("*"):
+                yield np.uint64(self._address(value))
+            elif kind != "constexpr":
+                yield {"i32": np.int32, "i64": np.int64}[kind](value)
+
+    def _address(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        array = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        self._alive.append(array)
+        return int(self._memory.add(array)) + tensor.storage_offset() * tensor.element_size()
