@@ -1,21 +1,33 @@
-"""The hooks themselves, in diffusers' own registry: one on the model, one on the module whose input is captured."""
+"""The hooks on a model: one in diffusers' own registry decides what a call runs, one on a submodule takes the feature."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import CacheContext, HookRegistry, ModelHook, StateManager
-from torch import nn
+from torch import Tensor, nn
 
-from lesa_kernels.integrations.adapters import Adapter, provide_adapter
+from lesa_kernels.integrations.adapters import MODEL_OUTPUT, Adapter, provide_adapter
+from lesa_kernels.integrations.blocks import without_blocks
 from lesa_kernels.integrations.flux import FLUX
+from lesa_kernels.integrations.qwen import QWEN_IMAGE
 from lesa_kernels.integrations.runs import Runs, Track, uncompiled
+from lesa_kernels.integrations.tap import Tap
+from lesa_kernels.integrations.whole import HUNYUAN_VIDEO, output_tail, read_output
+from lesa_kernels.integrations.zimage import Z_IMAGE
 
 NAME = "lesa"
-provide_adapter(FLUX)
+for shipped in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE):
+    provide_adapter(shipped)
+
+# The tail of a compiled model is fused in another way than the same tail behind its blocks.
+_TAIL_TOLERANCE = 1e-2
 
 
 class _Context(StateManager):
@@ -36,26 +48,6 @@ class _Context(StateManager):
 _UNNAMED = CacheContext("")
 
 
-class CaptureHook(ModelHook):
-    """Hands the first argument of a module to the track that waits for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.track: Track | None = None
-        self.module: nn.Module | None = None
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """See `ModelHook`."""
-        self.module = module
-        return module
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See `ModelHook`."""
-        if self.track is not None:
-            self.track.capture(args[0] if args else next(iter(kwargs.values())))
-        return args, kwargs
-
-
 class ModelRootHook(ModelHook):
     """Runs a model in full on full steps, and only what follows its blocks on forecast steps.
 
@@ -71,31 +63,53 @@ class ModelRootHook(ModelHook):
         super().__init__()
         self.adapter = adapter
         self.runs = runs
-        self.capture = CaptureHook()
+        self.tap = Tap()
         self.contexts = _Context()
+        self.gate: Callable[..., Any] | None = None
+        self._captures_output = adapter.capture == MODEL_OUTPUT
+        self._skip = output_tail if self._captures_output and adapter.skip is None else adapter.skip
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._decided = False
+        self._fits = self._skip is not None
 
-    # A compiled model asks here, outside of any graph; its original forward and the tail are compiled.
-    @uncompiled(recursive=False)
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the model's forward."""
-        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        if self._decided:
+            return self._run(module, *args, **kwargs)
+        return self.decide(partial(self._run, module), module, args, kwargs)
+
+    # A compiled model asks here, outside of any graph; what `run` leads to is compiled.
+    @uncompiled(recursive=False)
+    def decide(
+        self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Place a call of the model among the steps and answer it.
+
+        Args:
+            run: leads to `_run`, directly or through the model's compiled call.
+            module: the model.
+            args: of the call.
+            kwargs: of the call.
+
+        Returns:
+            As the model's forward.
+        """
+        self._decided = True
+        call = partial(run, *args, **kwargs)
         try:
-            track = self.runs.enter(
-                self.contexts.context, arguments[self._names[0]], getattr(module, "is_cache_enabled", False)
-            )
+            latents = _stand_in(args[0] if args else kwargs[self._names[0]])
+            track = self.runs.enter(self.contexts.context, latents, getattr(module, "is_cache_enabled", False))
             if track is None or track.is_full:
-                self.capture.track = track
-                forward: Any = self.fn_ref.original_forward
-                output = forward(*args, **kwargs)
+                output = self._capture(track, module, call)
             else:
-                output = self.adapter.skip(module, track.forecast(), **arguments)
+                output = self._inject(track.forecast(), module, call)
         except BaseException:
             # Whatever comes next, it is not the step after this one.
             self.runs.forget()
             raise
         finally:
-            self.capture.track = None
+            self._decided = False
+            self.tap.clear()
         self.runs.leave(track)
         return output
 
@@ -105,14 +119,71 @@ class ModelRootHook(ModelHook):
         self.contexts.reset()
         return module
 
+    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run what is due; all of this may lie within a graph."""
+        if self._skip is not None and self.tap.forecast is not None:
+            arguments = dict(zip(self._names, args, strict=False)) | kwargs
+            return self._skip(module, self.tap.forecast, **arguments)
+        forward: Any = self.fn_ref.original_forward
+        return forward(*args, **kwargs)
+
+    def _capture(self, track: Track | None, module: nn.Module, call: Callable[[], Any]) -> Any:
+        """Answer a full step and hand its feature to the track."""
+        output = call()
+        if track is None:
+            return output
+        feature = read_output(output) if self._captures_output else self.tap.captured
+        if feature is not None:
+            track.capture(feature)
+            if not self._fits:
+                output = copy.deepcopy(output)
+                self._check_fit(track, feature.clone(), output, module, call)
+        return output
+
+    def _inject(self, feature: Tensor, module: nn.Module, call: Callable[[], Any]) -> Any:
+        """Answer a forecast step."""
+        self.tap.forecast = feature
+        if self._skip is not None:
+            return call()
+        # LoRA may have wrapped the module since; then the wrapper's argument is the feature.
+        self.tap.attach(module.get_submodule(self.adapter.capture))
+        with without_blocks(module, self.adapter.blocks):
+            return call()
+
+    def _check_fit(self, track: Track, feature: Tensor, output: Any, module: nn.Module, call: Callable[[], Any]) -> None:
+        """Compare, once, a full step with its repetition from the captured feature, where no adapter vouches for it.
+
+        A model with a second output stream, or one that needs what its blocks return, is told apart here.
+        """
+        try:
+            repeated = self._inject(feature, module, call)
+            self._fits = all(map(_close, _tensors(repeated), _tensors(output), strict=True))
+            reason = "gives another output"
+        # Whatever the model's own forward raises without its blocks; with them, it just ran.
+        except Exception as error:
+            reason = f"fails ({type(error).__name__}: {error})"
+        if not self._fits:
+            track.run.refuse(
+                f"{type(module).__name__}, given the feature captured at {self.adapter.capture!r} in place of its "
+                f"blocks, {reason}; register_adapter can say how to skip them"
+            )
+
 
 def attach(model: nn.Module, root: ModelRootHook) -> None:
-    """Register a root hook, and its capture hook where the adapter says."""
-    captured = model.get_submodule(root.adapter.capture)
-    for module, hook in ((captured, root.capture), (model, root)):
-        with _below_offload(module):
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
+    """Register a root hook, and its tap where the adapter says."""
+    if root.adapter.capture != MODEL_OUTPUT:
+        root.tap.attach(model.get_submodule(root.adapter.capture))
+    with _below_offload(model):
+        HookRegistry.check_if_exists_or_initialize(model).register_hook(root, NAME)
     HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
+    compiled: Any = model._compiled_call_impl
+    if compiled is not None:
+        # A model that was compiled in place decides before it enters its graph, which then has no break.
+        def gate(*args: Any, **kwargs: Any) -> Any:
+            return root.decide(compiled, model, args, kwargs)
+
+        root.gate, root.compiled = gate, compiled
+        model._compiled_call_impl = gate
 
 
 def attached(model: nn.Module) -> ModelRootHook | None:
@@ -127,13 +198,13 @@ def detach(model: nn.Module) -> ModelRootHook | None:
     if root is None:
         return None
     root.runs.forget()
+    root.tap.detach()
+    if root.gate is not None and model._compiled_call_impl is root.gate:
+        model._compiled_call_impl = root.compiled
     HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
-    # The captured module is not looked up by its path: adapters such as LoRA's may have wrapped it since.
-    for module in (root.capture.module, model):
-        if module is not None:
-            with _below_offload(module):
-                HookRegistry.check_if_exists_or_initialize(module).remove_hook(NAME, recurse=False)
-            _tidy(module)
+    with _below_offload(model):
+        HookRegistry.check_if_exists_or_initialize(model).remove_hook(NAME, recurse=False)
+    _tidy(model)
     return root
 
 
@@ -163,3 +234,28 @@ def _tidy(module: nn.Module) -> None:
     forward: Any = vars(module).get("forward")
     if getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module:
         del module.forward
+
+
+def _stand_in(latents: Any) -> Tensor:
+    """Return a tensor with the layout of a model's first argument; Z-Image takes a list with one tensor an image."""
+    if isinstance(latents, Tensor):
+        return latents
+    first = _stand_in(latents[0])
+    return first.expand(len(latents), *first.shape)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Return the tensors of a model's output, whatever holds them."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | tuple | list):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(value)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Tell whether tensors agree but for the order of their sums."""
+    if one.shape != other.shape:
+        return False
+    scale = float(other.float().abs().max()) if other.numel() else 0.0
+    return torch.allclose(one.float(), other.float(), rtol=0, atol=_TAIL_TOLERANCE * scale, equal_nan=True)
