@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -277,12 +278,10 @@ class CountingReuse(Reuse):
         self,
         sigmas: Sequence[float],
         schedule: Schedule | ScheduleRule,
-        *,
-        first_step: int = 0,
-        chunk: int | None = None,
+        **options: Any,
     ) -> Plan:
         self.plans += 1
-        return super().plan(sigmas, schedule, first_step=first_step, chunk=chunk)
+        return super().plan(sigmas, schedule, **options)
 
 
 def test_plans_are_made_once_for_the_same_sigmas(pipe: TinyPipeline) -> None:
