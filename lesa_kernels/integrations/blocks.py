@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -17,7 +17,7 @@ def find_block_lists(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-class SkippedBlocks(nn.ModuleList):
+class NoBlocks(nn.ModuleList):
     """Stands in for a list of blocks: a loop over it does nothing, its length and its items are those of the list.
 
     Models ask for the length to place ControlNet residuals, and DiT for an embedding inside its first block.
@@ -35,21 +35,34 @@ class SkippedBlocks(nn.ModuleList):
         return iter(())
 
 
-@contextmanager
-def without_blocks(model: nn.Module, paths: Sequence[str]) -> Generator[None, None, None]:
-    """Let the loops over a model's blocks do nothing for the length of a with statement.
+class Blocks:
+    """The lists of a model's blocks, which can be skipped.
 
     Args:
         model: a transformer.
         paths: of its lists of blocks.
+
+    Raises:
+        ValueError: when there is no nn.ModuleList at a path.
     """
-    with ExitStack() as restored:
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self._places: list[tuple[nn.Module, str, NoBlocks]] = []
         for path in paths:
-            parent_path, _, name = path.rpartition(".")
-            parent = model.get_submodule(parent_path)
-            blocks = parent._modules[name]
+            blocks = model.get_submodule(path)
             if not isinstance(blocks, nn.ModuleList):
-                raise ValueError(f"lesa: {path} must be an nn.ModuleList of blocks, got {type(blocks).__name__}")
-            parent._modules[name] = SkippedBlocks(blocks)
-            restored.callback(parent._modules.__setitem__, name, blocks)
-        yield
+                raise ValueError(f"lesa.enable: {path} must be an nn.ModuleList of blocks, got {type(blocks).__name__}")
+            parent, _, name = path.rpartition(".")
+            self._places.append((model.get_submodule(parent), name, NoBlocks(blocks)))
+
+    @contextmanager
+    def skipped(self) -> Generator[None, None, None]:
+        """Let the model's loops over its blocks do nothing for the length of a with statement."""
+        lists = [parent._modules[name] for parent, name, _ in self._places]
+        try:
+            for parent, name, nothing in self._places:
+                parent._modules[name] = nothing
+            yield
+        finally:
+            for (parent, name, _), blocks in zip(self._places, lists, strict=True):
+                parent._modules[name] = blocks

@@ -14,7 +14,7 @@ from diffusers.hooks.hooks import CacheContext, HookRegistry, ModelHook, StateMa
 from torch import Tensor, nn
 
 from lesa_kernels.integrations.adapters import MODEL_OUTPUT, Adapter, provide_adapter
-from lesa_kernels.integrations.blocks import without_blocks
+from lesa_kernels.integrations.blocks import Blocks
 from lesa_kernels.integrations.flux import FLUX
 from lesa_kernels.integrations.qwen import QWEN_IMAGE
 from lesa_kernels.integrations.runs import Runs, Track, uncompiled
@@ -66,8 +66,10 @@ class ModelRootHook(ModelHook):
         self.tap = Tap()
         self.contexts = _Context()
         self.gate: Callable[..., Any] | None = None
+        self.compiled: Callable[..., Any] | None = None
         self._captures_output = adapter.capture == MODEL_OUTPUT
         self._skip = output_tail if self._captures_output and adapter.skip is None else adapter.skip
+        self._blocks = Blocks(model, () if self._skip is not None else adapter.blocks)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._decided = False
         self._fits = self._skip is not None
@@ -127,6 +129,7 @@ class ModelRootHook(ModelHook):
         forward: Any = self.fn_ref.original_forward
         return forward(*args, **kwargs)
 
+    @uncompiled(recursive=False)
     def _capture(self, track: Track | None, module: nn.Module, call: Callable[[], Any]) -> Any:
         """Answer a full step and hand its feature to the track."""
         output = call()
@@ -136,10 +139,12 @@ class ModelRootHook(ModelHook):
         if feature is not None:
             track.capture(feature)
             if not self._fits:
-                output = copy.deepcopy(output)
-                self._check_fit(track, feature.clone(), output, module, call)
+                # Copies, as a CUDA graph that runs again writes over what it returned.
+                output = _copied(output)
+                self._check_fit(track, feature.clone(memory_format=torch.contiguous_format), output, module, call)
         return output
 
+    @uncompiled(recursive=False)
     def _inject(self, feature: Tensor, module: nn.Module, call: Callable[[], Any]) -> Any:
         """Answer a forecast step."""
         self.tap.forecast = feature
@@ -147,9 +152,10 @@ class ModelRootHook(ModelHook):
             return call()
         # LoRA may have wrapped the module since; then the wrapper's argument is the feature.
         self.tap.attach(module.get_submodule(self.adapter.capture))
-        with without_blocks(module, self.adapter.blocks):
+        with self._blocks.skipped():
             return call()
 
+    @uncompiled(recursive=False)
     def _check_fit(self, track: Track, feature: Tensor, output: Any, module: nn.Module, call: Callable[[], Any]) -> None:
         """Compare, once, a full step with its repetition from the captured feature, where no adapter vouches for it.
 
@@ -157,11 +163,12 @@ class ModelRootHook(ModelHook):
         """
         try:
             repeated = self._inject(feature, module, call)
-            self._fits = all(map(_close, _tensors(repeated), _tensors(output), strict=True))
-            reason = "gives another output"
         # Whatever the model's own forward raises without its blocks; with them, it just ran.
         except Exception as error:
             reason = f"fails ({type(error).__name__}: {error})"
+        else:
+            reason = "gives another output"
+            self._fits = _agree(repeated, output)
         if not self._fits:
             track.run.refuse(
                 f"{type(module).__name__}, given the feature captured at {self.adapter.capture!r} in place of its "
@@ -176,14 +183,13 @@ def attach(model: nn.Module, root: ModelRootHook) -> None:
     with _below_offload(model):
         HookRegistry.check_if_exists_or_initialize(model).register_hook(root, NAME)
     HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
-    compiled: Any = model._compiled_call_impl
-    if compiled is not None:
+    root.compiled = model._compiled_call_impl
+    if (compiled := root.compiled) is not None:
         # A model that was compiled in place decides before it enters its graph, which then has no break.
         def gate(*args: Any, **kwargs: Any) -> Any:
             return root.decide(compiled, model, args, kwargs)
 
-        root.gate, root.compiled = gate, compiled
-        model._compiled_call_impl = gate
+        root.gate = model._compiled_call_impl = gate
 
 
 def attached(model: nn.Module) -> ModelRootHook | None:
@@ -236,6 +242,7 @@ def _tidy(module: nn.Module) -> None:
         del module.forward
 
 
+@uncompiled()
 def _stand_in(latents: Any) -> Tensor:
     """Return a tensor with the layout of a model's first argument; Z-Image takes a list with one tensor an image."""
     if isinstance(latents, Tensor):
@@ -253,9 +260,19 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Tell whether tensors agree but for the order of their sums."""
-    if one.shape != other.shape:
+@uncompiled()
+def _copied(output: Any) -> Any:
+    return copy.deepcopy(output)
+
+
+@uncompiled()
+def _agree(output: Any, other_output: Any) -> bool:
+    """Tell whether outputs are the same but for the order of their sums."""
+    some, others = list(_tensors(output)), list(_tensors(other_output))
+    if [one.shape for one in some] != [other.shape for other in others]:
         return False
-    scale = float(other.float().abs().max()) if other.numel() else 0.0
-    return torch.allclose(one.float(), other.float(), rtol=0, atol=_TAIL_TOLERANCE * scale, equal_nan=True)
+    return all(
+        torch.allclose(one.float(), other.float(), rtol=0, atol=_TAIL_TOLERANCE * float(other.abs().max()), equal_nan=True)
+        for one, other in zip(some, others, strict=True)
+        if other.numel()
+    )
