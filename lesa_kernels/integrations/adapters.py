@@ -71,13 +71,14 @@ def find_adapter(model: nn.Module, capture: str | None = None) -> Adapter:
     adapter = _ADAPTERS[kinds[0]] if kinds else Adapter(name)
     if capture is not None and capture != adapter.capture:
         adapter = replace(adapter, capture=capture, skip=None)
-    if adapter.capture not in dict(model.named_modules()):
-        known = f"there are adapters for {', '.join(sorted(_ADAPTERS))}"
-        found = f"no adapter for {name}; {known}, and" if not kinds and capture is None else f"{name}:"
+    try:
+        model.get_submodule(adapter.capture)
+    except AttributeError:
+        known = f"no adapter for {name}; there are adapters for {', '.join(sorted(_ADAPTERS))}, and"
         raise ValueError(
-            f"lesa.enable: {found} the model has no submodule {adapter.capture!r} to capture at; "
-            'capture="..." names another one, and register_adapter adds an adapter'
-        )
+            f"lesa.enable: {name + ':' if kinds or capture is not None else known} the model has no submodule "
+            f'{adapter.capture!r} to capture at; capture="..." names another one, and register_adapter adds an adapter'
+        ) from None
     if not adapter.blocks:
         adapter = replace(adapter, blocks=find_block_lists(model))
     if not adapter.blocks and adapter.skip is None and adapter.capture != MODEL_OUTPUT:

@@ -152,6 +152,16 @@ def _is_pipeline(target: Any) -> bool:
 
 def bare_models(target: Any) -> list[nn.Module]:
     """Return the transformers of a pipeline or the transformer itself, without the wrapper of torch.compile."""
+    return [_bare(model) for model in _models(target)]
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _models(target: Any) -> list[nn.Module]:
+    """Return the transformers of a pipeline or the transformer itself."""
     found = [getattr(target, name, None) for name in _TRANSFORMERS] if _is_pipeline(target) else [target]
     models = [model for model in found if model is not None]
     for model in models:
@@ -162,7 +172,7 @@ def bare_models(target: Any) -> list[nn.Module]:
             )
     if not models:
         raise TypeError("lesa: target must be a pipeline with a transformer, its transformer is None")
-    return [inner if isinstance(inner := getattr(model, "_orig_mod", model), nn.Module) else model for model in models]
+    return models
 
 
 def _prepare(
@@ -187,10 +197,11 @@ def _prepare(
         raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
     clock = Clock(target if _is_pipeline(target) else None, scheduler, sigmas)
     prepared = []
-    for model in models:
+    for given, model in zip(_models(target), models, strict=True):
         adapter = find_adapter(model, capture)
         runs = Runs(clock, chosen, placement, options, _count_blocks(model, adapter))
-        prepared.append((model, ModelRootHook(model, adapter, runs)))
+        wrappers = () if given is model else (given,)
+        prepared.append((model, ModelRootHook(model, adapter, runs, wrappers)))
     for _, root in prepared:
         root.runs.siblings = tuple(other.runs for _, other in prepared if other is not root)
     return prepared

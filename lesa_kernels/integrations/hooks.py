@@ -1,10 +1,10 @@
-"""The hooks on a model: one in diffusers' own registry decides what a call runs, one on a submodule takes the feature."""
+"""The hook on a model, in diffusers' own registry: decides what a call runs and carries features to and fro."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lesa_kernels.integrations.adapters import MODEL_OUTPUT, Adapter, provide_adapter
 from lesa_kernels.integrations.blocks import Blocks
 from lesa_kernels.integrations.flux import FLUX
+from lesa_kernels.integrations.gates import Gates
 from lesa_kernels.integrations.qwen import QWEN_IMAGE
 from lesa_kernels.integrations.runs import Runs, Track, uncompiled
 from lesa_kernels.integrations.tap import Tap
@@ -55,18 +56,19 @@ class ModelRootHook(ModelHook):
         model: the model that it will hook.
         adapter: what to skip, and how.
         runs: decides.
+        wrappers: of torch.compile around the model.
     """
 
     _is_stateful = True
 
-    def __init__(self, model: nn.Module, adapter: Adapter, runs: Runs) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, runs: Runs, wrappers: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.adapter = adapter
         self.runs = runs
         self.tap = Tap()
         self.contexts = _Context()
-        self.gate: Callable[..., Any] | None = None
-        self.compiled: Callable[..., Any] | None = None
+        self.gates = Gates(self.decide)
+        self.wrappers = tuple(wrappers)
         self._captures_output = adapter.capture == MODEL_OUTPUT
         self._skip = output_tail if self._captures_output and adapter.skip is None else adapter.skip
         self._blocks = Blocks(model, () if self._skip is not None else adapter.blocks)
@@ -82,9 +84,7 @@ class ModelRootHook(ModelHook):
 
     # A compiled model asks here, outside of any graph; what `run` leads to is compiled.
     @uncompiled(recursive=False)
-    def decide(
-        self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def decide(self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Place a call of the model among the steps and answer it.
 
         Args:
@@ -136,6 +136,11 @@ class ModelRootHook(ModelHook):
         if track is None:
             return output
         feature = read_output(output) if self._captures_output else self.tap.captured
+        if feature is None and self._captures_output:
+            track.run.refuse(
+                "a model whose output is captured must return a Transformer2DModelOutput or a tuple of one tensor, "
+                f"{type(module).__name__} does not"
+            )
         if feature is not None:
             track.capture(feature)
             if not self._fits:
@@ -156,7 +161,9 @@ class ModelRootHook(ModelHook):
             return call()
 
     @uncompiled(recursive=False)
-    def _check_fit(self, track: Track, feature: Tensor, output: Any, module: nn.Module, call: Callable[[], Any]) -> None:
+    def _check_fit(
+        self, track: Track, feature: Tensor, output: Any, module: nn.Module, call: Callable[[], Any]
+    ) -> None:
         """Compare, once, a full step with its repetition from the captured feature, where no adapter vouches for it.
 
         A model with a second output stream, or one that needs what its blocks return, is told apart here.
@@ -183,13 +190,7 @@ def attach(model: nn.Module, root: ModelRootHook) -> None:
     with _below_offload(model):
         HookRegistry.check_if_exists_or_initialize(model).register_hook(root, NAME)
     HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
-    root.compiled = model._compiled_call_impl
-    if (compiled := root.compiled) is not None:
-        # A model that was compiled in place decides before it enters its graph, which then has no break.
-        def gate(*args: Any, **kwargs: Any) -> Any:
-            return root.decide(compiled, model, args, kwargs)
-
-        root.gate = model._compiled_call_impl = gate
+    root.gates.place(model, root.wrappers)
 
 
 def attached(model: nn.Module) -> ModelRootHook | None:
@@ -205,8 +206,7 @@ def detach(model: nn.Module) -> ModelRootHook | None:
         return None
     root.runs.forget()
     root.tap.detach()
-    if root.gate is not None and model._compiled_call_impl is root.gate:
-        model._compiled_call_impl = root.compiled
+    root.gates.remove()
     HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
     with _below_offload(model):
         HookRegistry.check_if_exists_or_initialize(model).remove_hook(NAME, recurse=False)
@@ -272,7 +272,9 @@ def _agree(output: Any, other_output: Any) -> bool:
     if [one.shape for one in some] != [other.shape for other in others]:
         return False
     return all(
-        torch.allclose(one.float(), other.float(), rtol=0, atol=_TAIL_TOLERANCE * float(other.abs().max()), equal_nan=True)
+        torch.allclose(
+            one.float(), other.float(), rtol=0, atol=_TAIL_TOLERANCE * float(other.abs().max()), equal_nan=True
+        )
         for one, other in zip(some, others, strict=True)
         if other.numel()
     )

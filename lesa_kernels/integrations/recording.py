@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lesa_kernels.integrations.adapters import MODEL_OUTPUT, find_adapter
 from lesa_kernels.integrations.api import bare_models
@@ -33,22 +34,24 @@ def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor],
 
     features: list[Tensor] = []
 
-    def keep(feature: Tensor | None) -> None:
-        if feature is not None:
-            features.append(feature.detach().clone())
+    def record(model: nn.Module, point: str) -> Generator[RemovableHandle, None, None]:
+        latest: list[Tensor] = []
 
-    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else next(iter(kwargs.values())))
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # The first full step of an adapter that is made from the model's structure comes by twice.
+            latest[:] = [args[0] if args else next(iter(kwargs.values()))]
 
-    def take_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(read_output(output))
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            feature = read_output(output) if point == MODEL_OUTPUT else latest.pop() if latest else None
+            if feature is not None:
+                features.append(feature.detach().clone())
+
+        if point != MODEL_OUTPUT:
+            yield model.get_submodule(point).register_forward_pre_hook(take, with_kwargs=True)
+        yield model.register_forward_hook(keep)
 
     with ExitStack() as handles:
         for model in bare_models(target):
-            point = find_adapter(model, capture).capture
-            if point == MODEL_OUTPUT:
-                handle = model.register_forward_hook(take_output)
-            else:
-                handle = model.get_submodule(point).register_forward_pre_hook(take, with_kwargs=True)
-            handles.callback(handle.remove)
+            for handle in record(model, find_adapter(model, capture).capture):
+                handles.callback(handle.remove)
         yield features

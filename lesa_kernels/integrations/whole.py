@@ -1,4 +1,4 @@
-"""The model's output as the feature, as LESA published it for HunyuanVideo: a forecast step runs nothing of the model."""
+"""The model's output as the feature, as LESA published it for HunyuanVideo: a forecast step runs nothing."""
 
 from __future__ import annotations
 

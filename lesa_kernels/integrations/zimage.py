@@ -1,4 +1,4 @@
-"""Z-Image: captured before its final layer, which is named after the patch sizes; text tokens are part of the feature."""
+"""Z-Image: captured before its final layer, named after the patch sizes; text tokens are part of the feature."""
 
 from __future__ import annotations
 

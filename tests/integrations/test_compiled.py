@@ -64,6 +64,22 @@ def test_a_model_compiled_in_place_is_one_graph_for_each_kind_of_step(name: str)
     torch.testing.assert_close(sample(model, name), plain)
 
 
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_wrapped_model_is_one_graph_for_each_kind_of_step(name: str) -> None:
+    torch._dynamo.reset()
+    model = MODELS[name].model()
+    plain, expected = sample(model, name), accelerated(model, name)
+    graphs = Graphs()
+    wrapper = torch.compile(model, fullgraph=True, backend=graphs)
+    with enabled(wrapper, TaylorSeer(), SPARSE, sigmas=SIGMAS):
+        torch.testing.assert_close(sample(wrapper, name), expected)
+        assert graphs.count == 2
+        sample(wrapper, name)
+        assert graphs.count == 2
+        assert (summary(wrapper).full, summary(wrapper).forecast) == (len(FULL), STEPS - len(FULL))
+    torch.testing.assert_close(sample(wrapper, name), plain)
+
+
 def test_a_model_that_ran_compiled_can_be_enabled_and_disabled() -> None:
     torch._dynamo.reset()
     model = MODELS["wan"].model()
