@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-
 # Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
 _MAX_FLOW_SIGMA = 1.001
 

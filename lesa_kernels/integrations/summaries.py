@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from lesa_kernels.history import HostRing, Ring
 from lesa_kernels.stopwatch import Stopwatch
 

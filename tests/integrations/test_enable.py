@@ -49,6 +49,16 @@ def test_the_default_schedule_takes_a_fifth_of_the_steps(steps: int, full: int) 
     assert len(default_schedule([1 - step / steps for step in range(steps + 1)]).full_steps) == full
 
 
+@pytest.mark.parametrize(("steps", "full"), [(4, (0, 2, 3)), (8, (0, 5, 7))])
+def test_few_step_models_skip_blocks_by_default(pipe: TinyPipeline, steps: int, full: tuple[int, ...]) -> None:
+    """Of all choices of three full steps these came closest to all of them on the demo's model (`lesa demo`)."""
+    enable(pipe)
+    with watching(pipe.transformer) as watch:
+        pipe(steps)
+    assert watch.blocks == len(full) * NUM_BLOCKS
+    assert "full steps: " + " ".join(map(str, full)) in summary(pipe).plan
+
+
 def test_defaults_need_nothing_but_the_pipeline(pipe: TinyPipeline) -> None:
     plain = pipe(20)
     enable(pipe)
@@ -177,6 +187,8 @@ def test_a_native_cache_is_refused(pipe: TinyPipeline) -> None:
             ValueError,
             "got scheduler and sigmas",
         ),
+        ({"sigmas": [1.0, 0.0], "predictor": {}}, ValueError, "at least one entry, got none"),
+        ({"sigmas": [1.0, 0.0], "predictor": {"cond": 5}}, TypeError, "names of .* to Forecasters, got 'cond': int"),
         ({"sigmas": [1.0, 0.0], "schedule": 5}, TypeError, "schedule must be a Schedule, a rule or None, got int"),
     ],
 )

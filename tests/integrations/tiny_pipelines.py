@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers' real classes with random weights. Text encoders are left out: prompts come as embeddings."""
+"""Tiny pipelines of diffusers' real classes with random weights; without text encoders, prompts come as embeddings."""
 
 from __future__ import annotations
 
