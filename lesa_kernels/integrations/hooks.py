@@ -144,7 +144,7 @@ class ModelRootHook(ModelHook):
         if feature is not None:
             track.capture(feature)
             if not self._fits:
-                # Copies, as a CUDA graph that runs again writes over what it returned.
+                # Copies, as a CUDA graph that runs again writes over what it returned; laid out as the history is.
                 output = _copied(output)
                 self._check_fit(track, feature.clone(memory_format=torch.contiguous_format), output, module, call)
         return output
