@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, block_calls, sample_of
+from tiny_models import MODELS, VARIANTS, block_calls, sample_of
 from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule, TaylorSeer
@@ -46,11 +46,12 @@ def test_full_steps_keep_their_bits(name: str) -> None:
 
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | VARIANTS)
 def test_the_captured_feature_alone_gives_the_full_output(name: str, dtype: torch.dtype, return_dict: bool) -> None:
     """The second call has the inputs of the first, is a forecast step and reuses its feature: the bits are the same."""
-    model = MODELS[name].model().to(dtype)
-    arguments = {key: _converted(value, dtype) for key, value in MODELS[name].arguments(0).items()}
+    tiny = (MODELS | VARIANTS)[name]
+    model = tiny.model().to(dtype)
+    arguments = {key: _converted(value, dtype) for key, value in tiny.arguments(0).items()}
     enable(model, Reuse(), Schedule.explicit(2, [0]), sigmas=[1.0, 0.5, 0.0])
     full = model(**arguments, return_dict=return_dict)
     with block_calls(model) as calls:

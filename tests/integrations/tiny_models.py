@@ -156,6 +156,11 @@ def _hunyuan15(seed: int) -> dict[str, Any]:
     }
 
 
+def _rope(tokens: int, channels: int) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(tokens), torch.ones(channels))
+    return angles.cos(), angles.sin()
+
+
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 
 
@@ -299,6 +304,88 @@ MODELS: dict[str, Tiny] = {
             rope_axes_dim=(4, 6, 6),
         ),
         _hunyuan15,
+    ),
+}
+
+# Configurations of these classes that take another way through their forward.
+VARIANTS: dict[str, Tiny] = {
+    "flux without guidance": Tiny(
+        lambda: diffusers.FluxTransformer2DModel(
+            **_HEADS,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        lambda seed: _flux(seed) | {"guidance": None},
+    ),
+    "qwen edit": Tiny(
+        lambda: diffusers.QwenImageTransformer2DModel(
+            **_HEADS,
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            joint_attention_dim=8,
+            axes_dims_rope=(4, 6, 6),
+            zero_cond_t=True,
+        ),
+        lambda seed: (
+            _qwen(seed) | {"hidden_states": _noise(seed, BATCH, 12, 16), "img_shapes": [[(1, 2, 3)] * 2] * BATCH}
+        ),
+    ),
+    "hunyuan image to video": Tiny(
+        lambda: diffusers.HunyuanVideoTransformer3DModel(
+            **_HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=8,
+            pooled_projection_dim=8,
+            rope_axes_dim=(4, 6, 6),
+            image_condition_type="token_replace",
+        ),
+        _hunyuan,
+    ),
+    "wan with a time for each token": Tiny(
+        _wan_model, lambda seed: _wan(seed) | {"timestep": _times(seed, 1000)[:, None].expand(BATCH, 8)}
+    ),
+    "sd3 without a layer": Tiny(MODELS["sd3"].make, lambda seed: _sd3(seed) | {"skip_layers": [1]}),
+    "cogvideox 1.5": Tiny(
+        lambda: diffusers.CogVideoXTransformer3DModel(
+            **_HEADS,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=8,
+            num_layers=2,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=5,
+            patch_size_t=2,
+            patch_bias=False,
+            use_rotary_positional_embeddings=True,
+            ofs_embed_dim=8,
+        ),
+        lambda seed: _cogvideox(seed) | {"ofs": torch.full((BATCH,), 2.0), "image_rotary_emb": _rope(4, 16)},
+    ),
+    "wan vace": Tiny(
+        lambda: diffusers.WanVACETransformer3DModel(
+            **_HEADS,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            vace_layers=[0, 1],
+            vace_in_channels=6,
+            rope_max_seq_len=32,
+        ),
+        lambda seed: _wan(seed) | {"control_hidden_states": _noise(seed + 300, BATCH, 6, 2, 4, 4)},
     ),
 }
 
