@@ -318,7 +318,6 @@ class Runs:
         return run, step, run.count(context.name, step)
 
     def _start(self, source: Any) -> Run:
-        self.forget()
         for sibling in self.siblings:
             if sibling._run is not None:
                 sibling._run.give_back()
