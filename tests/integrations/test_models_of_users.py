@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import LTX2VideoTransformer3DModel, WanTransformer3DModel
 from tiny_models import MODELS, block_calls, sample_of
 from torch import Tensor, nn
 
@@ -177,6 +177,42 @@ def test_a_model_that_is_more_than_its_capture_point_is_told_apart(kind: type[Us
         outputs = [output.clone() for x in inputs() for output in model(x)]
     assert all(map(torch.equal, outputs, plain))
     assert summary(model).forecast == 0
+
+
+def test_a_model_of_picture_and_sound_keeps_both() -> None:
+    torch.manual_seed(0)
+    model = LTX2VideoTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=32,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=8,
+    ).eval()
+    arguments = {
+        "hidden_states": torch.randn(1, 12, 4),
+        "audio_hidden_states": torch.randn(1, 5, 4),
+        "encoder_hidden_states": torch.randn(1, 3, 8),
+        "audio_encoder_hidden_states": torch.randn(1, 3, 8),
+        "timestep": torch.tensor([500.0]),
+        "sigma": torch.tensor([0.5]),
+        "num_frames": 2,
+        "height": 2,
+        "width": 3,
+        "audio_num_frames": 5,
+    }
+    plain = model(**arguments)
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    with pytest.warns(LesaWarning, match="gives another output"):
+        first = model(**arguments)
+    for output in (first, model(**arguments)):
+        assert all(map(torch.equal, output.to_tuple(), plain.to_tuple()))
 
 
 def test_an_output_of_several_tensors_is_no_feature() -> None:
