@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype, check_feature
-from lesa_kernels.history import Ring
+from lesa_kernels.history import HostRing, Ring
 from lesa_kernels.plan import Launch, Plan, Segment
 
 
@@ -19,16 +19,26 @@ class Session:
     Args:
         plan: what to run.
         history_dtype: dtype of the ring; None takes that of the features.
+        history_device: None keeps the ring on the device of the features, "cpu" in the host's memory (pinned for CUDA),
+            where the forecasts are then computed: a small card needs no room for it, and each step waits for a copy.
 
     Raises:
         TypeError: when history_dtype is no feature dtype.
+        ValueError: when history_device is neither None nor "cpu".
     """
 
-    def __init__(self, plan: Plan, *, history_dtype: torch.dtype | None = None) -> None:
-        if history_dtype is not None and history_dtype not in FEATURE_DTYPES:
-            raise TypeError(f"history_dtype must be one of {FEATURE_DTYPES}, got {history_dtype}")
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        history_dtype: torch.dtype | None = None,
+        history_device: str | torch.device | None = None,
+    ) -> None:
+        check_history(history_dtype, history_device)
         self.plan = plan
         self._history_dtype = history_dtype
+        self._on_host = history_device is not None
+        self._feature_dtype = torch.float32
         self._ring: Ring | None = None
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._segments: dict[int, Segment] = {segment.full_step: segment for segment in plan.segments}
@@ -81,6 +91,7 @@ class Session:
         elif (unfinished := self._unfinished()) is not None:
             raise RuntimeError(f"step {step} must follow the forecast of step {unfinished}, which was not asked for")
         ring = self._ring_for(feature, starts)
+        self._feature_dtype = feature.dtype
         if segment.slot is not None:
             ring.push(feature, segment.slot)
         self._full_step = step
@@ -95,8 +106,8 @@ class Session:
             step: a forecast step of the segment whose full step was pushed last.
 
         Returns:
-            A view of the ring [*feature], valid until the next push (with a chunked plan: until the next call). Whoever
-            wants to write to it, copies it.
+            [*feature], of the features' dtype and on their device. A view of the ring where that has both: valid until
+            the next push (with a chunked plan: until the next call), and whoever wants to write to it, copies it.
 
         Raises:
             ValueError: when the step is not a forecast step of the plan.
@@ -113,7 +124,7 @@ class Session:
             )
         if launch is not self._launched:
             self._launch(segment, launch)
-        return self._ring[slot]
+        return self._ring[slot].to(self._feature_dtype)
 
     def _launch(self, segment: Segment, launch: Launch) -> None:
         done = -1 if self._launched is None else segment.launches.index(self._launched)
@@ -145,13 +156,27 @@ class Session:
                 f"got {tuple(feature.shape)}, {dtype} on {feature.device}"
             )
         self._ring = None
-        self._ring = Ring(self.plan.num_slots, feature.shape, dtype, feature.device)
+        kind = HostRing if self._on_host and lies_elsewhere(feature.device) else Ring
+        self._ring = kind(self.plan.num_slots, feature.shape, dtype, feature.device)
         self._rows = {
-            launch.steps[0]: _row_tensors(launch, dtype, feature.device)
+            launch.steps[0]: _row_tensors(launch, dtype, self._ring.memory)
             for segment in self.plan.segments
             for launch in segment.launches
         }
         return self._ring
+
+
+def check_history(dtype: torch.dtype | None, device: str | torch.device | None) -> None:
+    """Check the options of a history; see `Session` for what it raises."""
+    if dtype is not None and dtype not in FEATURE_DTYPES:
+        raise TypeError(f"history_dtype must be one of {FEATURE_DTYPES}, got {dtype}")
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f'history_device must be None (the device of the features) or "cpu", got {device}')
+
+
+def lies_elsewhere(device: torch.device) -> bool:
+    """Whether the host's memory is not the memory of a device."""
+    return device.type != "cpu"
 
 
 def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+
+from lesa_kernels.integrations.blocks import find_block_lists
+
+MODEL_OUTPUT = ""
+"""As a capture point: the model's output, which must be one tensor. (The path of a model within itself is empty.)"""
+
+_USUAL_CAPTURE = "norm_out"
 
 
 @dataclass(frozen=True)
@@ -15,15 +22,21 @@ class Adapter:
 
     Args:
         model: name of the class; it serves subclasses too.
-        capture: path of the submodule whose first argument is the feature (`norm_out`, `proj_out`, ...).
+        capture: path of the submodule whose first argument is the feature (`norm_out`, `proj_out`, ...), or
+            `MODEL_OUTPUT`. The model's output must follow from the feature and from what no block computes.
         skip: `skip(model, feature, **arguments) -> output`: what the model's forward does from the capture point on,
             and nothing else. `arguments` are those of the forward call, all by name. It must call `capture` and what
-            follows as modules, so that their hooks run, and must not write to `feature`, a view of the history.
+            follows as modules, so that their hooks run, and must not write to `feature`, a view of the history. None
+            runs the model's own forward around its blocks and puts the forecast in at the capture point: a little
+            slower, as embeddings are computed too, and checked once against a full step.
+        blocks: paths of the lists of blocks that a forecast step leaves out; none takes all lists of the model whose
+            names end with "blocks" or "layers".
     """
 
     model: str
-    capture: str
-    skip: Callable[..., Any]
+    capture: str = _USUAL_CAPTURE
+    skip: Callable[..., Any] | None = None
+    blocks: tuple[str, ...] = ()
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -39,16 +52,38 @@ def provide_adapter(adapter: Adapter) -> None:
     _ADAPTERS.setdefault(adapter.model, adapter)
 
 
-def find_adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of a model's class or of the nearest base that has one.
+def find_adapter(model: nn.Module, capture: str | None = None) -> Adapter:
+    """Return the adapter of a model: of its class, of the nearest base that has one, or made from its structure.
+
+    Args:
+        model: a transformer.
+        capture: path of the submodule whose first argument is the feature, where it is not to be the adapter's.
+
+    Returns:
+        The adapter, its `blocks` filled in.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when there is none and the model has no submodule of the usual name or no list of blocks, or has
+            nothing at the capture point.
     """
-    for kind in type(model).__mro__:
-        if kind.__name__ in _ADAPTERS:
-            return _ADAPTERS[kind.__name__]
-    raise ValueError(
-        f"lesa.enable: no adapter for {type(model).__name__}; there are adapters for {', '.join(sorted(_ADAPTERS))}, "
-        "and register_adapter adds one"
-    )
+    name = type(model).__name__
+    kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _ADAPTERS]
+    adapter = _ADAPTERS[kinds[0]] if kinds else Adapter(name)
+    if capture is not None and capture != adapter.capture:
+        adapter = replace(adapter, capture=capture, skip=None)
+    try:
+        model.get_submodule(adapter.capture)
+    except AttributeError:
+        known = f"no adapter for {name}; there are adapters for {', '.join(sorted(_ADAPTERS))}, and"
+        raise ValueError(
+            f"lesa.enable: {name + ':' if kinds or capture is not None else known} the model has no submodule "
+            f'{adapter.capture!r} to capture at; capture="..." names another one, and register_adapter adds an adapter'
+        ) from None
+    if not adapter.blocks:
+        adapter = replace(adapter, blocks=find_block_lists(model))
+    if not adapter.blocks and adapter.skip is None and adapter.capture != MODEL_OUTPUT:
+        raise ValueError(
+            f"lesa.enable: {name} has no list of blocks: no nn.ModuleList of its own whose name ends with blocks or "
+            f"layers; register_adapter(Adapter({name!r}, blocks=(...))) says which submodules are skipped"
+        )
+    return adapter

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from lesa_kernels.integrations.adapters import find_adapter
+from lesa_kernels.integrations.adapters import Adapter, find_adapter
 from lesa_kernels.integrations.clock import Clock
-from lesa_kernels.integrations.runs import Runs, Summary
+from lesa_kernels.integrations.runs import Options, Predictors, Runs
+from lesa_kernels.integrations.summaries import Summary, merged
 from lesa_kernels.predictors import Forecaster, TaylorSeer
+from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
 if TYPE_CHECKING:
     from lesa_kernels.integrations.hooks import ModelRootHook
+
+# Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise.
+_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def default_schedule(sigmas: Sequence[float]) -> Schedule:
@@ -36,11 +42,15 @@ def default_schedule(sigmas: Sequence[float]) -> Schedule:
 
 def enable(
     target: Any,
-    predictor: Forecaster | None = None,
+    predictor: Predictors | None = None,
     schedule: Schedule | ScheduleRule | None = None,
     *,
     scheduler: Any = None,
     sigmas: Sequence[float] | None = None,
+    capture: str | None = None,
+    history_dtype: torch.dtype | None = None,
+    history_device: str | torch.device | None = None,
+    on_other_sigmas: OnOtherSigmas = "refuse",
 ) -> None:
     """Skip the blocks of a diffusers transformer on most steps and forecast its feature instead.
 
@@ -49,25 +59,34 @@ def enable(
     steps for the rest of the run and one `LesaWarning`.
 
     Args:
-        target: a pipeline, or a bare transformer: then `scheduler` or `sigmas` tells the steps.
+        target: a pipeline, with all of its transformers, or a bare transformer: then `scheduler` or `sigmas` tells the
+            steps.
         predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
-            Enable again after changing its weights.
+            Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
+            a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
         schedule: which steps are full, or a rule that makes it from the sigmas; None takes `default_schedule`.
         scheduler: of a bare transformer: the diffusers scheduler whose `step` the loop calls.
         sigmas: of a bare transformer: the S+1 noise levels. Its calls are counted for each cache context; a loop that
             may break off between two calls should say `cache_context(name, step_index=step)` or give a scheduler.
+        capture: for a model without an adapter: the submodule whose first argument is the feature.
+        history_dtype: dtype of the history, None for that of the features.
+        history_device: "cpu" keeps the history in the host's memory, for small cards: slower, a warning after each run
+            says by how much. None keeps it beside the model.
+        on_other_sigmas: where a predictor knows the sigmas of its training and the run has others: "refuse" runs full
+            steps, "adapt" uses the predictor as it is; both warn.
 
     Raises:
-        ValueError: when there is no adapter for the model, nothing or too much tells the steps, or a cache of
-            diffusers is on.
-        TypeError: when target, predictor or schedule is something else.
+        ValueError: when there is no adapter for the model, nothing or too much tells the steps, a cache of diffusers is
+            on, or an option is out of range.
+        TypeError: when target, predictor, schedule or history_dtype is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
     from lesa_kernels.integrations.hooks import attach, detach
 
-    model, root = _prepare(target, predictor, schedule, scheduler, sigmas)
-    detach(model)
-    attach(model, root)
+    options = Options(history_dtype, history_device, on_other_sigmas)
+    for model, root in _prepare(target, predictor, schedule, scheduler, sigmas, capture, options):
+        detach(model)
+        attach(model, root)
 
 
 def disable(target: Any) -> None:
@@ -78,88 +97,133 @@ def disable(target: Any) -> None:
     """
     from lesa_kernels.integrations.hooks import detach
 
-    detach(bare_model(target))
+    for model in bare_models(target):
+        detach(model)
 
 
 @contextmanager
 def enabled(
     target: Any,
-    predictor: Forecaster | None = None,
+    predictor: Predictors | None = None,
     schedule: Schedule | ScheduleRule | None = None,
-    *,
-    scheduler: Any = None,
-    sigmas: Sequence[float] | None = None,
+    **options: Any,
 ) -> Generator[None, None, None]:
     """`enable` for the length of a with statement; afterwards all is as it was, an earlier `enable` included."""
-    from lesa_kernels.integrations.hooks import attach, detach
+    from lesa_kernels.integrations.hooks import attach, attached, detach
 
-    model, root = _prepare(target, predictor, schedule, scheduler, sigmas)
-    before = detach(model)
-    attach(model, root)
+    models = bare_models(target)
+    before = [attached(model) for model in models]
+    enable(target, predictor, schedule, **options)
     try:
         yield
     finally:
-        detach(model)
-        if before is not None:
-            attach(model, before)
+        for model, root in zip(models, before, strict=True):
+            detach(model)
+            if root is not None:
+                attach(model, root)
 
 
 def summary(target: Any) -> Summary:
-    """Tell what became of the last run.
+    """Tell what became of the last run; waits for the device to finish the calls that were measured.
 
     Args:
         target: a pipeline or a transformer on which `enable` was called.
 
     Returns:
-        The counts of full and forecast calls, and the plan.
+        Calls, times, memory and the plan; of a pipeline with two transformers, both put together.
 
     Raises:
         ValueError: when it is not enabled, or nothing ran yet.
     """
     from lesa_kernels.integrations.hooks import attached
 
-    root = attached(bare_model(target))
-    if root is None:
+    roots = [root for model in bare_models(target) if (root := attached(model)) is not None]
+    if not roots:
         raise ValueError("lesa.summary: target must be enabled, it is not")
-    if root.runs.summary is None:
+    found = [each for root in roots if (each := root.runs.summary) is not None]
+    if not found:
         raise ValueError("lesa.summary: target must have run since it was enabled, it has not")
-    return root.runs.summary
+    return merged(found)
 
 
 def _is_pipeline(target: Any) -> bool:
-    return hasattr(target, "transformer") and hasattr(target, "scheduler")
+    return hasattr(target, "scheduler") and any(hasattr(target, name) for name in _TRANSFORMERS)
 
 
-def bare_model(target: Any) -> nn.Module:
-    """Return the transformer of a pipeline or the transformer itself, without the wrapper of torch.compile."""
-    model = target.transformer if _is_pipeline(target) else target
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            "lesa: target must be a pipeline with a transformer and a scheduler, or a transformer, "
-            f"got {type(model).__name__}"
-        )
+def bare_models(target: Any) -> list[nn.Module]:
+    """Return the transformers of a pipeline or the transformer itself, without the wrapper of torch.compile."""
+    return [_bare(model) for model in _models(target)]
+
+
+def _bare(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 
 
+def _models(target: Any) -> list[nn.Module]:
+    """Return the transformers of a pipeline or the transformer itself."""
+    found = [getattr(target, name, None) for name in _TRANSFORMERS] if _is_pipeline(target) else [target]
+    models = [model for model in found if model is not None]
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "lesa: target must be a pipeline with a transformer and a scheduler, or a transformer, "
+                f"got {type(model).__name__}"
+            )
+    if not models:
+        raise TypeError("lesa: target must be a pipeline with a transformer, its transformer is None")
+    return models
+
+
 def _prepare(
     target: Any,
-    predictor: Forecaster | None,
+    predictor: Predictors | None,
     schedule: Schedule | ScheduleRule | None,
     scheduler: Any,
     sigmas: Sequence[float] | None,
-) -> tuple[nn.Module, ModelRootHook]:
-    """Check everything and make the hook, so that a refusal leaves the model as it was."""
+    capture: str | None,
+    options: Options,
+) -> list[tuple[nn.Module, ModelRootHook]]:
+    """Check everything and make the hooks, so that a refusal leaves the models as they were."""
     from lesa_kernels.integrations.hooks import ModelRootHook
 
-    model = bare_model(target)
+    models = bare_models(target)
     chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
-    if not isinstance(chosen, Forecaster):
-        raise TypeError(f"lesa.enable: predictor must be a Forecaster or None, got {type(chosen).__name__}")
+    _check_predictor(chosen)
     placement = default_schedule if schedule is None else schedule
     if not isinstance(placement, Schedule) and not callable(placement):
         raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(placement).__name__}")
-    if getattr(model, "is_cache_enabled", False):
+    if any(getattr(model, "is_cache_enabled", False) for model in models):
         raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
     clock = Clock(target if _is_pipeline(target) else None, scheduler, sigmas)
-    return model, ModelRootHook(model, find_adapter(model), Runs(clock, chosen, placement))
+    prepared = []
+    for given, model in zip(_models(target), models, strict=True):
+        adapter = find_adapter(model, capture)
+        runs = Runs(clock, chosen, placement, options, _count_blocks(model, adapter))
+        wrappers = () if given is model else (given,)
+        prepared.append((model, ModelRootHook(model, adapter, runs, wrappers)))
+    for _, root in prepared:
+        root.runs.siblings = tuple(other.runs for _, other in prepared if other is not root)
+    return prepared
+
+
+def _check_predictor(predictor: object) -> None:
+    if isinstance(predictor, Forecaster):
+        return
+    if not isinstance(predictor, Mapping):
+        raise TypeError(
+            f"lesa.enable: predictor must be a Forecaster, a mapping of them or None, got {type(predictor).__name__}"
+        )
+    if not predictor:
+        raise ValueError("lesa.enable: a mapping of predictors must have at least one entry, got none")
+    for name, each in predictor.items():
+        if not isinstance(name, str) or not isinstance(each, Forecaster):
+            raise TypeError(
+                "lesa.enable: a mapping of predictors must go from names of cache contexts to Forecasters, "
+                f"got {name!r}: {type(each).__name__}"
+            )
+
+
+def _count_blocks(model: nn.Module, adapter: Adapter) -> int:
+    """Count the blocks that a forecast step skips."""
+    return sum(len(list(model.get_submodule(path).children())) for path in adapter.blocks)

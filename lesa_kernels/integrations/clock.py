@@ -6,9 +6,15 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+# Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
+_MAX_FLOW_SIGMA = 1.001
+
 
 class Clock:
-    """Reads step index and sigmas; no tensor value is read but the sigmas, once a run.
+    """Reads step index and noise levels; no tensor value is read but these levels, once a run.
+
+    The levels are the scheduler's sigmas under flow matching. Of another scheduler (DDIM, DPM-Solver, ...) they are its
+    timesteps, scaled to (0, 1], and 0: its sigmas, where it has any, span orders of magnitude.
 
     Args:
         pipeline: whose scheduler counts (it is looked up at every call, as users replace it), or None.
@@ -36,16 +42,22 @@ class Clock:
         self._sigmas = None if sigmas is None else read_sigmas(sigmas)
         if self._sigmas is not None and len(self._sigmas) < 2:
             raise ValueError(f"lesa.enable: sigmas must hold S+1 >= 2 values, got {len(self._sigmas)}")
-        if self._sigmas is None and not (hasattr(self._scheduler, "sigmas") and hasattr(self._scheduler, "step_index")):
+        if self._sigmas is None and not hasattr(self._scheduler, "sigmas" if self.has_index else "timesteps"):
             raise ValueError(
-                f"lesa.enable: the scheduler must have sigmas and a step_index, got {type(self._scheduler).__name__}; "
-                "pass a bare transformer and sigmas= instead"
+                "lesa.enable: the scheduler must have sigmas and a step_index, or timesteps, "
+                f"got {type(self._scheduler).__name__}; pass a bare transformer and sigmas= instead"
             )
 
     @property
     def has_scheduler(self) -> bool:
         """Whether a scheduler counts the steps: then a new run brings new sigmas, and a step may hold several calls."""
         return self._sigmas is None
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the scheduler tells the step; else calls are counted."""
+        scheduler = self.scheduler()
+        return hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index")
 
     def scheduler(self) -> Any:
         """Return the scheduler of this moment, None where the sigmas were given."""
@@ -55,16 +67,48 @@ class Clock:
         return self._scheduler
 
     def source(self) -> Any:
-        """Return the object that holds the sigmas; schedulers make a new one for every run."""
-        return self.scheduler().sigmas if self._sigmas is None else self._sigmas
+        """Return the object that holds the levels; schedulers make a new one for every run."""
+        if self._sigmas is not None:
+            return self._sigmas
+        return self.scheduler().sigmas if self.has_index else self.scheduler().timesteps
 
-    def step(self, context_step: int | None) -> int | None:
-        """Return the step of this call: the cache context's, else the scheduler's, else None (count the calls)."""
+    def levels(self) -> tuple[float, ...]:
+        """Return the S+1 noise levels of the run that begins.
+
+        Raises:
+            TypeError: when the scheduler was not told its steps yet.
+        """
+        if self._sigmas is not None:
+            return self._sigmas
+        scheduler = self.scheduler()
+        if self.has_index:
+            sigmas = read_sigmas(scheduler.sigmas)
+            if max(sigmas) <= _MAX_FLOW_SIGMA:
+                return sigmas
+        # Counted from 1: the last timestep may be 0, and its level must lie above the end of the run.
+        return (*((t + 1) / scheduler.config.num_train_timesteps for t in read_sigmas(scheduler.timesteps)), 0.0)
+
+    def step(self, context_step: int | None, calls: int, num_steps: int) -> int:
+        """Return the step of a call.
+
+        Args:
+            context_step: what the cache context says, which counts; else the scheduler's index does.
+            calls: how many calls the context has had in this run: they count where nothing else does.
+            num_steps: S.
+
+        Returns:
+            The step; not below S where there were too many calls.
+        """
         if context_step is not None:
             return context_step
         if self._sigmas is not None:
-            return None
+            return calls
         scheduler = self.scheduler()
+        if not self.has_index:
+            # A pipeline that starts late says how many steps are left.
+            pipeline = self._pipeline() if self._pipeline is not None else None
+            left = getattr(pipeline, "_num_timesteps", None) or num_steps
+            return calls + max(num_steps - left, 0)
         # Schedulers set their index in step(), after the first call of the model; image-to-image begins late.
         if scheduler.step_index is None:
             return getattr(scheduler, "begin_index", None) or 0

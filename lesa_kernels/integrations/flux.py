@@ -47,4 +47,4 @@ def flux_tail(
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-FLUX = Adapter("FluxTransformer2DModel", capture="norm_out", skip=apply_lora_scale("joint_attention_kwargs")(flux_tail))
+FLUX = Adapter("FluxTransformer2DModel", skip=apply_lora_scale("joint_attention_kwargs")(flux_tail))

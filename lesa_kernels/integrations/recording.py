@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.adapters import find_adapter
-from lesa_kernels.integrations.api import bare_model
+from lesa_kernels.integrations.adapters import MODEL_OUTPUT, find_adapter
+from lesa_kernels.integrations.api import bare_models
 
 
 @contextmanager
-def recorded(target: Any) -> Generator[list[Tensor], None, None]:
+def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor], None, None]:
     """Record features for the length of a with statement, of full and of forecast steps alike.
 
     Args:
         target: a pipeline or a transformer, with `lesa.enable` or without.
+        capture: the submodule whose first argument is the feature, where it is not to be the adapter's.
 
     Yields:
-        A list that receives a detached copy [*feature] at each call of the model, at the adapter's capture point.
+        A list that receives a detached copy [*feature] at each call of a model, at the adapter's capture point.
 
     Raises:
         ValueError: when there is no adapter for the model.
@@ -28,16 +30,28 @@ def recorded(target: Any) -> Generator[list[Tensor], None, None]:
     """
     # Importing the hooks registers the adapters that ship with the package.
     from lesa_kernels.integrations import hooks  # noqa: F401
+    from lesa_kernels.integrations.whole import read_output
 
-    model = bare_model(target)
     features: list[Tensor] = []
 
-    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        feature: Tensor = args[0] if args else next(iter(kwargs.values()))
-        features.append(feature.detach().clone())
+    def record(model: nn.Module, point: str) -> Generator[RemovableHandle, None, None]:
+        latest: list[Tensor] = []
 
-    handle = model.get_submodule(find_adapter(model).capture).register_forward_pre_hook(take, with_kwargs=True)
-    try:
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # The first full step of an adapter that is made from the model's structure comes by twice.
+            latest[:] = [args[0] if args else next(iter(kwargs.values()))]
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            feature = read_output(output) if point == MODEL_OUTPUT else latest.pop() if latest else None
+            if feature is not None:
+                features.append(feature.detach().clone())
+
+        if point != MODEL_OUTPUT:
+            yield model.get_submodule(point).register_forward_pre_hook(take, with_kwargs=True)
+        yield model.register_forward_hook(keep)
+
+    with ExitStack() as handles:
+        for model in bare_models(target):
+            for handle in record(model, find_adapter(model, capture).capture):
+                handles.callback(handle.remove)
         yield features
-    finally:
-        handle.remove()

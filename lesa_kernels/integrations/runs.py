@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from lesa_kernels.integrations.clock import Clock, read_sigmas
+from lesa_kernels.integrations.clock import Clock
+from lesa_kernels.integrations.summaries import Summary, Tally
 from lesa_kernels.plan import Plan
 from lesa_kernels.predictors import Forecaster
+from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.session import Session
+from lesa_kernels.session import Session, check_history
 
 # Guidance makes two to four calls a step; more mean that the scheduler's step index stands still.
 _MAX_CALLS = 4
 # Sigmas pass through float32 on their way into a cache context.
 _SIGMA_TOLERANCE = 1e-5
-_MAX_PLANS = 8
+_MAX_PLANS = 16
 
+Predictors: TypeAlias = "Forecaster | Mapping[str, Forecaster]"
+"""One forecaster for all cache contexts, or those of each by its name."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -36,36 +40,21 @@ def uncompiled(recursive: bool = True) -> Callable[[_Function], _Function]:
 
 
 class LesaWarning(UserWarning):
-    """Something unexpected: the rest of the run is sampled without forecasts. The message says why."""
+    """Something that a user should know of a run; most often that its rest is sampled without forecasts, and why."""
 
 
-@dataclass
-class Summary:
-    """What became of the last run.
+@dataclass(frozen=True)
+class Options:
+    """How runs are made; see `lesa.enable`."""
 
-    Args:
-        steps: S, the steps of its schedule.
-        full: calls of the model that ran its blocks, over all cache contexts.
-        forecast: calls that skipped them.
-        plan: the plan as text, empty where none could be made.
-        history_bytes: memory of the rings while it ran.
-        refused: why the run went on without forecasts, None where nothing was unexpected.
-    """
+    history_dtype: torch.dtype | None = None
+    history_device: str | torch.device | None = None
+    on_other_sigmas: OnOtherSigmas = "refuse"
 
-    steps: int
-    full: int = 0
-    forecast: int = 0
-    plan: str = ""
-    history_bytes: int = 0
-    refused: str | None = None
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.steps} steps: {self.full} calls full, {self.forecast} forecast",
-            f"history: {self.history_bytes / 2**20:.1f} MiB",
-        ]
-        lines += [f"without forecasts from some step on: {self.refused}"] if self.refused else []
-        return "\n".join(lines + ([self.plan] if self.plan else []))
+    def __post_init__(self) -> None:
+        check_history(self.history_dtype, self.history_device)
+        if self.on_other_sigmas not in ("refuse", "adapt"):
+            raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
 
 
 @dataclass
@@ -78,6 +67,7 @@ class Track:
         layout: shape, dtype and device of the latents.
         step: the step of the present call, and after it the step that is due.
         captured: whether the present full step handed in its feature.
+        feature: the forecast of the present step.
     """
 
     run: Run
@@ -85,6 +75,7 @@ class Track:
     layout: tuple[Any, ...]
     step: int
     captured: bool = False
+    feature: Tensor | None = None
 
     @property
     def is_full(self) -> bool:
@@ -93,21 +84,24 @@ class Track:
 
     @uncompiled()
     def capture(self, feature: Tensor) -> None:
-        """Take the feature of a full step."""
+        """Take the feature of a full step; what cannot be kept ends the forecasts, not the run."""
         self.captured = True
         known = self.session.ring is not None
         try:
             self.session.push(self.step, feature)
-        except ValueError as error:
-            self.run.refuse(str(error))
+        except (ValueError, TypeError, RuntimeError) as error:
+            self.run.refuse(f"the feature of step {self.step} could not be kept: {error}")
             return
         if not known and self.session.ring is not None:
-            self.run.summary.history_bytes += self.session.ring.nbytes
+            self.run.tally.note_ring(self.session.ring)
 
     @uncompiled()
     def forecast(self) -> Tensor:
-        """Return the feature of a forecast step, a view of the history."""
-        return self.session.forecast(self.step)
+        """Return the feature of a forecast step, which may be a view of the history."""
+        feature, self.feature = self.feature, None
+        if feature is None:
+            raise RuntimeError(f"there is no forecast of step {self.step}")
+        return feature
 
 
 @dataclass
@@ -117,20 +111,22 @@ class Run:
     Args:
         source: the object that held the sigmas; another object means another run.
         sigmas: their values.
-        summary: what became of it so far.
+        tally: what became of it so far.
         step: the latest step.
         seen: calls of the latest step, by cache context.
         calls: calls of the run, by cache context.
         tracks: by cache context and number of the call within its step.
+        warned: what was said already.
     """
 
     source: Any
     sigmas: tuple[float, ...]
-    summary: Summary
+    tally: Tally
     step: int = 0
     seen: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     tracks: dict[tuple[str, int], Track] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
 
     @property
     def num_steps(self) -> int:
@@ -147,13 +143,25 @@ class Run:
         self.calls[name] += 1
         return number
 
+    def warn(self, text: str) -> None:
+        """Say something once a run."""
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
+
     def refuse(self, reason: str) -> None:
         """Run full steps from here on, give the history's memory back, and warn once."""
-        if self.summary.refused is not None:
-            return
-        self.summary.refused = reason
-        self.tracks.clear()
-        warnings.warn(f"lesa: full steps for the rest of this run: {reason}", LesaWarning, stacklevel=2)
+        if self.tally.refused is None:
+            self.tally.refused = reason
+            self.give_back()
+            self.warn(f"full steps for the rest of this run: {reason}")
+
+    def give_back(self, finished: Track | None = None) -> None:
+        """Drop the history of a track that has finished, or all of it."""
+        for key, track in list(self.tracks.items()):
+            if finished is None or track is finished:
+                self.tally.note_copies(track.session.ring)
+                del self.tracks[key]
 
 
 class Runs:
@@ -164,22 +172,45 @@ class Runs:
 
     Args:
         clock: tells step and sigmas.
-        predictor: makes the plans; they are kept by sigmas, so a predictor must not change while it is enabled.
+        predictors: make the plans, which are kept by sigmas: a predictor must not change while it is enabled.
         schedule: full steps, or a rule that makes them from the sigmas.
+        options: how.
+        blocks: calls of blocks in a full call of the model.
     """
 
-    def __init__(self, clock: Clock, predictor: Forecaster, schedule: Schedule | ScheduleRule) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        predictors: Predictors,
+        schedule: Schedule | ScheduleRule,
+        options: Options | None = None,
+        blocks: int = 0,
+    ) -> None:
         self._clock = clock
+        self._predictors = predictors
+        self._options = options or Options()
+        self._blocks = blocks
         self._run: Run | None = None
-        self.summary: Summary | None = None
+        self._tally: Tally | None = None
+        # Those of the other models of the pipeline, which take turns with this one.
+        self.siblings: tuple[Runs, ...] = ()
 
-        def make(sigmas: tuple[float, ...], first_step: int) -> Plan:
-            return predictor.plan(sigmas, schedule, first_step=first_step)
+        def make(branch: str, sigmas: tuple[float, ...], first_step: int) -> Plan:
+            return self._predictor(branch).plan(
+                sigmas, schedule, first_step=first_step, on_other_sigmas=self._options.on_other_sigmas
+            )
 
-        self._plan: Callable[[tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make)
+        self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make)
+
+    @property
+    def summary(self) -> Summary | None:
+        """What became of the last run, None before the first; waits for the device to finish what was measured."""
+        return None if self._tally is None else self._tally.summary()
 
     def forget(self) -> None:
         """Drop the present run and its history; the next call begins a new one."""
+        if self._run is not None:
+            self._run.give_back()
         self._run = None
 
     @uncompiled()
@@ -194,24 +225,16 @@ class Runs:
         Returns:
             The track whose step this is, or None where the call runs in full and nothing is captured.
         """
-        run, step, number = self._place(context)
-        if run.summary.refused is not None:
-            return None
-        layout = (tuple(latents.shape), latents.dtype, latents.device)
-        track = run.tracks.get((context.name, number))
-        reason = _objection(run, context, step, number, foreign_cache) or _objection_of(track, step, layout)
-        if reason is not None:
-            run.refuse(reason)
-            return None
-        if track is None:
+        run, track = self._track(context, latents, foreign_cache)
+        if track is not None and not track.is_full:
+            run.tally.forecast.start(latents.device)
             try:
-                plan = self._plan(run.sigmas, step)
-            except ValueError as error:
-                run.refuse(str(error))
-                return None
-            run.summary.plan = run.summary.plan or str(plan)
-            track = run.tracks[context.name, number] = Track(run, Session(plan), layout, step)
-        track.captured = False
+                track.feature = track.session.forecast(track.step)
+                return track
+            except RuntimeError as error:
+                run.refuse(f"the feature of step {track.step} could not be forecast: {error}")
+                track = None
+        run.tally.full.start(latents.device)
         return track
 
     @uncompiled()
@@ -220,36 +243,116 @@ class Runs:
         run = self._run
         if run is None:
             return
-        if track is None or track.is_full:
-            run.summary.full += 1
-        else:
-            run.summary.forecast += 1
         if track is None:
+            run.tally.full.stop()
             return
-        if track.is_full and not track.captured:
-            run.refuse("the model's forward did not reach the point where its feature is captured")
+        if not track.is_full:
+            run.tally.forecast.stop()
+        else:
+            run.tally.full.stop()
+            if not track.captured:
+                run.refuse("the model's forward did not reach the point where its feature is captured")
         track.step += 1
-        if track.step == run.num_steps:
-            run.tracks = {key: other for key, other in run.tracks.items() if other is not track}
+        if track.step == run.num_steps and run.tracks:
+            run.give_back(track)
+            if not run.tracks and run.tally.copied_bytes:
+                run.warn(f"history in the host's memory: {run.tally.summary().copies}")
+
+    def _track(self, context: Any, latents: Tensor, foreign_cache: bool) -> tuple[Run, Track | None]:
+        """Find the track of a call, None where the call is full and stands alone."""
+        run, step, number = self._place(context)
+        if run.tally.refused is not None:
+            return run, None
+        layout = (tuple(latents.shape), latents.dtype, latents.device)
+        track = run.tracks.get((context.name, number))
+        reason = _objection(run, context, step, number, foreign_cache) or _objection_of(track, step, layout)
+        if reason is not None:
+            run.refuse(reason)
+            return run, None
+        if track is None:
+            branch = branch_of(self._predictors, context.name)
+            if branch is None:
+                run.warn(_no_predictor(self._predictors, context.name))
+                return run, None
+            try:
+                plan = self._plan(branch, run.sigmas, step)
+            # Users bring their own predictors and rules, and no fault of theirs should cost an image.
+            except Exception as error:
+                run.refuse(str(error) if isinstance(error, ValueError) else repr(error))
+                return run, None
+            self._remark(run, branch)
+            run.tally.plan = run.tally.plan or str(plan)
+            session = Session(
+                plan, history_dtype=self._options.history_dtype, history_device=self._options.history_device
+            )
+            track = run.tracks[context.name, number] = Track(run, session, layout, step)
+        track.captured = False
+        return run, track
+
+    def _predictor(self, branch: str) -> Forecaster:
+        return self._predictors if isinstance(self._predictors, Forecaster) else self._predictors[branch]
+
+    def _remark(self, run: Run, branch: str) -> None:
+        """Say so where a predictor serves sigmas that it was not trained for."""
+        reason = self._predictor(branch).objection(run.sigmas)
+        if reason is not None:
+            run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
 
     def _place(self, context: Any) -> tuple[Run, int, int]:
         """Find the run of a call, its step, and its number within the step."""
-        source, step, run = self._clock.source(), self._clock.step(context.step_index), self._run
+        source, run = self._clock.source(), self._run
         if run is None or run.source is not source:
             run = self._start(source)
-        if step is None:
-            step = run.calls[context.name]
-            if step >= run.num_steps:
-                run, step = self._start(source), 0
-        elif step < run.step or (not self._clock.has_scheduler and step == run.step and run.seen[context.name]):
+        # A context that joins late joins at the step of the others.
+        calls = run.calls.setdefault(context.name, run.step)
+        step = self._clock.step(context.step_index, calls, run.num_steps)
+        if self._clock.has_scheduler:
+            again = self._clock.has_index and step < run.step
+        elif context.step_index is None:
+            again = step >= run.num_steps
+        else:
+            again = step < run.step or (step == run.step and run.seen[context.name] > 0)
+        if again:
             run = self._start(source)
+            step = self._clock.step(context.step_index, 0, run.num_steps)
         return run, step, run.count(context.name, step)
 
     def _start(self, source: Any) -> Run:
-        sigmas = read_sigmas(source)
-        self.summary = Summary(steps=len(sigmas) - 1)
-        self._run = Run(source, sigmas, self.summary)
+        for sibling in self.siblings:
+            if sibling._run is not None:
+                sibling._run.give_back()
+        sigmas: tuple[float, ...] = ()
+        reason = None
+        try:
+            sigmas = self._clock.levels()
+        # Whatever a scheduler holds before it was told its steps.
+        except (TypeError, ValueError) as error:
+            reason = f"the scheduler's noise levels cannot be read: {error}"
+        self._tally = Tally(steps=max(len(sigmas) - 1, 0), blocks=self._blocks)
+        self._run = Run(source, sigmas, self._tally)
+        if reason is not None:
+            self._run.refuse(reason)
         return self._run
+
+
+def branch_of(predictors: Predictors, context: str) -> str | None:
+    """Return the name under which a cache context finds its predictor; None where there is none for it.
+
+    A pipeline that opens no context has an unnamed one. A predictor for "cond" alone serves it: nothing says that a
+    call is of another branch.
+    """
+    if isinstance(predictors, Forecaster):
+        return ""
+    if context in predictors:
+        return context
+    return "cond" if not context and tuple(predictors) == ("cond",) else None
+
+
+def _no_predictor(predictors: Predictors, context: str) -> str:
+    names = [] if isinstance(predictors, Forecaster) else sorted(predictors)
+    if not context:
+        return f"full steps: the pipeline opens no cache context that would tell which of the predictors {names} is due"
+    return f"full steps for the cache context {context!r}: there are predictors for {names} alone"
 
 
 def _objection(run: Run, context: Any, step: int, number: int, foreign_cache: bool) -> str | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 from lesa_kernels.plan import Plan, RowRule, compile_plan
 from lesa_kernels.schedule import Schedule, ScheduleRule
+
+OnOtherSigmas: TypeAlias = Literal["refuse", "adapt"]
 
 
 class Forecaster(ABC):
@@ -24,6 +27,17 @@ class Forecaster(ABC):
             the plan then makes the step full.
         """
 
+    def objection(self, sigmas: Sequence[float]) -> str | None:
+        """Say why the forecaster was not made for these sigmas; None if it was, or if any will do.
+
+        Args:
+            sigmas: S+1 falling noise levels.
+
+        Returns:
+            A clause for a message, or None.
+        """
+        return None
+
     def plan(
         self,
         sigmas: Sequence[float],
@@ -31,6 +45,7 @@ class Forecaster(ABC):
         *,
         first_step: int = 0,
         chunk: int | None = None,
+        on_other_sigmas: OnOtherSigmas = "refuse",
     ) -> Plan:
         """Compile this forecaster for a schedule.
 
@@ -39,13 +54,20 @@ class Forecaster(ABC):
             schedule: which steps are full, or a rule that makes the schedule from the sigmas.
             first_step: where the run starts (image-to-image starts late).
             chunk: at most this many forecasts a launch (1: step by step); None composes whole segments.
+            on_other_sigmas: what to do with sigmas that the forecaster was not trained for: "refuse", or "adapt", which
+                uses it as it is.
 
         Returns:
             The plan. Its `full_steps` may hold more steps than the schedule's: those with too short a history.
 
         Raises:
-            ValueError: when the sigmas do not fall, the schedule does not fit them, or a number is out of range.
+            ValueError: when the sigmas do not fall, the schedule does not fit them, a number is out of range, or the
+                forecaster was trained for other sigmas.
             TypeError: when the schedule is neither a Schedule nor a rule.
         """
+        if on_other_sigmas not in ("refuse", "adapt"):
+            raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {on_other_sigmas!r}')
         levels = [float(sigma) for sigma in sigmas]
+        if on_other_sigmas == "refuse" and (reason := self.objection(levels)) is not None:
+            raise ValueError(f'{reason}; on_other_sigmas="adapt" uses it all the same')
         return compile_plan(levels, schedule, self.rows(levels), first_step=first_step, chunk=chunk)

@@ -22,6 +22,9 @@ from lesa_kernels.predictors.kan import GRID_SIZE, KAN, SPLINE_ORDER
 PUBLISHED_STAGES = ((0.9, 4), (0.5, 8), (0.0, 8))
 """(threshold, K) of FLUX and HunyuanVideo: a stage serves sigmas above its threshold, the last one all that is left."""
 
+# Sigmas pass through float32, and versions of a scheduler round them differently.
+_SIGMA_TOLERANCE = 1e-4
+
 
 class LesaPredictor(
     nn.Module,
@@ -45,9 +48,11 @@ class LesaPredictor(
         hidden_dim: width of the KAN's two hidden layers.
         grid_size: intervals of its spline grid.
         spline_order: order of its B-splines.
+        trained_sigmas: the S+1 noise levels of its training, None where they are not known. `plan` refuses others;
+            saved with the weights.
 
     Raises:
-        ValueError: for a count out of range or thresholds that do not fall.
+        ValueError: for a count out of range, thresholds that do not fall, or not S+1 sigmas.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class LesaPredictor(
         hidden_dim: int = 256,
         grid_size: int = GRID_SIZE,
         spline_order: int = SPLINE_ORDER,
+        trained_sigmas: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in [
@@ -80,6 +86,7 @@ class LesaPredictor(
         widths = (num_steps + 1, hidden_dim, hidden_dim, 1)
         self.latent = nn.ModuleList(nn.Linear(window, 1) for _, window in self.stages)
         self.timestep = nn.ModuleList(KAN(widths, grid_size, spline_order) for _ in self.stages)
+        self.trained_sigmas = trained_sigmas
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> LesaPredictor:
@@ -94,6 +101,32 @@ class LesaPredictor(
             return loaded
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{model_id}: not the weights of such a LesaPredictor: {error}") from error
+
+    @property
+    def trained_sigmas(self) -> tuple[float, ...] | None:
+        """The S+1 noise levels of the training, None where they are not known. Training sets them."""
+        return self._trained_sigmas
+
+    @trained_sigmas.setter
+    def trained_sigmas(self, sigmas: Sequence[float] | None) -> None:
+        self._trained_sigmas = None if sigmas is None else tuple(self._levels(sigmas).tolist())
+        # The mixin writes to config.json what the constructor was given.
+        config = {} if self._hub_mixin_config is None else cast(dict[str, Any], self._hub_mixin_config)
+        self._hub_mixin_config = config | {"trained_sigmas": self._trained_sigmas}
+
+    def objection(self, sigmas: Sequence[float]) -> str | None:
+        """See `Forecaster.objection`; another number of sigmas is refused by `rows`, whatever the training was."""
+        trained = self._trained_sigmas
+        if trained is None or len(trained) != len(sigmas):
+            return None
+        gaps = [abs(float(new) - old) for new, old in zip(sigmas, trained, strict=True)]
+        step = max(range(len(gaps)), key=gaps.__getitem__)
+        if gaps[step] <= _SIGMA_TOLERANCE:
+            return None
+        return (
+            f"the predictor was trained for other sigmas: {trained[step]:.4f} at step {step} of {len(trained) - 1}, "
+            f"not {float(sigmas[step]):.4f}"
+        )
 
     def stage(self, t: float) -> int:
         """Return the number of the stage that serves the noise level t."""

@@ -88,7 +88,7 @@ def train(
     progress: bool = True,
     description: str = "training",
 ) -> TrainingResult:
-    """Train a predictor in place.
+    """Train a predictor in place; from then on it is one for these sigmas.
 
     Args:
         predictor: float32 parameters, on the device of the features.
@@ -109,8 +109,9 @@ def train(
     """
     config = config or TrainingConfig()
     levels = [float(sigma) for sigma in sigmas]
-    full_steps = set(predictor.plan(levels, schedule).full_steps)
+    full_steps = set(predictor.plan(levels, schedule, on_other_sigmas="adapt").full_steps)
     _check(predictor, trajectories, len(levels) - 1, full_steps)
+    predictor.trained_sigmas = levels
     forecasts = len(levels) - 1 - len(full_steps)
     phases: list[tuple[Phase, int]] = [("guided", config.guided_epochs), ("closed loop", config.closed_loop_epochs)]
     result = TrainingResult()

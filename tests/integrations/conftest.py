@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,8 +25,8 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Session]:
     alive: weakref.WeakSet[Session] = weakref.WeakSet()
 
     class Registered(Session):
-        def __init__(self, plan: Plan) -> None:
-            super().__init__(plan)
+        def __init__(self, plan: Plan, **options: Any) -> None:
+            super().__init__(plan, **options)
             alive.add(self)
 
     monkeypatch.setattr(runs, "Session", Registered)

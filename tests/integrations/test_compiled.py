@@ -4,20 +4,125 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_flux import (
-    NUM_BLOCKS,
-    TinyPipeline,
-    watching,
-)
-from torch import Tensor
+from tiny_flux import NUM_BLOCKS, TinyPipeline, watching
+from tiny_models import MODELS, sample_of
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from lesa_kernels import Schedule, TaylorSeer
-from lesa_kernels.integrations import disable, enable, summary
+from lesa_kernels.integrations import disable, enable, enabled, summary
 
 STEPS = 10
 FULL = (0, 1, 5)
 SPARSE = Schedule.explicit(STEPS, FULL)
+SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
+
+# It branches on a tensor's value, with the hooks or without.
+NOT_ONE_GRAPH = {"hunyuan15"}
+REGIONAL = ["qwen", "hunyuan", "wan", "flux2", "ltx", "z_image", "hunyuan15"]
+
+
+class Graphs:
+    """A backend that keeps the graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        self.count += 1
+        return graph
+
+
+@torch.no_grad()
+def sample(model: nn.Module, name: str) -> list[Tensor]:
+    return [sample_of(model(**MODELS[name].arguments(step))) for step in range(STEPS)]
+
+
+def accelerated(model: nn.Module, name: str) -> list[Tensor]:
+    """What the model gives with hooks and without a compiler."""
+    with enabled(model, TaylorSeer(), SPARSE, sigmas=SIGMAS):
+        return sample(model, name)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_ONE_GRAPH])
+def test_a_model_compiled_in_place_is_one_graph_for_each_kind_of_step(name: str) -> None:
+    """fullgraph=True: a graph break would be an error. Each forecast lies in another slot of the history."""
+    torch._dynamo.reset()
+    model = MODELS[name].model()
+    plain, expected = sample(model, name), accelerated(model, name)
+    graphs = Graphs()
+    model.compile(fullgraph=True, backend=graphs)
+    compiled_call = model._compiled_call_impl
+    enable(model, TaylorSeer(), SPARSE, sigmas=SIGMAS)
+    torch.testing.assert_close(sample(model, name), expected)
+    assert graphs.count == 2
+    sample(model, name)
+    assert graphs.count == 2
+    assert (summary(model).full, summary(model).forecast) == (len(FULL), STEPS - len(FULL))
+    disable(model)
+    assert model._compiled_call_impl is compiled_call
+    torch.testing.assert_close(sample(model, name), plain)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_wrapped_model_is_one_graph_for_each_kind_of_step(name: str) -> None:
+    torch._dynamo.reset()
+    model = MODELS[name].model()
+    plain, expected = sample(model, name), accelerated(model, name)
+    graphs = Graphs()
+    wrapper = torch.compile(model, fullgraph=True, backend=graphs)
+    with enabled(wrapper, TaylorSeer(), SPARSE, sigmas=SIGMAS):
+        torch.testing.assert_close(sample(wrapper, name), expected)
+        assert graphs.count == 2
+        sample(wrapper, name)
+        assert graphs.count == 2
+        assert (summary(wrapper).full, summary(wrapper).forecast) == (len(FULL), STEPS - len(FULL))
+    torch.testing.assert_close(sample(wrapper, name), plain)
+
+
+def test_a_model_that_ran_compiled_can_be_enabled_and_disabled() -> None:
+    torch._dynamo.reset()
+    model = MODELS["wan"].model()
+    expected = accelerated(model, "wan")
+    graphs = Graphs()
+    model.compile(fullgraph=True, backend=graphs)
+    plain = sample(model, "wan")
+    for _ in range(2):
+        enable(model, TaylorSeer(), SPARSE, sigmas=SIGMAS)
+        torch.testing.assert_close(sample(model, "wan"), expected)
+        disable(model)
+        torch.testing.assert_close(sample(model, "wan"), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen", "sd3"])
+def test_a_model_that_is_compiled_later_breaks_where_it_is_decided_alone(name: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = MODELS[name].model()
+    expected = accelerated(model, name)
+    enable(model, TaylorSeer(), SPARSE, sigmas=SIGMAS)
+    graphs = Graphs()
+    model.compile(backend=graphs)
+    torch.testing.assert_close(sample(model, name), expected)
+    assert graphs.count == 2
+    assert [reason.splitlines()[0] for reason in torch._dynamo.utils.counters["graph_break"]] == [
+        "Skip inlining `torch.compiler.disable()`d function"
+    ]
+
+
+@pytest.mark.parametrize("name", REGIONAL)
+def test_blocks_that_are_compiled_keep_their_graphs(name: str) -> None:
+    torch._dynamo.reset()
+    model = MODELS[name].model()
+    expected, graphs = accelerated(model, name), Graphs()
+    model.compile_repeated_blocks(fullgraph=True, backend=graphs)
+    sample(model, name)
+    plain = graphs.count
+    assert plain > 0
+    enable(model, TaylorSeer(), SPARSE, sigmas=SIGMAS)
+    torch.testing.assert_close(sample(model, name), expected)
+    assert graphs.count == plain
+    assert (summary(model).full, summary(model).forecast) == (len(FULL), STEPS - len(FULL))
 
 
 def test_compiled_blocks_keep_whole_graphs(pipe: TinyPipeline) -> None:

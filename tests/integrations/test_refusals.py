@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, summary
+from lesa_kernels.plan import RowRule
 
 STEPS = 10
 FULL = (0, 1, 5)
@@ -170,3 +172,75 @@ def test_the_history_is_given_back_when_forecasts_end(pipe: TinyPipeline, sessio
 
     with pytest.warns(LesaWarning, match="latents changed"):
         pipe(STEPS, on_step_end=cut)
+
+
+def trained(sigmas: Sequence[float]) -> LesaPredictor:
+    torch.manual_seed(3)
+    return LesaPredictor(len(sigmas) - 1, stages=((0.5, 1), (0.0, 2)), hidden_dim=8, trained_sigmas=sigmas)
+
+
+def test_a_predictor_serves_the_sigmas_of_its_training(pipe: TinyPipeline) -> None:
+    pipe(STEPS)
+    enable(pipe, trained(pipe.scheduler.sigmas.tolist()), SPARSE)
+    pipe(STEPS)
+    assert summary(pipe).forecast == STEPS - len(FULL)
+
+
+def test_sigmas_of_another_training_are_refused_or_adapted_to(pipe: TinyPipeline) -> None:
+    plain = pipe(STEPS)
+    sigmas = [1 - step / STEPS for step in range(STEPS + 1)]
+    enable(pipe, trained(sigmas), SPARSE)
+    message = r"trained for other sigmas: 0\.\d+ at step \d of 10, not 0\.\d+"
+    with pytest.warns(LesaWarning, match=message + '; on_other_sigmas="adapt"') as caught:
+        assert torch.equal(pipe(STEPS), plain)
+    assert len(caught) == 1
+    enable(pipe, trained(sigmas), SPARSE, on_other_sigmas="adapt")
+    with pytest.warns(LesaWarning, match=message + "; it is used all the same") as caught:
+        pipe(STEPS, true_cfg=2.0)
+    assert len(caught) == 1
+    assert summary(pipe).forecast == 2 * (STEPS - len(FULL))
+    # For another number of steps there is nothing to adapt: its network takes so many numbers.
+    with pytest.warns(LesaWarning, match=r"num_steps \+ 1 = 11 values .* got 9"):
+        pipe(8)
+
+
+def test_a_context_without_a_predictor_runs_in_full(pipe: TinyPipeline) -> None:
+    enable(pipe, {"cond": TaylorSeer(1)}, SPARSE)
+    with pytest.warns(
+        LesaWarning, match=r"cache context 'uncond': there are predictors for \['cond'\] alone"
+    ) as caught:
+        pipe(STEPS, true_cfg=2.0)
+    assert len(caught) == 1
+    assert (summary(pipe).full, summary(pipe).forecast) == (len(FULL) + STEPS, STEPS - len(FULL))
+    assert summary(pipe).refused is None
+
+
+def test_a_predictor_for_cond_serves_a_pipeline_without_contexts(pipe: TinyPipeline) -> None:
+    enable(pipe, {"cond": TaylorSeer(1)}, SPARSE)
+    pipe(STEPS, true_cfg=2.0, contexts=False)
+    assert summary(pipe).forecast == 2 * (STEPS - len(FULL))
+    enable(pipe, {"cond": TaylorSeer(1), "uncond": Reuse()}, SPARSE)
+    with pytest.warns(LesaWarning, match=r"no cache context that would tell which of .*'cond', 'uncond'") as caught:
+        pipe(STEPS, true_cfg=2.0, contexts=False)
+    assert len(caught) == 1
+    assert summary(pipe).full == 2 * STEPS
+
+
+class Faulty(Reuse):
+    def rows(self, sigmas: Sequence[float]) -> RowRule:
+        raise AttributeError("no such thing")
+
+
+def test_a_fault_of_a_predictor_costs_no_image(pipe: TinyPipeline) -> None:
+    plain = pipe(STEPS)
+    enable(pipe, Faulty(), SPARSE)
+    with pytest.warns(LesaWarning, match=r"AttributeError\('no such thing'\)"):
+        assert torch.equal(pipe(STEPS), plain)
+
+
+def test_a_scheduler_that_was_told_no_steps_costs_no_call(pipe: TinyPipeline) -> None:
+    enable(pipe)
+    pipe.scheduler.sigmas = None
+    with torch.no_grad(), pytest.warns(LesaWarning, match="noise levels cannot be read"):
+        pipe.transformer(**call_arguments(torch.randn(1, 6, CHANNELS), 0.5))
+    assert summary(pipe).full == 1

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from tiny_flux import (
     CHANNELS,
     NUM_BLOCKS,
@@ -22,6 +31,7 @@ from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, enabled, recorded, summary
+from lesa_kernels.integrations.clock import Clock
 from lesa_kernels.integrations.flux import flux_tail
 from lesa_kernels.schedule import ScheduleRule
 
@@ -277,12 +287,10 @@ class CountingReuse(Reuse):
         self,
         sigmas: Sequence[float],
         schedule: Schedule | ScheduleRule,
-        *,
-        first_step: int = 0,
-        chunk: int | None = None,
+        **options: Any,
     ) -> Plan:
         self.plans += 1
-        return super().plan(sigmas, schedule, first_step=first_step, chunk=chunk)
+        return super().plan(sigmas, schedule, **options)
 
 
 def test_plans_are_made_once_for_the_same_sigmas(pipe: TinyPipeline) -> None:
@@ -345,3 +353,67 @@ def test_sigmas_are_read_on_the_host_once_a_run(pipe: TinyPipeline) -> None:
     pipe(STEPS)
     assert len(reads) == 1
     assert summary(pipe).forecast == STEPS - len(FULL)
+
+
+# diffusers hands torch's tensors to NumPy in the old way.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(),
+        DDPMScheduler(),
+        DPMSolverMultistepScheduler(),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        UniPCMultistepScheduler(),
+        EulerDiscreteScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_schedulers_tell_steps_and_levels(scheduler: Any) -> None:
+    model = tiny_transformer()
+    enable(model, Reuse(), Schedule.explicit(STEPS, FULL), scheduler=scheduler)
+
+    @torch.no_grad()
+    def sample() -> None:
+        scheduler.set_timesteps(STEPS)
+        latents = torch.randn(1, 6, CHANNELS)
+        for t in scheduler.timesteps:
+            output = model(**call_arguments(latents, float(t) / 1000)).sample
+            latents = scheduler.step(output, t, latents).prev_sample
+
+    for _ in range(2):
+        with watching(model) as watch:
+            sample()
+        assert watch.blocks == len(FULL) * NUM_BLOCKS
+        for step, feature in enumerate(watch.features):
+            assert torch.equal(feature, watch.features[max(full for full in FULL if full <= step)])
+    levels = Clock(scheduler=scheduler).levels()
+    assert len(levels) == STEPS + 1 and 0.9 < levels[0] <= 1 and levels[-1] == 0
+    assert all(later < earlier for earlier, later in itertools.pairwise(levels))
+
+
+def test_calls_are_counted_from_where_a_pipeline_starts() -> None:
+    """Schedulers without a step index: a pipeline that starts late says how many steps are left."""
+    pipe, scheduler = tiny_pipeline(), DDIMScheduler()
+    pipe.scheduler = scheduler
+    enable(pipe, Reuse(), Schedule.explicit(STEPS, FULL))
+    scheduler.set_timesteps(STEPS)
+    pipe._num_timesteps = STEPS - 4
+    with torch.no_grad(), watching(pipe.transformer) as watch:
+        for t in scheduler.timesteps[4:]:
+            pipe.transformer(**call_arguments(torch.randn(1, 6, CHANNELS), float(t) / 1000))
+    assert watch.blocks == 2 * NUM_BLOCKS
+    assert "full steps: 4 5" in summary(pipe).plan
+
+
+def test_a_context_that_joins_late_is_counted_from_there() -> None:
+    model, sigmas = tiny_transformer(), [1 - step / STEPS for step in range(STEPS + 1)]
+    enable(model, Reuse(), SPARSE, sigmas=sigmas)
+    with torch.no_grad(), watching(model) as watch:
+        for step in range(STEPS):
+            for name in ("cond", "uncond")[: 1 + (step >= 3)]:
+                with model.cache_context(name):
+                    model(**call_arguments(torch.randn(1, 6, CHANNELS), sigmas[step]))
+    # The late one runs in full at steps 3 and 5.
+    assert watch.blocks == (len(FULL) + 2) * NUM_BLOCKS
+    assert summary(model).refused is None

@@ -1,0 +1,145 @@
+"""What became of a run: counted and measured while it lasts, told in a few lines afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lesa_kernels.history import HostRing, Ring
+from lesa_kernels.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of the last run.
+
+    Args:
+        steps: S, the steps of its schedule.
+        full: calls of the model that ran its blocks, over all cache contexts.
+        forecast: calls that skipped them.
+        skipped_blocks: calls of blocks that were skipped.
+        full_seconds: mean time of a full call, measured on the device; 0 where there was none.
+        forecast_seconds: mean time of a forecast call, forecast and tail of the model.
+        plan: the plan as text, empty where none could be made.
+        history_bytes: memory of the rings while it ran.
+        history_memory: where they lay, empty where there was none.
+        copied_bytes: carried between the features' device and a history in the host's memory.
+        copy_seconds: time of these copies.
+        host_seconds: time of the forecasts on the host.
+        refused: why the run went on without forecasts, None where nothing was unexpected.
+    """
+
+    steps: int
+    full: int = 0
+    forecast: int = 0
+    skipped_blocks: int = 0
+    full_seconds: float = 0.0
+    forecast_seconds: float = 0.0
+    plan: str = ""
+    history_bytes: int = 0
+    history_memory: str = ""
+    copied_bytes: int = 0
+    copy_seconds: float = 0.0
+    host_seconds: float = 0.0
+    refused: str | None = None
+
+    @property
+    def copies(self) -> str:
+        """The cost of a history in the host's memory, as text."""
+        return (
+            f"{self.copied_bytes / 2**20:.1f} MiB copied from and to the host in {self.copy_seconds:.3f} s, "
+            f"forecast there in {self.host_seconds:.3f} s"
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.steps} steps: {self.full} calls full, {self.forecast} forecast; "
+            f"{self.skipped_blocks} calls of blocks skipped",
+            f"time: {self.full_seconds * 1e3:.2f} ms a full call, {self.forecast_seconds * 1e3:.2f} ms a forecast call",
+            f"history: {self.history_bytes / 2**20:.1f} MiB" + (self.history_memory and f" on {self.history_memory}"),
+        ]
+        lines += [f"history in the host's memory: {self.copies}"] if self.copied_bytes else []
+        lines += [f"without forecasts from some step on: {self.refused}"] if self.refused else []
+        return "\n".join(lines + ([self.plan] if self.plan else []))
+
+
+@dataclass
+class Tally:
+    """The same while the run lasts.
+
+    Args:
+        steps: S.
+        blocks: calls of blocks in a full call.
+        full: times the full calls.
+        forecast: times the forecast calls.
+        plan: the first plan as text.
+        rings: what the histories took, as (bytes, where).
+        host_rings: the histories in the host's memory.
+        refused: why there are no more forecasts.
+    """
+
+    steps: int
+    blocks: int = 0
+    full: Stopwatch = field(default_factory=Stopwatch)
+    forecast: Stopwatch = field(default_factory=Stopwatch)
+    plan: str = ""
+    history_bytes: int = 0
+    history_memory: str = ""
+    copied_bytes: int = 0
+    copy_seconds: float = 0.0
+    host_seconds: float = 0.0
+    refused: str | None = None
+
+    def note_ring(self, ring: Ring) -> None:
+        """Count the memory of a ring that was just made."""
+        self.history_bytes += ring.nbytes
+        self.history_memory = str(ring.memory)
+
+    def note_copies(self, ring: Ring | None) -> None:
+        """Count what a ring that is no longer needed cost."""
+        if isinstance(ring, HostRing):
+            self.copied_bytes += ring.copied_bytes
+            self.copy_seconds += ring.copies.seconds
+            self.host_seconds += ring.forecasts.seconds
+
+    def summary(self) -> Summary:
+        """Return what is known now; waits for the device to reach the last measured call."""
+        return Summary(
+            steps=self.steps,
+            full=self.full.count,
+            forecast=self.forecast.count,
+            skipped_blocks=self.blocks * self.forecast.count,
+            full_seconds=self.full.seconds / max(self.full.count, 1),
+            forecast_seconds=self.forecast.seconds / max(self.forecast.count, 1),
+            plan=self.plan,
+            history_bytes=self.history_bytes,
+            history_memory=self.history_memory,
+            copied_bytes=self.copied_bytes,
+            copy_seconds=self.copy_seconds,
+            host_seconds=self.host_seconds,
+            refused=self.refused,
+        )
+
+
+def merged(summaries: Sequence[Summary]) -> Summary:
+    """Put the summaries of the models of one pipeline (Wan 2.2 has two) together; times are means over all calls."""
+    first = summaries[0]
+    if len(summaries) == 1:
+        return first
+    full, forecast = sum(each.full for each in summaries), sum(each.forecast for each in summaries)
+    return Summary(
+        steps=first.steps,
+        full=full,
+        forecast=forecast,
+        skipped_blocks=sum(each.skipped_blocks for each in summaries),
+        full_seconds=sum(each.full_seconds * each.full for each in summaries) / max(full, 1),
+        forecast_seconds=sum(each.forecast_seconds * each.forecast for each in summaries) / max(forecast, 1),
+        plan="\n".join(each.plan for each in summaries if each.plan),
+        # One model's history is given back when the next one begins.
+        history_bytes=max(each.history_bytes for each in summaries),
+        history_memory=first.history_memory or summaries[-1].history_memory,
+        copied_bytes=sum(each.copied_bytes for each in summaries),
+        copy_seconds=sum(each.copy_seconds for each in summaries),
+        host_seconds=sum(each.host_seconds for each in summaries),
+        refused=next((each.refused for each in summaries if each.refused), None),
+    )
