@@ -15,7 +15,7 @@ TORCH_STAMP := $(VENV)/.stamp-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-'
 INSTALL_STAMP := $(VENV)/.stamp-installed
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py)
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
-FORMATTED := $(NATIVE_FILES) $(wildcard tests/native/*.cpp)
+FORMATTED := $(NATIVE_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 
 .PHONY: help setup demo demo-train test test-all bench gpu-check lint format clean
 
@@ -45,11 +45,14 @@ demo: setup ## Accelerate a small diffusion transformer: table, pictures, JSON
 demo-train: setup ## Train the demo's diffusion transformer again (minutes)
 	@$(BIN)/python -m lesa_kernels.demo.train_model
 
+# One process a core and one thread a process: threads of small models that wait for each other cost more than they do.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: setup ## Run the tests
-	@$(BIN)/python -m pytest
+	@$(TESTS)
 
 test-all: setup ## Run the tests that take long as well
-	@$(BIN)/python -m pytest -m ''
+	@$(TESTS) -m ''
 
 bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)

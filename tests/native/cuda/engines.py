@@ -18,13 +18,14 @@ import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from arrays import Array
+from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
@@ -247,13 +248,17 @@ def _folder_for(engine: str, cache: Path) -> Path:
     return cache / f"{engine}-{text.hexdigest()[:16]}"
 
 
-def _finished(folder: Path) -> bool:
-    """Whether the build in a folder is complete; begins with an empty one where it is not."""
-    if (folder / "kernels.so").exists():
-        return True
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return False
+def _built(engine: str, cache: Path, build: Callable[[Path], None]) -> Path:
+    """Return the folder of a build, made now unless it is there; two test runs at once wait for each other."""
+    folder = _folder_for(engine, cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "kernels.so").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build(folder)
+            (folder / "partial.so").rename(folder / "kernels.so")
+    return folder
 
 
 def build_ptx(cache: Path) -> Simulated:
@@ -267,16 +272,17 @@ def build_ptx(cache: Path) -> Simulated:
         raise Unavailable("nvcc is not on the PATH")
     if not PTXSIM.exists():
         raise Unavailable("the PTX simulator is not at ../shared/ptxsim")
-    folder, sources = _folder_for("ptx", cache), _kernel_sources()
-    if not _finished(folder):
+    sources = _kernel_sources()
+
+    def build(folder: Path) -> None:
         common = [nvcc, "-std=c++20", f"-I{CSRC}", "-Xcompiler=-fPIC", "-cudart=none"]
         device = ["--expt-relaxed-constexpr", "-arch=compute_90", "-code=compute_90", "--keep", "--keep-dir", folder]
         objects = [f"{source.stem}.o" for source in sources]
-        compiles = [[*common, *device, "-c", source, "-o", name] for source, name in zip(sources, objects, strict=True)]
-        _run_all(compiles, folder)
+        _run_all([[*common, *device, "-c", source, "-o", f"{source.stem}.o"] for source in sources], folder)
         link = [*common, "-shared", "-Xlinker=-Bsymbolic,-z,defs", *sorted(HERE.glob("*.cpp")), *objects]
         _run([*link, "-o", "partial.so"], folder)
-        (folder / "partial.so").rename(folder / "kernels.so")
+
+    folder = _built("ptx", cache, build)
     return Simulated(folder / "kernels.so", [folder / f"{source.stem}.ptx" for source in sources])
 
 
@@ -288,23 +294,19 @@ def build_host(cache: Path) -> Host:
     """
     if sanitizer_runtime() is None:
         raise Unavailable("g++ with libasan is not installed")
-    folder = _folder_for("host", cache)
-    if not _finished(folder):
-        flags = ["g++", "-std=c++20", "-O1", "-g1", "-fPIC", SANITIZERS, "-fno-sanitize-recover=undefined"]
-        includes = [f"-I{HERE / 'shim'}", f"-I{CSRC}", f"-I{HERE}"]
-        entries = [*HERE.glob("*_entries.cpp"), *HERE.glob("shim/*.cpp")]
-        sources = [*_kernel_sources(), *sorted(entries)]
-        objects = [f"{source.stem}.o" for source in sources]
+
+    def build(folder: Path) -> None:
         # What nvcc needs for its device pass, g++ does not know.
         quiet = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        compiles = [
-            [*flags, *quiet, *includes, "-x", "c++", "-c", source, "-o", name]
-            for source, name in zip(sources, objects, strict=True)
-        ]
-        _run_all(compiles, folder)
+        flags = ["g++", "-std=c++20", "-O1", "-g1", "-fPIC", SANITIZERS, "-fno-sanitize-recover=undefined", *quiet]
+        includes = [f"-I{HERE / 'shim'}", f"-I{CSRC}", f"-I{HERE}"]
+        sources = [*_kernel_sources(), *sorted(HERE.glob("*_entries.cpp")), *sorted(HERE.glob("shim/*.cpp"))]
+        compile_ = [*flags, *includes, "-x", "c++", "-c"]
+        _run_all([[*compile_, source, "-o", f"{source.stem}.o"] for source in sources], folder)
+        objects = [f"{source.stem}.o" for source in sources]
         _run([*flags, "-shared", "-Wl,-z,nodelete", *objects, "-o", "partial.so"], folder)
-        (folder / "partial.so").rename(folder / "kernels.so")
-    return Host(folder / "kernels.so")
+
+    return Host(_built("host", cache, build) / "kernels.so")
 
 
 @functools.cache
