@@ -56,6 +56,7 @@ test-all: setup ## Run the tests that take long as well
 
 bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(BIN)/python -m benchmarks.hooks
 
 gpu-check: ## Build, test and measure on the GPU here, with the packages of PYTHON and no network; writes a report
 	@$(PYTHON) -m tools.gpu_check $(ARGS)

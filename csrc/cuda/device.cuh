@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -218,6 +219,10 @@ int resident_blocks(const Target& target) {
 template <auto kKernel, typename Task>
 void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) {
   static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
+  if (blocks > std::numeric_limits<int>::max()) {
+    throw std::runtime_error(std::string("lesa::") + target.op + ": needs " + std::to_string(blocks) +
+                             " blocks, a grid has at most 2147483647");
+  }
   void* arguments[] = {const_cast<Task*>(&task)};
   check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, target.stream),
         target);

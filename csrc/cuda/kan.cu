@@ -1,6 +1,7 @@
 // The kernels of kan_linear: one for the forward, two for the backward. A layer has 1 to 50 rows, so that what counts
 // is how few launches there are and how many loads are under way, not arithmetic: eager torch launches some twenty
-// kernels for it. Of the bases of an input, only the order + 1 that are not zero meet their weights.
+// kernels for it. The forward of LESA's largest layer, 256 to 256, reads 2.6 MB of weights once for every four rows. Of
+// the bases of an input, only the order + 1 that are not zero meet their weights.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -43,7 +44,11 @@ __device__ LocalBases<kMost> bases_of(const KanLayer<T>& layer, float x, std::in
   return bases_at<kMost>(x, knots_of(layer, input), layer.bases + layer.order + 1, layer.order);
 }
 
-__device__ inline bool is_finite(float x) { return x - x == 0.0f; }
+// The recursion makes the bases of infinity and NaN no numbers; those of order 0 come from comparisons and are zero.
+template <typename T>
+__device__ bool has_bases(const KanLayer<T>& layer, float x) {
+  return layer.order == 0 || x - x == 0.0f;
+}
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
       for (int r = 0; r < rows; ++r) {
         const float x = widen(feature(task.layer.x, (row + r) * layer.inputs + start + thread));
         const auto local = bases_of<kMost>(layer, x, start + thread);
-        smooth[r][thread] = is_finite(x) ? x * sigmoid(x) : x - x;  // bases of infinity are not numbers
+        smooth[r][thread] = has_bases(layer, x) ? x * sigmoid(x) : x - x;  // enters every output, as those bases do
         first[r][thread] = local.first;
 #pragma unroll
         for (int b = 0; b <= kMost; ++b) {
@@ -156,7 +161,6 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     for (int b = 0; b <= kMost; ++b) {
       sum += local.slopes[b] * splines[b];
     }
-    sum = is_finite(x) ? sum : x - x;
   }
   partial[group][thread % kInputTile] = sum;
   __syncthreads();
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
         for (int b = 0; b <= kMost; ++b) {
           value = local.first + b == channel ? local.values[b] : value;
         }
-        value = is_finite(x) ? value : x - x;
+        value = has_bases(layer, x) ? value : x - x;
       }
 #pragma unroll
       for (int o = 0; o < kOutputTile; ++o) {
