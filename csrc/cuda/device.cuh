@@ -57,6 +57,16 @@ __device__ void store(void* address, const Vector<T, kWidth>& vector) {
   *static_cast<Bits*>(address) = std::bit_cast<Bits>(vector);
 }
 
+// Adds up one value of every lane of a warp, all of which get the sum.
+template <typename A>
+__device__ A sum_of_warp(A value) {
+#pragma unroll
+  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  return value;
+}
+
 // Writes a gradient of a parameter: float32 or the features' type.
 template <typename T>
 __device__ void write(const Result& result, std::int64_t index, double value) {

@@ -57,14 +57,6 @@ __device__ T feature(const T* data, std::int64_t index) {
   return load<T, 1>(data + index)[0];
 }
 
-__device__ inline float sum_of_lanes(float value) {
-#pragma unroll
-  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, mask);
-  }
-  return value;
-}
-
 // One warp an output, kRowTile rows a block. The block evaluates 256 inputs at a time for all its warps.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
@@ -119,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   }
 #pragma unroll
   for (int r = 0; r < kRowTile; ++r) {
-    const float sum = sum_of_lanes(sums[r]);
+    const float sum = sum_of_warp(sums[r]);
     if (lane == 0 && r < rows && output < layer.outputs) {
       store<T, 1>(task.out + (row + r) * layer.outputs + output, {narrow<T>(sum)});
     }

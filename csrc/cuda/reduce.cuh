@@ -32,15 +32,6 @@ struct ReduceTask {
   Walk<kStrided, kInputs + 1, kBytes, kBytes> walk;
 };
 
-// Adds up one value of every lane; lane 0 has the sum.
-__device__ inline double sum_of_warp(double value) {
-#pragma unroll
-  for (int by = kWarpThreads / 2; by > 0; by /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, by);
-  }
-  return value;
-}
-
 // Adds up the sums of a block's threads into its row of partials: column k for input k, then S_b, then the loss.
 template <typename Task, int kSums>
 __device__ void finish_block(const Task& task, const float (&sums)[kSums]) {

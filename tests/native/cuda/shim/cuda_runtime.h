@@ -44,18 +44,13 @@ T shuffled(T value, int source) {
   unsigned long long bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   const auto& all = exchange_in_warp(bits);
-  std::memcpy(&value, &all[source < kWarp ? source : threadIdx.x % kWarp], sizeof(T));
+  std::memcpy(&value, &all[source], sizeof(T));
   return value;
 }
 
 }  // namespace shim
 
 inline void __syncthreads() { shim::wait_for_block(); }
-
-template <typename T>
-T __shfl_down_sync(unsigned, T value, int by) {
-  return shim::shuffled(value, static_cast<int>(threadIdx.x % shim::kWarp) + by);
-}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
