@@ -1,0 +1,123 @@
+"""What trainers and fits learn from: runs of a model, played call by call.
+
+A *source* plays sampling runs. Before each step it asks a *player*, which decides whether the blocks run or a forecast
+takes their place, and may look at everything on the way. The published training, the feature store and the fits are
+players; memory, a store on disk, a diffusers pipeline and a loop of one's own are sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+ONLY_BRANCH = "cond"
+"""The branch of models that are called once a step; guidance adds others ("uncond"), each with a history of its own."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model, before it is answered.
+
+    Args:
+        step: which step of the run.
+        blocks: runs the model's blocks and returns the feature [*feature], detached; to be called at most once.
+        tail: feature -> the model's output, differentiable in the feature; None where a source holds features only.
+        latents: what the model was given, None where a source holds features only.
+        branch: of the guidance.
+    """
+
+    step: int
+    blocks: Callable[[], Tensor]
+    tail: Callable[[Tensor], Tensor] | None = None
+    latents: Tensor | None = None
+    branch: str = ONLY_BRANCH
+
+
+Player: TypeAlias = Callable[[Call], "Tensor | None"]
+"""Answers a call with the model's output (`call.tail` of a feature), or None where there is no tail."""
+
+
+class Source(Protocol):
+    """Runs to learn from. Playing the same runs twice gives the same calls."""
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The S+1 falling noise levels of every run."""
+
+    def __len__(self) -> int:
+        """How many runs there are."""
+
+    def play(self, runs: Sequence[int], player: Player) -> None:
+        """Play some runs at once, as one batch: features and latents of all of them lie along the first dimension.
+
+        Args:
+            runs: numbers below `len(self)`.
+            player: is asked once a step and branch, steps in order.
+        """
+
+
+class Recorded:
+    """Features of unaccelerated runs, in memory.
+
+    Args:
+        trajectories: for each run its S features [B, *feature], in the order of the steps.
+        sigmas: S+1 noise levels of those runs.
+
+    Raises:
+        ValueError: when there is no run, or one does not hold S features.
+    """
+
+    def __init__(self, trajectories: Sequence[Sequence[Tensor]], sigmas: Sequence[float]) -> None:
+        self.sigmas = tuple(float(sigma) for sigma in sigmas)
+        if not trajectories:
+            raise ValueError("trajectories must hold at least one run, got none")
+        for index, trajectory in enumerate(trajectories):
+            if len(trajectory) != len(self.sigmas) - 1:
+                raise ValueError(
+                    f"trajectories[{index}] must hold {len(self.sigmas) - 1} features, got {len(trajectory)}"
+                )
+        self._trajectories = trajectories
+
+    def __len__(self) -> int:
+        return len(self._trajectories)
+
+    def play(self, runs: Sequence[int], player: Player) -> None:
+        """See `Source.play`."""
+        chosen = [self._trajectories[run] for run in runs]
+        for step in range(len(self.sigmas) - 1):
+            features = [trajectory[step] for trajectory in chosen]
+            feature = features[0] if len(features) == 1 else torch.cat(features)
+            player(Call(step, lambda feature=feature: feature))  # type: ignore[misc]
+
+
+class Sampled:
+    """Runs of a loop of one's own.
+
+    Args:
+        loop: `loop(runs, player)` samples those runs as one batch; at each step it makes a `Call`, hands it to the
+            player and goes on with the output that it gets. It must do the same whenever it is given the same runs.
+        count: how many runs there are.
+        sigmas: S+1 noise levels.
+    """
+
+    def __init__(self, loop: Callable[[Sequence[int], Player], None], count: int, sigmas: Sequence[float]) -> None:
+        self.sigmas = tuple(float(sigma) for sigma in sigmas)
+        self._loop = loop
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def play(self, runs: Sequence[int], player: Player) -> None:
+        """See `Source.play`."""
+        self._loop(runs, player)
+
+
+def watch(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Answer a call in full: return the feature that its blocks gave, and the output."""
+    feature = call.blocks()
+    return feature, None if call.tail is None else call.tail(feature)
