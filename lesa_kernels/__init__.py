@@ -8,7 +8,16 @@ from lesa_kernels.backends import load as _load
 from lesa_kernels.backends import status
 from lesa_kernels.integrations import LesaWarning, disable, enable, enabled, recorded, summary
 from lesa_kernels.plan import Plan
-from lesa_kernels.predictors import Forecaster, LesaPredictor, Reuse, TaylorSeer, load_official
+from lesa_kernels.predictors import (
+    Forecaster,
+    HiCache,
+    LesaPredictor,
+    LinearPredictor,
+    Reuse,
+    TaylorSeer,
+    load_official,
+    load_predictor,
+)
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.session import Session
 
@@ -16,8 +25,10 @@ _load()
 
 __all__ = [
     "Forecaster",
+    "HiCache",
     "LesaPredictor",
     "LesaWarning",
+    "LinearPredictor",
     "Plan",
     "Reuse",
     "Schedule",
@@ -28,6 +39,7 @@ __all__ = [
     "enable",
     "enabled",
     "load_official",
+    "load_predictor",
     "recorded",
     "status",
     "summary",

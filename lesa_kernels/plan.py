@@ -164,6 +164,18 @@ class Plan:
         return self.describe()
 
 
+def falling(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Return noise levels as floats.
+
+    Raises:
+        ValueError: when they are not at least two falling numbers.
+    """
+    levels = tuple(float(sigma) for sigma in sigmas)
+    if len(levels) < 2 or not all(later < earlier for earlier, later in itertools.pairwise(levels)):
+        raise ValueError(f"sigmas must hold S+1 >= 2 falling numbers, got {levels}")
+    return levels
+
+
 @dataclass
 class _Draft:
     """A segment before slots are assigned: the full step, and launches as (steps, inputs, coefficients, offsets)."""
@@ -198,10 +210,8 @@ def compile_plan(
             first_step or chunk is out of range.
         TypeError: when the schedule is neither a Schedule nor a rule.
     """
-    levels = tuple(float(sigma) for sigma in sigmas)
+    levels = falling(sigmas)
     steps = len(levels) - 1
-    if steps < 1 or not all(later < earlier for earlier, later in itertools.pairwise(levels)):
-        raise ValueError(f"sigmas must hold S+1 >= 2 falling numbers, got {levels}")
     if not isinstance(schedule, Schedule) and not callable(schedule):
         raise TypeError(f"schedule must be a Schedule or a rule that makes one, got {type(schedule).__name__}")
     resolved = schedule if isinstance(schedule, Schedule) else schedule(levels)

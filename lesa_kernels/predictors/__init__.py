@@ -1,8 +1,19 @@
-"""Sources of coefficients: LESA and the training-free forecasters."""
+"""Sources of coefficients: LESA, per-step coefficients, and the training-free forecasters."""
 
 from lesa_kernels.predictors.base import Forecaster
 from lesa_kernels.predictors.lesa import LesaPredictor
+from lesa_kernels.predictors.linear import LinearPredictor
 from lesa_kernels.predictors.official import load_official
-from lesa_kernels.predictors.taylor import Reuse, TaylorSeer
+from lesa_kernels.predictors.saved import load_predictor
+from lesa_kernels.predictors.taylor import HiCache, Reuse, TaylorSeer
 
-__all__ = ["Forecaster", "LesaPredictor", "Reuse", "TaylorSeer", "load_official"]
+__all__ = [
+    "Forecaster",
+    "HiCache",
+    "LesaPredictor",
+    "LinearPredictor",
+    "Reuse",
+    "TaylorSeer",
+    "load_official",
+    "load_predictor",
+]

@@ -11,6 +11,23 @@ from lesa_kernels.schedule import Schedule, ScheduleRule
 
 OnOtherSigmas: TypeAlias = Literal["refuse", "adapt"]
 
+# Sigmas pass through float32, and versions of a scheduler round them differently.
+_SIGMA_TOLERANCE = 1e-4
+
+
+def objection_to_sigmas(trained: Sequence[float] | None, sigmas: Sequence[float]) -> str | None:
+    """Say where noise levels differ from those of a training; None where they do not, or are not as many."""
+    if trained is None or len(trained) != len(sigmas):
+        return None
+    gaps = [abs(float(new) - old) for new, old in zip(sigmas, trained, strict=True)]
+    step = max(range(len(gaps)), key=gaps.__getitem__)
+    if gaps[step] <= _SIGMA_TOLERANCE:
+        return None
+    return (
+        f"the predictor was trained for other sigmas: {trained[step]:.4f} at step {step} of {len(trained) - 1}, "
+        f"not {float(sigmas[step]):.4f}"
+    )
+
 
 class Forecaster(ABC):
     """Base of all predictors. A new one implements `rows` and needs to touch no kernel."""
@@ -38,10 +55,15 @@ class Forecaster(ABC):
         """
         return None
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """The full steps that the forecaster was trained or fitted for, None if it was not made for any."""
+        return None
+
     def plan(
         self,
         sigmas: Sequence[float],
-        schedule: Schedule | ScheduleRule,
+        schedule: Schedule | ScheduleRule | None = None,
         *,
         first_step: int = 0,
         chunk: int | None = None,
@@ -51,7 +73,8 @@ class Forecaster(ABC):
 
         Args:
             sigmas: S+1 falling noise levels, such as a diffusers scheduler's `sigmas`; a list or a 1-d tensor.
-            schedule: which steps are full, or a rule that makes the schedule from the sigmas.
+            schedule: which steps are full, or a rule that makes the schedule from the sigmas; None takes the one that
+                the forecaster was made for.
             first_step: where the run starts (image-to-image starts late).
             chunk: at most this many forecasts a launch (1: step by step); None composes whole segments.
             on_other_sigmas: what to do with sigmas that the forecaster was not trained for: "refuse", or "adapt", which
@@ -61,13 +84,16 @@ class Forecaster(ABC):
             The plan. Its `full_steps` may hold more steps than the schedule's: those with too short a history.
 
         Raises:
-            ValueError: when the sigmas do not fall, the schedule does not fit them, a number is out of range, or the
-                forecaster was trained for other sigmas.
+            ValueError: when the sigmas do not fall, the schedule does not fit them or is missing, a number is out of
+                range, or the forecaster was trained for other sigmas.
             TypeError: when the schedule is neither a Schedule nor a rule.
         """
         if on_other_sigmas not in ("refuse", "adapt"):
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {on_other_sigmas!r}')
         levels = [float(sigma) for sigma in sigmas]
+        chosen = self.schedule if schedule is None else schedule
+        if chosen is None:
+            raise ValueError(f"schedule must be given: this {type(self).__name__} was not made for one")
         if on_other_sigmas == "refuse" and (reason := self.objection(levels)) is not None:
             raise ValueError(f'{reason}; on_other_sigmas="adapt" uses it all the same')
-        return compile_plan(levels, schedule, self.rows(levels), first_step=first_step, chunk=chunk)
+        return compile_plan(levels, chosen, self.rows(levels), first_step=first_step, chunk=chunk)

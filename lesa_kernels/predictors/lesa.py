@@ -5,25 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
-from lesa_kernels.predictors.base import Forecaster
+from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
 from lesa_kernels.predictors.kan import GRID_SIZE, KAN, SPLINE_ORDER
+from lesa_kernels.predictors.saved import strict_from_pretrained
+from lesa_kernels.schedule import Schedule
 
 PUBLISHED_STAGES = ((0.9, 4), (0.5, 8), (0.0, 8))
 """(threshold, K) of FLUX and HunyuanVideo: a stage serves sigmas above its threshold, the last one all that is left."""
-
-# Sigmas pass through float32, and versions of a scheduler round them differently.
-_SIGMA_TOLERANCE = 1e-4
 
 
 class LesaPredictor(
@@ -50,6 +46,8 @@ class LesaPredictor(
         spline_order: order of its B-splines.
         trained_sigmas: the S+1 noise levels of its training, None where they are not known. `plan` refuses others;
             saved with the weights.
+        full_steps: of the schedule that it was trained for, None where that is not known. `plan` takes them where no
+            schedule is given; saved with the weights.
 
     Raises:
         ValueError: for a count out of range, thresholds that do not fall, or not S+1 sigmas.
@@ -63,6 +61,7 @@ class LesaPredictor(
         grid_size: int = GRID_SIZE,
         spline_order: int = SPLINE_ORDER,
         trained_sigmas: Sequence[float] | None = None,
+        full_steps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in [
@@ -87,20 +86,11 @@ class LesaPredictor(
         self.latent = nn.ModuleList(nn.Linear(window, 1) for _, window in self.stages)
         self.timestep = nn.ModuleList(KAN(widths, grid_size, spline_order) for _ in self.stages)
         self.trained_sigmas = trained_sigmas
+        self.trained_schedule = None if full_steps is None else Schedule(num_steps, tuple(full_steps))
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> LesaPredictor:
-        """Load for `from_pretrained`; the mixin's own default would fill what is missing with random numbers."""
-        if "num_steps" not in options:
-            raise ValueError(f"{model_id}: config.json must be there and name num_steps")
-        file = Path(model_id) / SAFETENSORS_SINGLE_FILE
-        if Path(model_id).is_dir() and not file.is_file():
-            raise FileNotFoundError(f"{model_id}: must hold {SAFETENSORS_SINGLE_FILE}")
-        try:
-            loaded: LesaPredictor = super()._from_pretrained(model_id=model_id, strict=True, **options)
-            return loaded
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{model_id}: not the weights of such a LesaPredictor: {error}") from error
+        return strict_from_pretrained(cls, super()._from_pretrained, model_id, ("num_steps",), options)
 
     @property
     def trained_sigmas(self) -> tuple[float, ...] | None:
@@ -110,23 +100,33 @@ class LesaPredictor(
     @trained_sigmas.setter
     def trained_sigmas(self, sigmas: Sequence[float] | None) -> None:
         self._trained_sigmas = None if sigmas is None else tuple(self._levels(sigmas).tolist())
+        self._note_config(trained_sigmas=self._trained_sigmas)
+
+    @property
+    def trained_schedule(self) -> Schedule | None:
+        """The schedule of the training, None where it is not known. Training sets it."""
+        return self._trained_schedule
+
+    @trained_schedule.setter
+    def trained_schedule(self, schedule: Schedule | None) -> None:
+        if schedule is not None and schedule.num_steps != self.num_steps:
+            raise ValueError(f"trained_schedule must have {self.num_steps} steps, got {schedule.num_steps}")
+        self._trained_schedule = schedule
+        self._note_config(full_steps=None if schedule is None else list(schedule.full_steps))
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """See `Forecaster.schedule`."""
+        return self._trained_schedule
+
+    def _note_config(self, **entries: object) -> None:
         # The mixin writes to config.json what the constructor was given.
         config = {} if self._hub_mixin_config is None else cast(dict[str, Any], self._hub_mixin_config)
-        self._hub_mixin_config = config | {"trained_sigmas": self._trained_sigmas}
+        self._hub_mixin_config = config | entries
 
     def objection(self, sigmas: Sequence[float]) -> str | None:
         """See `Forecaster.objection`; another number of sigmas is refused by `rows`, whatever the training was."""
-        trained = self._trained_sigmas
-        if trained is None or len(trained) != len(sigmas):
-            return None
-        gaps = [abs(float(new) - old) for new, old in zip(sigmas, trained, strict=True)]
-        step = max(range(len(gaps)), key=gaps.__getitem__)
-        if gaps[step] <= _SIGMA_TOLERANCE:
-            return None
-        return (
-            f"the predictor was trained for other sigmas: {trained[step]:.4f} at step {step} of {len(trained) - 1}, "
-            f"not {float(sigmas[step]):.4f}"
-        )
+        return objection_to_sigmas(self._trained_sigmas, sigmas)
 
     def stage(self, t: float) -> int:
         """Return the number of the stage that serves the noise level t."""

@@ -1,10 +1,10 @@
-"""Training-free forecasters over full features: plain reuse and TaylorSeer."""
+"""Training-free forecasters over full features: plain reuse, TaylorSeer and HiCache."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lesa_kernels.plan import Row, RowRule
@@ -52,24 +52,65 @@ class TaylorSeer(Forecaster):
 
         def row(step: int, full_steps: Sequence[int]) -> Row:
             window = full_steps[-(self.order + 1) :]
-            weights = taylor_weights([positions[full] for full in window], positions[step])
+            weights = taylor_weights([positions[full] for full in window], positions[step], self.basis)
             return Row(dict(zip(window, weights, strict=True)))
 
         return row
+
+    def basis(self, order: int, distance: float) -> float:
+        """Return what the derivative of an order is multiplied with at a distance from the last full step."""
+        return float(distance**order)
 
     def __repr__(self) -> str:
         return f"TaylorSeer(order={self.order}, variable={self.variable!r})"
 
 
-def taylor_weights(nodes: Sequence[float], position: float) -> list[float]:
+class HiCache(TaylorSeer):
+    """HiCache (arXiv 2508.16984): TaylorSeer's differences on contracted Hermite polynomials instead of powers.
+
+    Where TaylorSeer has x^i, x the distance from the last full step, there stands c^i H_i(c x) with the physicists'
+    Hermite polynomials H_i and a contraction c below 1.
+
+    Args:
+        order: highest derivative, 0 to 3.
+        contraction: c, above 0; the authors' default is 0.5.
+        variable: "step" as published, or "sigma".
+
+    Raises:
+        ValueError: for another order, variable or contraction.
+    """
+
+    def __init__(self, order: int = 2, contraction: float = 0.5, variable: Literal["sigma", "step"] = "step") -> None:
+        super().__init__(order, variable)
+        if not contraction > 0:
+            raise ValueError(f"contraction must be above 0, got {contraction}")
+        self.contraction = float(contraction)
+
+    def basis(self, order: int, distance: float) -> float:
+        """See `TaylorSeer.basis`."""
+        x = self.contraction * distance
+        value, before = 1.0, 0.0
+        for degree in range(order):
+            value, before = 2 * x * value - 2 * degree * before, value
+        return self.contraction**order * value
+
+    def __repr__(self) -> str:
+        return f"HiCache(order={self.order}, contraction={self.contraction}, variable={self.variable!r})"
+
+
+def taylor_weights(
+    nodes: Sequence[float], position: float, basis: Callable[[int, float], float] = lambda order, x: x**order
+) -> list[float]:
     """Coefficients of the features at `nodes` in the Taylor polynomial around the last of them.
 
     Args:
         nodes: positions of the full features, newest last; n of them give a polynomial of order n-1.
         position: where to evaluate it.
+        basis: (order, distance from the last node) -> what the derivative of that order is multiplied with, before the
+            division by its factorial.
 
     Returns:
-        One coefficient a node; they sum to 1.
+        One coefficient a node; with powers as basis they sum to 1.
 
     Raises:
         ValueError: when two neighbouring nodes are the same.
@@ -90,6 +131,6 @@ def taylor_weights(nodes: Sequence[float], position: float) -> list[float]:
             else derivatives[i]
             for i in range(count)
         ]
-        factor = (position - nodes[-1]) ** order / math.factorial(order)
+        factor = basis(order, position - nodes[-1]) / math.factorial(order)
         weights = [weight + factor * slope for weight, slope in zip(weights, derivatives[-1], strict=True)]
     return weights
