@@ -77,6 +77,36 @@ def published_l1(history: Sequence[Tensor], target: Tensor, weight: Tensor, bias
     return functional.l1_loss(published_eager(history, weight, bias, gain), target)
 
 
+def gram_by_matrix(features: Sequence[Tensor]) -> Tensor:
+    """All products at once: the features and ones as rows of a float64 matrix, times its transpose.
+
+    Args:
+        features: K tensors [*feature].
+
+    Returns:
+        [K + 1, K + 1], float64.
+    """
+    rows = torch.stack([*features, torch.ones_like(features[0])]).flatten(1).double()
+    return rows @ rows.T
+
+
+def gram_by_dots(features: Sequence[Tensor]) -> Tensor:
+    """A dot product for each pair, in float32 because `torch.dot` keeps its sum in the dtype of its inputs.
+
+    Args:
+        features: K tensors [*feature].
+
+    Returns:
+        [K + 1, K + 1], float64.
+    """
+    rows = [feature.float().flatten() for feature in [*features, torch.ones_like(features[0])]]
+    sums = rows[0].new_empty((len(rows), len(rows)), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        for j in range(i + 1):
+            sums[i, j] = sums[j, i] = torch.dot(row, rows[j])
+    return sums
+
+
 def kan_eager(x: Tensor, layers: Sequence[KANLinear]) -> Tensor:
     """KAN layers in a row in plain torch, all bases evaluated, differentiated by autograd.
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import forecast_case, predict_case, push_case
 from benchmarks.clock import Clock
 from benchmarks.harness import Case
-from benchmarks.training import kan_case, predict_l1_case
+from benchmarks.training import gram_case, kan_case, predict_l1_case, training_step_case
 
 FLUX, QWEN, SMALL = "FLUX 1024x1024", "Qwen-Image 1328x1328", "digits, batch 20"
 KAN_ROWS = (1, 50)
@@ -33,12 +33,19 @@ def suite(device: torch.device) -> list[Entry]:
     ]
     networks = [Entry("kan_linear", partial(kan_case, rows)) for rows in KAN_ROWS]
     if device.type == "cpu":
-        large = [Entry("predict", partial(predict_case, FLUX)), Entry("forecast", partial(forecast_case, FLUX))]
+        large = [
+            Entry("predict", partial(predict_case, FLUX)),
+            Entry("forecast", partial(forecast_case, FLUX)),
+            Entry("predict_l1", partial(predict_l1_case, FLUX)),
+            Entry("gram", partial(gram_case, FLUX)),
+            Entry("training step", partial(training_step_case, FLUX)),
+        ]
         return [*large, *small, Entry("predict_l1", partial(predict_l1_case, SMALL, dtype=torch.float32)), *networks]
     makers: dict[str, Callable[..., Case]] = {
         "predict": predict_case,
         "forecast": forecast_case,
         "predict_l1": predict_l1_case,
+        "gram": gram_case,
     }
     large = [Entry(op, partial(make, size)) for size in (FLUX, QWEN) for op, make in makers.items()]
     others = [
@@ -48,4 +55,5 @@ def suite(device: torch.device) -> list[Entry]:
         Entry("predict", partial(predict_case, FLUX, count=4)),
         Entry("forecast", partial(forecast_case, FLUX, count=4)),
     ]
-    return [*large, *networks, *small, *others]
+    steps = [Entry("training step", partial(training_step_case, FLUX))]
+    return [*large, *networks, *steps, *small, *others]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from benchmarks.baselines import kan_eager, published_l1
+from benchmarks.baselines import gram_by_dots, gram_by_matrix, kan_eager, published_eager, published_l1
 from benchmarks.cases import (
     SIZES,
     copy_variant,
@@ -35,6 +36,33 @@ COMPILED_STEP = "torch.compile of the eager form"
 SUMS = Tolerance(2e-5, 1e-6)
 # Three layers of up to 256 x 9 float32 terms, relative to the largest value.
 LAYERS = Tolerance(5e-5, 1e-6)
+
+
+@torch.inference_mode()
+def gram_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """The sums of products that a closed-form fit needs."""
+    shape, device = SIZES[size], clock.device
+    moved = count * math.prod(shape) * dtype.itemsize
+    sets = sets_needed(moved, clock.cache_bytes())
+    features = random_features(shape, count, dtype, sets, device)
+
+    def of(make: Callable[[list[Tensor]], Tensor]) -> Run:
+        return lambda turn: [make(features[turn % sets])]
+
+    variants = [
+        *(Variant(f"{name}gram", of(ops.gram), SUMS) for name, ops in implementations(device).items()),
+        Variant("torch: stack and a float64 product", of(gram_by_matrix), SUMS),
+        Variant("torch: a dot product for each pair", of(gram_by_dots), SUMS),
+        copy_variant(moved, sets, device),
+    ]
+    return Case(
+        "gram",
+        f"{size}, K={count}, {dtype_name(dtype)}",
+        moved,
+        [reference.gram(features[0])],
+        [reference.gram([feature.abs() for feature in features[0]])],
+        variants,
+    )
 
 
 def predict_l1_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -148,5 +176,62 @@ def kan_case(rows: int, clock: Clock) -> Case:
         want,
         scale,
         [*with_captured(variants, sets, device), copy_variant(moved, sets, device)],
+        context=torch.enable_grad,
+    )
+
+
+def _step(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, loss: Tensor) -> list[Tensor]:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return [loss.detach(), *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+
+
+def training_step_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """A whole training step on one forecast: the gain's network, loss and forecast, gradients, AdamW.
+
+    The learning rate is 0, so that every repetition starts from the same parameters; the arithmetic is AdamW's.
+    """
+    shape, device = SIZES[size], clock.device
+    moved = (count + 2) * math.prod(shape) * dtype.itemsize
+    sets = sets_needed(moved, clock.cache_bytes())
+    features = random_features(shape, count + 2, dtype, sets, device)
+    network = KAN(KAN_WIDTHS).to(device)
+    layers = [layer for layer in network.layers if isinstance(layer, KANLinear)]
+    weight, bias = (torch.randn(length, device=device, requires_grad=True) for length in (count, 1))
+    parameters = [weight, bias, *_parameters(layers)]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    level = 2 * torch.rand(1, KAN_WIDTHS[0], device=device) - 1
+
+    def ours(turn: int) -> list[Tensor]:
+        *history, target, out = features[turn % sets]
+        loss = predict_l1_loss(history, target, weight, bias, network(level).reshape(1), out)
+        return [*_step(parameters, optimizer, loss)[:3], out]
+
+    def published(turn: int) -> list[Tensor]:
+        *history, target, _ = features[turn % sets]
+        forecast = published_eager(history, weight, bias, kan_eager(level, layers).reshape(1))
+        loss = functional.l1_loss(forecast, target)
+        return [*_step(parameters, optimizer, loss)[:3], forecast.detach()]
+
+    *history, target, _ = features[0]
+    wide = [tensor.detach().to(wider(dtype)) for tensor in (*history, target)]
+    mixing = [tensor.detach().to(wider(dtype)) for tensor in (weight, bias)]
+    gain = kan_eager(level, layers).detach().reshape(1).to(wider(dtype))
+    loss, of_weight, of_bias, _ = reference.predict_l1(wide[:count], wide[count], mixing[0], mixing[1], gain, None)
+    forecast = reference.predict(wide[:count], mixing[0], mixing[1], gain)
+    size_of = torch.ones((), device=device) + weight.detach().abs().sum() + bias.detach().abs().sum()
+    scale = [size_of, size_of, size_of, size_of * max(feature.abs().max() for feature in wide[:count])]
+    return Case(
+        "training step",
+        f"{size}, K={count}, {dtype_name(dtype)}, KAN {'-'.join(map(str, KAN_WIDTHS))}, AdamW",
+        moved,
+        [loss, of_weight, of_bias, forecast],
+        scale,
+        [
+            Variant("lesa: predict_l1_loss, kan_linear", ours, half_rounded(dtype)),
+            Variant(EAGER_STEP, published, half_rounded(dtype)),
+            copy_variant(moved, sets, device),
+        ],
         context=torch.enable_grad,
     )

@@ -136,14 +136,19 @@ inline void check_like(const char* op, Name name, const Tensor& tensor, Name lik
   check_device(op, name, tensor, like_name, like);
 }
 
+// 1 to kMaxHistory features of one shape, dtype and device.
+inline void check_features(const char* op, const char* name, const std::vector<Tensor>& features) {
+  if (features.empty() || features.size() > kMaxHistory) {
+    refuse(op, name, " must hold 1 to ", kMaxHistory, " tensors, got ", features.size());
+  }
+  check_feature(op, {name, 0}, features[0]);
+  for (std::size_t k = 1; k < features.size(); ++k) {
+    check_like(op, {name, static_cast<std::int64_t>(k)}, features[k], {name, 0}, features[0]);
+  }
+}
+
 inline void check_history(const char* op, const std::vector<Tensor>& history) {
-  if (history.empty() || history.size() > kMaxHistory) {
-    refuse(op, "history must hold 1 to ", kMaxHistory, " tensors, got ", history.size());
-  }
-  check_feature(op, {"history", 0}, history[0]);
-  for (std::size_t k = 1; k < history.size(); ++k) {
-    check_like(op, {"history", static_cast<std::int64_t>(k)}, history[k], {"history", 0}, history[0]);
-  }
+  check_features(op, "history", history);
 }
 
 // A parameter is float32 or of the features' dtype, each on its own.

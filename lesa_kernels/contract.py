@@ -71,18 +71,23 @@ def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tenso
         raise ValueError(f"lesa::{op}: {name} must be on {like.device} like {like_name}, got {tensor.device}")
 
 
-def check_history(op: str, history: Sequence[Tensor]) -> None:
-    """Check a history: 1 to 64 features of one shape, dtype and device.
+def check_features(op: str, name: str, features: Sequence[Tensor]) -> None:
+    """Check that an argument holds 1 to 64 features of one shape, dtype and device.
 
     Raises:
         ValueError: for a wrong count, shape or device.
         TypeError: for a wrong dtype.
     """
-    if not 1 <= len(history) <= MAX_HISTORY:
-        raise ValueError(f"lesa::{op}: history must hold 1 to {MAX_HISTORY} tensors, got {len(history)}")
-    check_feature(op, "history[0]", history[0])
-    for k in range(1, len(history)):
-        check_like(op, f"history[{k}]", history[k], "history[0]", history[0])
+    if not 1 <= len(features) <= MAX_HISTORY:
+        raise ValueError(f"lesa::{op}: {name} must hold 1 to {MAX_HISTORY} tensors, got {len(features)}")
+    check_feature(op, f"{name}[0]", features[0])
+    for k in range(1, len(features)):
+        check_like(op, f"{name}[{k}]", features[k], f"{name}[0]", features[0])
+
+
+def check_history(op: str, history: Sequence[Tensor]) -> None:
+    """Check a history as `check_features` does."""
+    check_features(op, "history", history)
 
 
 def check_parameter(

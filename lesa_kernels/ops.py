@@ -25,6 +25,7 @@ _SCHEMAS = {
     "forecast": "(Tensor[] history, Tensor coefficients, Tensor offsets) -> Tensor[]",
     "forecast_into": "(Tensor(a!) ring, Tensor coefficients, Tensor offsets, int[] read, int[] write) -> ()",
     "push": "(Tensor(a!) ring, Tensor feature, int slot) -> ()",
+    "gram": "(Tensor[] features) -> Tensor",
     "kan_linear": "(Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight, Tensor spline_scaler) -> Tensor",
     "kan_linear_backward": "(Tensor grad, Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight,"
     " Tensor spline_scaler) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -94,6 +95,12 @@ def _forecast_into_fake(
 @_fake("push")
 def _push_fake(ring: Tensor, feature: Tensor, slot: int) -> None:
     contract.check_push(ring, feature, slot)
+
+
+@_fake("gram")
+def _gram_fake(features: Sequence[Tensor]) -> Tensor:
+    contract.check_features("gram", "features", features)
+    return features[0].new_empty((len(features) + 1, len(features) + 1), dtype=torch.float64)
 
 
 @_fake("kan_linear")

@@ -226,6 +226,30 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
     ring[slot].copy_(feature)
 
 
+def gram(features: Sequence[Tensor]) -> Tensor:
+    """Sums of the products of all pairs of K features and the constant 1: what a least-squares fit needs of them.
+
+    Args:
+        features: K tensors [*feature], any strides, not differentiated.
+
+    Returns:
+        [K + 1, K + 1], float64, symmetric: entry (i, j) is the sum over the elements of h_i * h_j, where h_K = 1.
+
+    Raises:
+        ValueError: for a wrong shape, count or device.
+        TypeError: for a wrong dtype.
+    """
+    contract.check_features("gram", "features", features)
+    sums = features[0].new_empty((len(features) + 1, len(features) + 1), dtype=torch.float64)
+    for i, feature in enumerate(features):
+        wide = feature.detach().double()
+        for j in range(i + 1):
+            sums[i, j] = sums[j, i] = (wide * features[j].detach()).sum()
+        sums[i, -1] = sums[-1, i] = wide.sum()
+    sums[-1, -1] = features[0].numel()
+    return sums
+
+
 def spline_order(grid: Tensor, spline_weight: Tensor) -> int:
     """Return the order of the B-splines of a KAN layer (3 is cubic): knots = bases + order + 1."""
     return grid.shape[1] - spline_weight.shape[2] - 1

@@ -34,6 +34,8 @@ inline Floats load(const bfloat16* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+inline Doubles load_double(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+
 inline __m128i pack(const float16*, Floats values) {
   return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -63,6 +65,16 @@ inline void store_past_cache(T* to, Floats values) {
 }
 inline void fence() { _mm_sfence(); }
 
+// sign_of for every lane.
+inline Floats signs_of(Floats errors) {
+  const Floats ones = _mm256_or_ps(_mm256_and_ps(errors, fill(-0.0f)), fill(1.0f));
+  return _mm256_blendv_ps(errors, ones, _mm256_cmp_ps(errors, fill(0.0f), _CMP_NEQ_OQ));
+}
+inline Doubles signs_of(Doubles errors) {
+  const Doubles ones = _mm256_or_pd(_mm256_and_pd(errors, fill(-0.0)), fill(1.0));
+  return _mm256_blendv_pd(errors, ones, _mm256_cmp_pd(errors, fill(0.0), _CMP_NEQ_OQ));
+}
+
 inline double to_double(Doubles values) {
   const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(values), _mm256_extractf128_pd(values, 1));
   return _mm_cvtsd_f64(pair) + _mm_cvtsd_f64(_mm_unpackhi_pd(pair, pair));
@@ -83,6 +95,6 @@ inline double to_double(Floats values) {
 #endif
 
 namespace lesa::cpu {
-constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels};
+constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels, avx2::kAllLayerKernels};
 }
 #endif

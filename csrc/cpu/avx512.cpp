@@ -13,6 +13,7 @@
 #pragma GCC push_options
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined (its bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
 
@@ -37,6 +38,8 @@ inline Floats load(const bfloat16* from) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+
+inline Doubles load_double(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
 
 inline __m256i pack(const float16*, Floats values) {
   return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -67,6 +70,16 @@ inline void store_past_cache(T* to, Floats values) {
 }
 inline void fence() { _mm_sfence(); }
 
+// sign_of for every lane.
+inline Floats signs_of(Floats errors) {
+  const Floats ones = _mm512_or_ps(_mm512_and_ps(errors, fill(-0.0f)), fill(1.0f));
+  return _mm512_mask_mov_ps(errors, _mm512_cmp_ps_mask(errors, fill(0.0f), _CMP_NEQ_OQ), ones);
+}
+inline Doubles signs_of(Doubles errors) {
+  const Doubles ones = _mm512_or_pd(_mm512_and_pd(errors, fill(-0.0)), fill(1.0));
+  return _mm512_mask_mov_pd(errors, _mm512_cmp_pd_mask(errors, fill(0.0), _CMP_NEQ_OQ), ones);
+}
+
 inline double to_double(Doubles values) { return _mm512_reduce_add_pd(values); }
 inline double to_double(Floats values) {
   return to_double(_mm512_cvtps_pd(_mm512_castps512_ps256(values)) +
@@ -85,6 +98,6 @@ inline double to_double(Floats values) {
 #endif
 
 namespace lesa::cpu {
-constinit const Isa kAvx512{"avx512", 512, avx512::kAllKernels};
+constinit const Isa kAvx512{"avx512", 512, avx512::kAllKernels, avx512::kAllLayerKernels};
 }
 #endif

@@ -33,6 +33,8 @@ inline Floats load(const bfloat16* from) {
   return std::bit_cast<Floats>(__builtin_convertvector(load_bytes<Halves>(from), Words) << 16);
 }
 
+inline Doubles load_double(const float* from) { return Doubles{from[0], from[1]}; }
+
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 inline void store(double* to, Doubles values) { std::memcpy(to, &values, sizeof(values)); }
 inline void store(float16* to, Floats values) {
@@ -56,6 +58,13 @@ inline void store_past_cache(T* to, V values) {
 }
 inline void fence() {}
 
+// sign_of for every lane.
+template <typename V>
+inline V signs_of(V errors) {
+  const V zeros{}, ones = zeros + 1;
+  return errors > zeros ? ones : errors < zeros ? -ones : errors;
+}
+
 inline double to_double(Doubles values) { return values[0] + values[1]; }
 inline double to_double(Floats values) {
   return (static_cast<double>(values[0]) + values[1]) + (static_cast<double>(values[2]) + values[3]);
@@ -66,5 +75,5 @@ inline double to_double(Floats values) {
 }  // namespace lesa::cpu::baseline
 
 namespace lesa::cpu {
-constinit const Isa kBaseline{"baseline", 128, baseline::kAllKernels};
+constinit const Isa kBaseline{"baseline", 128, baseline::kAllKernels, baseline::kAllLayerKernels};
 }

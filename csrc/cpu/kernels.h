@@ -34,19 +34,69 @@ struct Kernels {
   // Sum of a[i] * b[i], and of a[i]; the order of the additions depends on count alone.
   double (*dot)(const T* a, const T* b, std::int64_t count);
   double (*sum)(const T* a, std::int64_t count);
+  // Adds the sums of inputs[i] * inputs[j], j <= i, to into[i * (K + 1) + j], and those of inputs[j] to its row K.
+  void (*gram)(const void* const* inputs, int num_inputs, std::int64_t count, double* into);
+  // Of the forecasts of predict, unrounded: adds sum(sign(error) * inputs[k]) to into[k], sum(sign(error)) to into[K]
+  // and sum(|error|) to into[K + 1]; writes the forecasts to `out` unless it is null.
+  void (*l1)(const Rows<T>& map, accumulate_t<T> gain, const void* const* inputs, const T* target, T* out,
+             std::int64_t count, double* into);
   // 16-bit and float32 elements to and from float32.
   void (*to_float)(const T* from, float* to, std::int64_t count);
   void (*from_float)(const float* from, T* to, std::int64_t count);
+};
+
+// Rows of products of matrices are multiples of so many elements, padded with zeros.
+inline constexpr std::int64_t kLayerUnit = 64;
+
+// Columns of a product by `dots`.
+inline constexpr int kDotColumns = 4;
+
+// A linear map of rows: row r becomes sum_t a[r * row_step + t * term_step] * b[t * length + i], i < length.
+template <typename A>
+struct Combination {
+  const A* a;
+  std::int64_t row_step, term_step, terms;
+  const A* b;
+  std::int64_t length;
+};
+
+// B-splines of an order for I inputs: grid [knots, I], inverses [order, knots, I] with 1 / (t[g + d] - t[g]) for d = 1
+// and on.
+template <typename A>
+struct Splines {
+  const A* grid;
+  const A* inverses;
+  std::int64_t inputs;
+  int knots, order;
+};
+
+template <typename A>
+struct LayerKernels {
+  // c [rows, length].
+  void (*combine)(const Combination<A>& map, std::int64_t rows, A* c);
+  // out[r * out_step + c] = sum of a[r, i] * b[c, i], a [rows, length], b [kDotColumns, length].
+  void (*dots)(const A* a, std::int64_t rows, const A* b, std::int64_t length, A* out, std::int64_t out_step);
+  // Bases at x [I], and their derivatives unless `slopes` is null: [bases, I], but room for [knots - 1, I].
+  void (*evaluate)(const Splines<A>& splines, const A* x, A* bases, A* slopes);
+  // out[i, b] = weights[i, b] * factors[i], and out[i] = sum_b a[i, b] * b[i, b].
+  void (*scale)(const A* weights, const A* factors, std::int64_t groups, int bases, A* out);
+  void (*dot_groups)(const A* a, const A* b, std::int64_t groups, int bases, A* out);
 };
 
 struct Isa {
   const char* name;
   int vector_bits;
   std::tuple<Kernels<float>, Kernels<float16>, Kernels<bfloat16>, Kernels<double>> kernels;
+  std::tuple<LayerKernels<float>, LayerKernels<double>> layers;
 
   template <typename T>
   const Kernels<T>& of() const {
     return std::get<Kernels<T>>(kernels);
+  }
+
+  template <typename A>
+  const LayerKernels<A>& layers_of() const {
+    return std::get<LayerKernels<A>>(layers);
   }
 };
 

@@ -308,3 +308,69 @@ def test_too_many_dimensions_are_refused() -> None:
     feature = torch.zeros(2**20).as_strided((2,) * 18, [2 * (18 - d) + 2 ** (18 - d) for d in range(18)])
     with pytest.raises(RuntimeError, match=r"lesa::predict: features must have at most 16 dimensions .* shape \(2,"):
         ops.predict([feature], torch.ones(1), torch.ones(1), torch.ones(1))
+
+
+def _close(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    tolerance = reference.TOLERANCES[dtype]
+    assert bool(((got.double() - want).abs() <= tolerance.absolute + tolerance.relative * scale).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", COUNTS)
+def test_gram_on_every_instruction_set(isa: str, count: int, size: int, dtype: torch.dtype) -> None:
+    features = [_plain((size,), dtype) for _ in range(count)]
+    wide = [feature.double() for feature in features]
+    kind = torch.float32 if dtype.itemsize == 2 else dtype
+    scale = reference.gram([feature.abs() for feature in wide])
+    _close(ops.gram(features), reference.gram(wide), scale, kind)
+
+
+def test_gram_of_float32_features_is_summed_in_float64(isa: str) -> None:
+    features = [torch.randn(5000) for _ in range(3)]
+    torch.testing.assert_close(ops.gram(features), reference.gram(features), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [*range(1, 10), 64])
+def test_predict_l1_on_every_instruction_set(isa: str, count: int, size: int, dtype: torch.dtype) -> None:
+    history, target = [_plain((size,), dtype) for _ in range(count)], _plain((size,), dtype)
+    kind = dtype if dtype == torch.float64 else torch.float32
+    parameters = [_plain((length,), kind) for length in (count, 1, 1)]
+    out = torch.full((size,), torch.nan, dtype=dtype)
+    got = ops.predict_l1(history, target, *parameters, out)
+    assert torch.equal(out, ops.predict(history, *parameters))
+    wide = [tensor.double() for tensor in (*history, *parameters)]
+    loss, *gradients = reference.predict_l1(wide[:count], target.double(), *wide[count:], None)
+    _close(got[0], loss, loss + 1, kind)
+    room = 1 + sum(parameter.abs().sum() for parameter in wide[count:])
+    for gradient, want in zip(got[1:], gradients, strict=True):
+        _close(gradient, want, want.abs() + room, kind)
+
+
+def test_the_derivative_of_no_error_is_0_and_of_nan_is_nan(isa: str) -> None:
+    history, one, zero = [torch.ones(40)], torch.ones(1), torch.zeros(1)
+    exact = ops.predict_l1(history, history[0], zero, zero, one, None)
+    assert [value.item() for value in exact] == [0, 0, 0, 0]
+    target = history[0].clone()
+    target[37] = torch.nan
+    assert all(value.isnan() for value in ops.predict_l1(history, target, one, one, one, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", [0, 1, 3, 4])
+@pytest.mark.parametrize("sizes", [(51, 33, 8, 9), (7, 3, 5, 1), (3, 2, 70, 4), (4, 0, 8, 2), (4, 3, 8, 0)], ids=str)
+def test_kan_linear_on_every_instruction_set(isa: str, sizes: tuple[int, ...], order: int, dtype: torch.dtype) -> None:
+    inputs, outputs, bases, rows = sizes
+    kind = dtype if dtype == torch.float64 else torch.float32
+    grid = 3 * torch.cumsum(torch.rand(inputs, bases + order + 1, dtype=kind) + 0.1, dim=1) / bases - 2
+    weights = [_plain(shape, kind) for shape in [(outputs, inputs), (outputs, inputs, bases), (outputs, inputs)]]
+    x, grad = _plain((rows, inputs), dtype), _plain((rows, outputs), dtype)
+    got = [ops.kan_linear(x, grid, *weights), *ops.kan_linear_backward(grad, x, grid, *weights)]
+    wide = [tensor.double() for tensor in (x, grid, *weights)]
+    wants = [reference.kan_linear(*wide), *reference.kan_linear_backward(grad.double(), *wide)]
+    for value, want, like in zip(got, wants, [x, x, *weights], strict=True):
+        assert value.dtype == like.dtype and value.shape == want.shape
+        if value.numel():
+            _close(value, want, 20 * want.abs().max().expand_as(want), like.dtype)

@@ -40,6 +40,11 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("push", (RING, torch.randn(3, 2), 0), r"feature must have shape \(2, 3\) like a slot of ring, got \(3, 2\)"),
     ("push", (RING, torch.randn(2, 3), 4), r"slot must be a slot in \[0, 4\), got 4"),
     ("push", (RING, torch.ones(2, 3, dtype=torch.int64), 0), r"feature must have a dtype of float32.*got int64"),
+    ("gram", ([],), r"lesa::gram: features must hold 1 to 64 tensors, got 0"),
+    ("gram", (H * 22,), r"lesa::gram: features must hold 1 to 64 tensors, got 66"),
+    ("gram", ([*H[:2], torch.randn(2, 4)],), r"features\[2\] must have shape \(2, 3\) like .*, got \(2, 4\)"),
+    ("gram", ([H[0], H[1].half()],), r"features\[1\] must have dtype float32 like .*, got float16"),
+    ("gram", ([h.int() for h in H],), r"features\[0\] must have a dtype of float32, .*got int32"),
     ("kan_linear", (torch.randn(2, 3), torch.randn(3, 12), torch.randn(4, 2), torch.randn(4, 3, 8), torch.randn(4, 3)),
      r"base_weight must have shape \(outputs, 3\), got \(4, 2\)"),
 ]  # fmt: skip

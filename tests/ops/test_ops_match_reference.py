@@ -174,6 +174,44 @@ def test_push_into_a_strided_ring() -> None:
     assert torch.equal(ring[3], feature) and not ring[:3].any()
 
 
+def _check_gram(features: list[Tensor]) -> None:
+    got, want = ops.gram(features), reference.gram(wide(features))
+    assert got.dtype == torch.float64 and got.is_contiguous() and torch.equal(got, got.T)
+    # Products of 16-bit features are exact in float32, their sums over short blocks are not.
+    kind = torch.float32 if features[0].dtype.itemsize == 2 else features[0].dtype
+    assert_close(got, want, reference.gram([feature.abs() for feature in wide(features)]), kind)
+    assert got[-1, -1] == features[0].numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gram_takes_any_shape_and_layout(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> None:
+    _check_gram([layout(shape, dtype) for _ in range(3)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", range(1, 65))
+def test_gram_takes_1_to_64_features(count: int, dtype: torch.dtype) -> None:
+    _check_gram([contiguous((1067,), dtype) for _ in range(count)])
+
+
+def test_gram_takes_tensors_of_different_layouts() -> None:
+    _check_gram([layout((5, 12), torch.float32) for layout in LAYOUTS])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_value_that_is_not_finite_spoils_its_row_of_the_gram_matrix_alone(dtype: torch.dtype, value: float) -> None:
+    features = [torch.ones(67, dtype=dtype) for _ in range(6)]
+    for position in (3, 66):
+        features[1][position] = value
+        got = ops.gram(features).isfinite()
+        assert not got[1].any() and not got[:, 1].any()
+        rest = [0, *range(2, 7)]
+        assert got[rest][:, rest].all()
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_kan_linear_on_a_non_uniform_grid(order: int) -> None:
     bases, inputs, outputs = 8, 5, 3
@@ -210,14 +248,26 @@ def _kan_by_definition(x: Tensor, grid: Tensor, base: Tensor, spline: Tensor, sc
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    history = [torch.randn(50_001).bfloat16() for _ in range(8)]
+    history = [torch.randn(500_001).bfloat16() for _ in range(8)]
     parameters = _parameters(8, torch.float32)
     threads = torch.get_num_threads()
+    kan = (
+        torch.rand(40, 51),
+        torch.arange(12.0).expand(51, 12) / 6 - 1,
+        *map(torch.randn, [(256, 51), (256, 51, 8), (256, 51)]),
+    )
     results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(ops.predict(history, *parameters))
+            out = torch.empty_like(history[0])
+            sums = [
+                ops.gram(history),
+                *ops.predict_l1(history[1:], history[0], parameters[0][1:], *parameters[1:], out),
+            ]
+            layer = [ops.kan_linear(*kan), *ops.kan_linear_backward(torch.ones(40, 256), *kan)]
+            results.append([ops.predict(history, *parameters), *sums, out, *layer])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
