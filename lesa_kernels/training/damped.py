@@ -1,0 +1,95 @@
+"""Damped Gauss-Newton (Levenberg-Marquardt) on a few coefficients, from sums that are collected run by run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_FIRST_DAMPING = 0.3
+_MORE, _LESS = 10.0, 0.3
+# Relative gains of the squared error below this are not worth another pass over the runs.
+_WORTHWHILE = 1e-4
+_GROUP = 32
+
+
+def gram_of(columns: Sequence[Tensor]) -> Tensor:
+    """Return the float64 Gram matrix [C, C] of any number of tensors, on the host."""
+    count = len(columns)
+    result = torch.zeros(count, count, dtype=torch.float64)
+    groups = [range(start, min(start + _GROUP, count)) for start in range(0, count, _GROUP)]
+    for number, rows in enumerate(groups):
+        for others in groups[number:]:
+            joint = list(rows) if others is rows else [*rows, *others]
+            part = torch.ops.lesa.gram([columns[index] for index in joint])[:-1, :-1].cpu()
+            result[torch.tensor(joint)[:, None], torch.tensor(joint)] = part
+    return result
+
+
+class DampedFit:
+    """Minimises |r(c)|^2 by steps that are damped in the coefficients themselves, which keeps them near their start.
+
+    One round: the residual at `candidate` and its derivatives are added up over all runs (`add`), then `close_round`
+    keeps or drops the candidate and proposes the next.
+
+    Args:
+        start: C coefficients, float64.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.best = start.clone()
+        self.candidate = start.clone()
+        self.error = math.inf
+        self.first_error = math.inf
+        self.finished = False
+        self._damping = _FIRST_DAMPING
+        self._kept = torch.zeros(len(start) + 1, len(start) + 1, dtype=torch.float64)
+        self._sums = torch.zeros_like(self._kept)
+        self._scales: dict[int, Tensor] = {}
+
+    @property
+    def gram(self) -> Tensor:
+        """The sums J'J of the best coefficients, [C, C]."""
+        return self._kept[:-1, :-1]
+
+    def add(self, key: int, columns: Sequence[Tensor], residual: Tensor) -> None:
+        """Add a batch of runs.
+
+        Args:
+            key: of the batch, the same in every round. The residuals of its first round set the scale of its samples:
+                each counts alike, as in a mean of decibels.
+            columns: C derivatives [B, ...] of the residual.
+            residual: [B, ...].
+        """
+        if key not in self._scales:
+            norms = residual.float().flatten(1).norm(dim=1).clamp_min(1e-20)
+            self._scales[key] = norms.reciprocal().reshape(-1, *[1] * (residual.dim() - 1))
+        scale = self._scales[key]
+        self._sums += gram_of([(column.float() * scale).contiguous() for column in (*columns, residual)])
+
+    def close_round(self) -> None:
+        """Judge the candidate by what was added since the last round and propose another, or finish."""
+        sums, self._sums = self._sums, torch.zeros_like(self._sums)
+        error = sums[-1, -1].item()
+        if error < self.error:
+            if math.isinf(self.error):
+                self.first_error = error
+            else:
+                self.finished = error > (1 - _WORTHWHILE) * self.error
+                self._damping *= _LESS
+            self.best, self.error, self._kept = self.candidate, error, sums
+        else:
+            self._damping *= _MORE
+        normal, slope = self.gram, self._kept[:-1, -1]
+        size = normal.diagonal().mean()
+        if not size > 0:
+            self.finished = True
+            return
+        damped = normal + self._damping * size * torch.eye(len(normal), dtype=torch.float64)
+        step = -torch.linalg.solve(damped, slope)
+        # What the linear model promises; a direction that changes nothing promises nothing.
+        promised = -(2 * slope @ step + step @ normal @ step)
+        self.finished |= bool(promised < _WORTHWHILE * self.error)
+        self.candidate = self.best + step

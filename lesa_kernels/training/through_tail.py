@@ -1,0 +1,305 @@
+"""Fits through the model's tail: coefficients are judged by what the model's output or latents become.
+
+The error of a feature is not quality: what counts is the output that the tail makes of it, and of that the sum along
+the steps, since between two full steps the model sees no latents. The derivatives go through the tail alone (forward
+mode, one pass of the tail a coefficient); the blocks are never differentiated.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from lesa_kernels.plan import Row
+from lesa_kernels.predictors import Forecaster, LinearPredictor, TaylorSeer
+from lesa_kernels.schedule import Schedule, ScheduleRule
+from lesa_kernels.sources import Call, Source, watch
+from lesa_kernels.training.closed_form import resolved
+from lesa_kernels.training.damped import DampedFit
+from lesa_kernels.training.players import Enough, batches, euler, play, reference_latents
+from lesa_kernels.training.progress import progress_bar
+
+Objective = Literal["latents", "output"]
+
+
+def combine(features: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Return a combination of features [*feature]."""
+    row = torch.tensor([list(coefficients)], dtype=torch.float32, device=features[0].device)
+    result: Tensor = torch.ops.lesa.forecast(list(features), row, row.new_zeros(1))[0]
+    return result
+
+
+def derivatives(
+    tail: Callable[[Tensor], Tensor], feature: Tensor, directions: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the tail's output and its derivatives in some directions.
+
+    Args:
+        tail: feature -> output.
+        feature: [*feature].
+        directions: each [*feature].
+
+    Returns:
+        [*output], and as many derivatives [*output].
+    """
+    output, slopes = None, []
+    for direction in directions:
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(tail(forward_ad.make_dual(feature, direction)))
+            output = dual.primal
+            slopes.append(torch.zeros_like(output) if dual.tangent is None else dual.tangent)
+    return tail(feature) if output is None else output, slopes
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A full step, the forecasts after it, and the step at which it ends."""
+
+    full_step: int
+    steps: tuple[int, ...]
+    end: int
+
+
+def segments(schedule: Schedule) -> list[_Segment]:
+    """Split a schedule at its full steps."""
+    bounds = [*schedule.full_steps, schedule.num_steps]
+    return [_Segment(full, tuple(range(full + 1, end)), end) for full, end in itertools.pairwise(bounds)]
+
+
+@dataclass
+class _Rows:
+    """The coefficients of all forecast steps, by step and source."""
+
+    values: dict[int, dict[int, float]] = field(default_factory=dict)
+
+    def keys(self, steps: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (step, source) of every coefficient of some steps."""
+        return [(step, source) for step in steps for source in self.values[step]]
+
+    def vector(self, keys: Sequence[tuple[int, int]]) -> Tensor:
+        """Return coefficients as a vector."""
+        return torch.tensor([self.values[step][source] for step, source in keys], dtype=torch.float64)
+
+    def assign(self, keys: Sequence[tuple[int, int]], vector: Tensor) -> None:
+        """Set coefficients from a vector."""
+        for (step, source), value in zip(keys, vector.tolist(), strict=True):
+            self.values[step][source] = value
+
+
+class _Walk:
+    """A player that follows rows closed loop up to the end of a segment, and hands that segment's derivatives over.
+
+    Args:
+        sigmas: S+1 noise levels.
+        schedule: of the full steps.
+        rows: coefficients; the segment's are the fit's candidate.
+        segment: which one.
+        directions: step -> the sources to differentiate in.
+        reference: latents that the segment should end in.
+        receive: takes the columns, in the order of steps and sources, and the residual.
+    """
+
+    def __init__(
+        self,
+        sigmas: Sequence[float],
+        schedule: Schedule,
+        rows: _Rows,
+        segment: _Segment,
+        directions: Callable[[int], Sequence[int]],
+        reference: Tensor,
+        receive: Callable[[list[Tensor], Tensor], None],
+    ) -> None:
+        self._sigmas = sigmas
+        self._schedule = schedule
+        self._rows = rows
+        self._segment = segment
+        self._directions = directions
+        self._reference = reference
+        self._receive = receive
+        self._full: dict[int, Tensor] = {}
+        self._columns: list[Tensor] = []
+
+    def __call__(self, call: Call) -> Tensor | None:
+        if call.latents is None or call.tail is None:
+            raise ValueError("source must play a model with its tail and latents; this one holds features only")
+        if call.step == self._segment.end:
+            self._finish(call.latents)
+        if call.step in self._schedule.full_steps:
+            self._full[call.step], output = watch(call)
+        else:
+            output = self._forecast(call, call.tail)
+        if output is not None and call.step == len(self._sigmas) - 2:
+            self._finish(euler(call, output, self._sigmas))
+        return output
+
+    def _forecast(self, call: Call, tail: Callable[[Tensor], Tensor]) -> Tensor:
+        row = self._rows.values[call.step]
+        feature = combine([self._full[source] for source in row], list(row.values()))
+        if call.step not in self._segment.steps:
+            return tail(feature)
+        wanted = self._directions(call.step)
+        output, slopes = derivatives(tail, feature, [self._full[source] for source in wanted])
+        length = self._sigmas[call.step + 1] - self._sigmas[call.step]
+        self._columns += [length * slope for slope in slopes]
+        return output
+
+    def _finish(self, latents: Tensor) -> None:
+        self._receive(self._columns, latents - self._reference.to(latents))
+        raise Enough
+
+
+def _start(sigmas: Sequence[float], predictor: LinearPredictor, schedule: Schedule, start: Forecaster) -> _Rows:
+    """Begin with the rows of another forecaster, as far as they lie within the predictor's windows."""
+    rule = start.rows(sigmas)
+    rows = _Rows()
+    for segment in segments(schedule):
+        before = [full for full in schedule.full_steps if full <= segment.full_step]
+        for step in segment.steps:
+            given = rule(step, before)
+            sources = predictor.sources(step)
+            if given is None or not set(given.terms) <= set(sources) or given.offset:
+                raise ValueError(f"start must forecast step {step} from full steps within {sources}, got {given}")
+            rows.values[step] = {source: given.terms.get(source, 0.0) for source in sources}
+    return rows
+
+
+@torch.no_grad()
+def fit_through_tail(
+    source: Source,
+    schedule: Schedule | ScheduleRule,
+    *,
+    objective: Objective = "latents",
+    window: int = 3,
+    start: Forecaster | None = None,
+    rounds: int = 4,
+    batch: int = 1,
+    progress: bool = True,
+) -> LinearPredictor:
+    """Fit per-step coefficients over full features through the model's tail, by damped Gauss-Newton.
+
+    "latents" goes from segment to segment in closed loop: the runs follow the coefficients found so far, full steps see
+    the latents that came of it, and the segment's coefficients are moved so that it ends where the unaccelerated run
+    passes; what earlier segments left is corrected as far as the features allow. "output" compares the outputs of
+    single steps along unaccelerated runs.
+
+    Args:
+        source: plays a model that is called once a step and steps as Euler does (a rectified flow).
+        schedule: where the full steps lie.
+        objective: what is compared.
+        window: K, full features that a forecast reads.
+        start: where the search starts, a forecaster over full features; None takes TaylorSeer in sigma.
+        rounds: passes over the runs for each segment ("latents") or for all steps ("output"), at least 2.
+        batch: runs played at once.
+        progress: show a bar.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        ValueError: when an argument is out of range, or the source has no runs, no tail, or several calls a step.
+    """
+    if objective not in ("latents", "output"):
+        raise ValueError(f'objective must be "latents" or "output", got {objective!r}')
+    if rounds < 2:
+        raise ValueError(f"rounds must be at least 2 (one to measure, one to judge a change), got {rounds}")
+    if not len(source):
+        raise ValueError("source must have at least one run, got none")
+    placement = resolved(source.sigmas, schedule)
+    predictor = LinearPredictor(source.sigmas, placement.full_steps, window)
+    rows = _start(source.sigmas, predictor, placement, start or TaylorSeer(min(2, window - 1)))
+    fit = _fit_latents if objective == "latents" else _fit_outputs
+    fit(source, placement, rows, rounds, batch, progress)
+    found = {step: Row(dict(values)) for step, values in rows.values.items()}
+    return LinearPredictor.from_rows(source.sigmas, placement, found, window)
+
+
+def _fit_latents(source: Source, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool) -> None:
+    parts = batches(source, batch)
+    todo = [segment for segment in segments(schedule) if segment.steps]
+    with progress_bar(progress) as bar:
+        ends = [segment.end for segment in todo]
+        recording = bar.track(parts, description="sampling unaccelerated runs")
+        references = [reference_latents(source, runs, ends)[0] for runs in recording]
+        for segment in bar.track(todo, description="fitting segment by segment"):
+            keys = rows.keys(segment.steps)
+            fit = DampedFit(rows.vector(keys))
+            for _ in range(rounds):
+                rows.assign(keys, fit.candidate)
+                collect_segment(source, schedule, rows.values, segment, parts, references, fit)
+                fit.close_round()
+                if fit.finished:
+                    break
+            rows.assign(keys, fit.best)
+
+
+def collect_segment(
+    source: Source,
+    schedule: Schedule,
+    rows: Mapping[int, dict[int, float]],
+    segment: _Segment,
+    parts: Sequence[Sequence[int]],
+    references: Sequence[Mapping[int, Tensor]],
+    fit: DampedFit,
+    directions: Callable[[int], Sequence[int]] | None = None,
+) -> None:
+    """Play all runs up to the end of a segment and add its derivatives to a fit.
+
+    Args:
+        source: of the runs.
+        schedule: of the full steps.
+        rows: coefficients by step and source.
+        segment: which one.
+        parts: the batches.
+        references: of each batch the latents that the segment should end in, by step.
+        fit: takes the sums.
+        directions: step -> sources to differentiate in; None for those of its row.
+    """
+    own = directions or (lambda step: list(rows[step]))
+    for key, (runs, reference) in enumerate(zip(parts, references, strict=True)):
+        walk = _Walk(
+            source.sigmas,
+            schedule,
+            _Rows(dict(rows)),
+            segment,
+            own,
+            reference[segment.end],
+            lambda columns, residual, key=key: fit.add(key, columns, residual),  # type: ignore[misc]
+        )
+        play(source, runs, walk)
+
+
+def _fit_outputs(source: Source, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool) -> None:
+    parts = batches(source, batch)
+    fits = {step: DampedFit(rows.vector(rows.keys([step]))) for step in rows.values}
+    full: dict[int, Tensor] = {}
+
+    def player(key: int, call: Call) -> Tensor | None:
+        feature, output = watch(call)
+        if output is None or call.tail is None:
+            raise ValueError("source must play a model with its tail; this one holds features only")
+        if call.step in schedule.full_steps:
+            full[call.step] = feature
+        elif not fits[call.step].finished:
+            history = [full[source] for source in rows.values[call.step]]
+            made, slopes = derivatives(call.tail, combine(history, fits[call.step].candidate.tolist()), history)
+            fits[call.step].add(key, slopes, made - output)
+        return output
+
+    with progress_bar(progress) as bar:
+        task = bar.add_task("fitting all steps", total=rounds * len(parts))
+        for _ in range(rounds):
+            for key, runs in enumerate(parts):
+                source.play(runs, partial(player, key))
+                bar.advance(task)
+            for fit in fits.values():
+                if not fit.finished:
+                    fit.close_round()
+    for step, fit in fits.items():
+        rows.assign(rows.keys([step]), fit.best)

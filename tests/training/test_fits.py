@@ -1,0 +1,271 @@
+"""Coefficients that are fitted: in closed form, through the tail, and LESA's own form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import lesa_kernels as lesa
+from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
+from lesa_kernels.training import composed, fit_features, fit_lesa, fit_through_tail, segment_stages
+from lesa_kernels.training.damped import DampedFit, gram_of
+from lesa_kernels.training.players import Following, batches, reference_latents
+from lesa_kernels.training.through_tail import derivatives
+
+STEPS, RUNS, WIDTH = 12, 6, 8
+SIGMAS = [1 - (step / STEPS) ** 1.3 for step in range(STEPS)] + [0.0]
+SCHEDULE = lesa.Schedule.explicit(STEPS, (0, 3, 6, 9))
+COUNT_FULL = len(SCHEDULE.full_steps)
+
+
+class _Flow(torch.nn.Module):
+    """A velocity field of blocks and a tail that depends on the step, as a transformer's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.inner = torch.randn(WIDTH, WIDTH, generator=generator) / 2
+        self.out = torch.randn(WIDTH, WIDTH, generator=generator) / 3
+
+    def blocks(self, latents: Tensor, step: int) -> Tensor:
+        return torch.tanh(latents @ self.inner + torch.sin(torch.tensor(3.0 * SIGMAS[step])))
+
+    def tail(self, feature: Tensor, step: int) -> Tensor:
+        return torch.nn.functional.layer_norm(feature, (WIDTH,)) @ self.out * (1 + SIGMAS[step]) - feature
+
+
+def _source(count: int = RUNS, seed: int = 0, calls: list[int] | None = None) -> Sampled:
+    model = _Flow()
+    noise = torch.randn(count, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def blocks(latents: Tensor, step: int) -> Tensor:
+        if calls is not None:
+            calls.append(step)
+        return model.blocks(latents, step)
+
+    def loop(runs: Sequence[int], player: Player) -> None:
+        latents = noise[list(runs)]
+        for step in range(STEPS):
+            tail = partial(model.tail, step=step)
+            output = player(Call(step, partial(blocks, latents, step), tail, latents))
+            assert output is not None
+            latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * output
+
+    return Sampled(loop, count, SIGMAS)
+
+
+def _error(forecaster: lesa.Forecaster, seed: int = 1) -> float:
+    source = _source(RUNS, seed)
+    following = Following({ONLY_BRANCH: forecaster.plan(SIGMAS, SCHEDULE)}, SIGMAS)
+    source.play(range(RUNS), following)
+    assert following.final is not None
+    reference = reference_latents(source, range(RUNS), [STEPS])[0][STEPS]
+    return ((following.final - reference).norm() / reference.norm()).item()
+
+
+def _features(seed: int = 0) -> list[list[Tensor]]:
+    features: list[list[Tensor]] = [[] for _ in range(RUNS)]
+
+    def player(run: int, call: Call) -> Tensor:
+        features[run].append(call.blocks())
+        assert call.tail is not None
+        return call.tail(features[run][-1])
+
+    for run in range(RUNS):
+        _source(seed=seed).play([run], partial(player, run))
+    return features
+
+
+def test_closed_form_finds_the_coefficients_that_made_the_features() -> None:
+    generator = torch.Generator().manual_seed(2)
+    wanted = {step: torch.randn(3, generator=generator) for step in range(7, STEPS) if step != 9}
+    trajectories = []
+    for _ in range(3):
+        run = [torch.randn(40, generator=generator) for _ in range(STEPS)]
+        for step, values in wanted.items():
+            sources = [full for full in SCHEDULE.full_steps if full < step][-2:]
+            run[step] = sum(c * run[k] for c, k in zip(values[:2], sources, strict=True)) + values[2]  # type: ignore[assignment]
+        trajectories.append(run)
+    found = fit_features(Recorded(trajectories, SIGMAS), SCHEDULE, window=2, ridge=0.0, progress=False)[ONLY_BRANCH]
+    for step, values in wanted.items():
+        assert torch.allclose(found.coefficients[step].float(), values[:2], atol=1e-5), step
+        assert found.offsets[step].item() == pytest.approx(values[2].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("over_all", [False, True])
+def test_closed_form_is_the_least_squares_fit_on_the_rolled_out_history(over_all: bool) -> None:
+    trajectories = _features()
+    found = fit_features(
+        Recorded(trajectories, SIGMAS), SCHEDULE, window=2, over_all=over_all, ridge=0.0, progress=False
+    )[ONLY_BRANCH]
+    # Step by step on stacked, rolled-out histories, in float64.
+    history: dict[int, Tensor] = {}
+    for step in range(STEPS):
+        target = torch.cat([run[step].double().flatten() for run in trajectories])
+        if step in SCHEDULE.full_steps:
+            history[step] = target
+            continue
+        columns = torch.stack([*(history[source] for source in found.sources(step)), torch.ones_like(target)], dim=1)
+        best = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution
+        history[step] = (columns @ best)[:, 0]
+        used = torch.cat([found.coefficients[step][-len(found.sources(step)) :], found.offsets[step][None]])
+        assert torch.allclose(columns @ used, history[step], atol=1e-4), step
+
+
+def test_a_strong_ridge_gives_taylor() -> None:
+    found = fit_features(Recorded(_features(), SIGMAS), SCHEDULE, ridge=1e12, progress=False)[ONLY_BRANCH]
+    fitted, taylor = found.plan(SIGMAS), lesa.TaylorSeer(2).plan(SIGMAS, SCHEDULE)
+    for got, want in zip(fitted.segments, taylor.segments, strict=True):
+        for row, other in zip(got.launches[0].coefficients, want.launches[0].coefficients, strict=True):
+            assert row == pytest.approx(other, abs=1e-6)
+
+
+def test_closed_form_reads_each_run_once() -> None:
+    calls: list[int] = []
+    fit_features(_source(calls=calls), SCHEDULE, batch=4, progress=False)
+    assert calls == [*range(STEPS)] * 2
+
+
+def test_fits_refuse_features_that_are_not_finite() -> None:
+    trajectories = _features()
+    trajectories[2][4] = trajectories[2][4] * torch.inf
+    with pytest.raises(FloatingPointError, match="not at step 4"):
+        fit_features(Recorded(trajectories, SIGMAS), SCHEDULE, progress=False)
+
+
+@pytest.mark.parametrize("count", [1, 5, 70])
+def test_gram_of_any_number_of_columns(count: int) -> None:
+    columns = list(torch.randn(count, 3, 4))
+    wide = torch.stack(columns).double().flatten(1)
+    assert torch.allclose(gram_of(columns), wide @ wide.T, atol=1e-5)
+
+
+def test_derivatives_are_those_of_finite_differences() -> None:
+    model = _Flow()
+    feature, *directions = torch.randn(3, 2, 5, WIDTH, dtype=torch.float64)
+    model.out = model.out.double()
+    tail = partial(model.tail, step=4)
+    output, slopes = derivatives(tail, feature, directions)
+    assert torch.equal(output, tail(feature))
+    for direction, slope in zip(directions, slopes, strict=True):
+        difference = (tail(feature + 1e-6 * direction) - tail(feature - 1e-6 * direction)) / 2e-6
+        assert torch.allclose(slope, difference, atol=1e-6)
+
+
+def test_damped_fit_reaches_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    design = torch.randn(3, 40, 4, generator=generator, dtype=torch.float64)
+    wanted = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    fit = DampedFit(torch.zeros(4, dtype=torch.float64))
+    for _ in range(20):
+        for key in range(3):
+            residual = design[key] @ fit.candidate - wanted[key]
+            fit.add(key, [design[key, :, column][None] for column in range(4)], residual[None])
+        fit.close_round()
+        if fit.finished:
+            break
+    assert fit.finished
+    scale = 1 / wanted.norm(dim=1)
+    rows = (design * scale[:, None, None]).reshape(-1, 4)
+    best = torch.linalg.lstsq(rows, (wanted * scale[:, None]).reshape(-1, 1)).solution[:, 0]
+    assert torch.allclose(fit.best, best, atol=2e-2)
+
+
+def test_damped_fit_drops_what_made_things_worse() -> None:
+    fit = DampedFit(torch.zeros(1, dtype=torch.float64))
+    fit.add(0, [torch.ones(1, 1)], torch.full((1, 1), 2.0))
+    fit.close_round()
+    first = fit.candidate.clone()
+    fit.add(0, [torch.ones(1, 1)], torch.full((1, 1), 9.0))
+    fit.close_round()
+    assert fit.best.item() == 0.0
+    assert abs(fit.candidate.item()) < abs(first.item())
+
+
+@pytest.mark.parametrize("objective", ["latents", "output"])
+def test_fits_through_the_tail_beat_their_start_on_other_noise(objective: str) -> None:
+    found = fit_through_tail(_source(), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
+    assert found.schedule == SCHEDULE
+    assert _error(found) < 0.95 * _error(lesa.TaylorSeer(2)), objective
+
+
+def test_batches_do_not_change_the_fit() -> None:
+    whole = fit_through_tail(_source(), SCHEDULE, batch=RUNS, progress=False)
+    parts = fit_through_tail(_source(), SCHEDULE, batch=4, progress=False)
+    assert torch.allclose(whole.coefficients, parts.coefficients, atol=1e-4, equal_nan=True)
+
+
+def test_the_fit_of_a_segment_runs_no_blocks_behind_it() -> None:
+    calls: list[int] = []
+    fit_through_tail(_source(calls=calls), SCHEDULE, rounds=2, batch=RUNS, progress=False)
+    accelerated = calls[STEPS:]
+    assert set(accelerated) == set(SCHEDULE.full_steps)
+    # The first of four segments is seen by all passes, the last full step by those of the last segment alone.
+    assert accelerated.count(0) == 4 * accelerated.count(9)
+
+
+def test_composition_of_lesa_is_that_of_its_plan() -> None:
+    torch.manual_seed(0)
+    predictor = lesa.LesaPredictor(STEPS, segment_stages(SIGMAS, SCHEDULE, 4), hidden_dim=8)
+    plan = predictor.plan(SIGMAS, SCHEDULE, chunk=1)
+    assert plan.full_steps == SCHEDULE.full_steps
+    full = {step: torch.randn(5, dtype=torch.float64) for step in SCHEDULE.full_steps}
+    session = lesa.Session(plan)
+    for step, row in composed(predictor, SIGMAS, SCHEDULE).items():
+        if step - 1 in full:
+            session.push(step - 1, full[step - 1])
+        expected = torch.stack(list(full.values())).T @ row[:-1] + row[-1]
+        assert torch.allclose(session.forecast(step), expected, atol=1e-5), step
+
+
+def test_lesa_takes_over_what_the_tail_taught() -> None:
+    source = _source()
+    fitted = fit_through_tail(source, SCHEDULE, batch=RUNS, progress=False)
+    torch.manual_seed(0)
+    predictor = lesa.LesaPredictor(STEPS, segment_stages(SIGMAS, SCHEDULE), hidden_dim=16)
+    left = fit_lesa(predictor, fitted, source, iterations=400, batch=RUNS, progress=False)
+    assert left < 0.1
+    assert predictor.schedule == SCHEDULE
+    assert _error(predictor) < 1.3 * _error(fitted)
+    assert _error(predictor) < 0.7 * _error(lesa.Reuse())
+
+
+def test_lesa_whose_windows_are_too_long_is_refused() -> None:
+    fitted = fit_through_tail(_source(), SCHEDULE, rounds=2, batch=RUNS, progress=False)
+    with pytest.raises(ValueError, match="segment_stages"):
+        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 4),), 8), fitted, _source(), progress=False)
+
+
+def test_wrong_arguments_are_named() -> None:
+    recorded = Recorded(_features(), SIGMAS)
+    with pytest.raises(ValueError, match="this one holds features only"):
+        fit_through_tail(recorded, SCHEDULE, progress=False)
+    with pytest.raises(ValueError, match="this one holds features only"):
+        fit_through_tail(recorded, SCHEDULE, objective="output", progress=False)
+    with pytest.raises(ValueError, match='objective must be "latents" or "output"'):
+        fit_through_tail(_source(), SCHEDULE, objective="feature", progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rounds must be at least 2"):
+        fit_through_tail(_source(), SCHEDULE, rounds=1, progress=False)
+    with pytest.raises(ValueError, match="ridge must not be negative"):
+        fit_features(recorded, SCHEDULE, ridge=-1.0)
+    with pytest.raises(ValueError, match="leave a step to forecast"):
+        fit_features(recorded, lesa.Schedule(STEPS, tuple(range(STEPS))))
+    with pytest.raises(ValueError, match="start must forecast step"):
+        fit_through_tail(_source(), SCHEDULE, window=1, start=lesa.TaylorSeer(2), progress=False)
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        batches(recorded, 0)
+
+
+def test_two_calls_a_step_are_refused() -> None:
+    def loop(runs: Sequence[int], player: Player) -> None:
+        latents = torch.randn(1, WIDTH)
+        for step in range(STEPS):
+            for branch in ("cond", "uncond"):
+                player(Call(step, lambda: latents, lambda feature: feature, latents, branch))
+
+    with pytest.raises(ValueError, match="once a step"):
+        fit_through_tail(Sampled(loop, 1, SIGMAS), SCHEDULE, progress=False)

@@ -1,0 +1,119 @@
+"""Where the full steps lie: the search, and plans for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+
+import lesa_kernels as lesa
+from lesa_kernels.sources import Call, Player, Recorded, Sampled
+from lesa_kernels.training import Judge, Judged, plan_for_budget, search_placement
+
+STEPS = 20
+SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
+WANTED = (0, 5, 6, 12)
+
+
+class _Counting:
+    """Judges by the distance from the wanted full steps; more calls are better; counts what it was asked."""
+
+    sigmas = tuple(SIGMAS)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def __call__(self, forecaster: lesa.Forecaster, schedule: lesa.Schedule) -> Judged:
+        self.asked.append(schedule.full_steps)
+        full = schedule.full_steps
+        distance = sum(abs(a - b) for a, b in zip(full, WANTED, strict=False))
+        return Judged(10.0 * len(full) - distance, full_seconds=0.5, forecast_seconds=0.1)
+
+
+def _judge() -> Any:
+    return cast(Judge, _Counting())
+
+
+def _taylor(schedule: lesa.Schedule) -> lesa.Forecaster:
+    return lesa.TaylorSeer(2)
+
+
+def test_the_search_walks_to_the_best_placement() -> None:
+    judge = _judge()
+    start = lesa.Schedule.uniform_in_sigma(SIGMAS, 4)
+    found = search_placement(judge, start, _taylor, progress=False)
+    assert found.schedule.full_steps == WANTED
+    assert found.judged.decibels == 40.0
+    assert found.evaluations == len(judge.asked) == len(set(judge.asked)), "nothing is judged twice"
+
+
+def test_the_search_keeps_to_its_evaluations_and_is_no_worse_than_its_start() -> None:
+    judge = _judge()
+    start = lesa.Schedule.uniform_in_sigma(SIGMAS, 4)
+    found = search_placement(judge, start, _taylor, evaluations=5, progress=False)
+    assert found.evaluations <= 5
+    assert found.judged.decibels >= judge(_taylor(start), start).decibels
+    with pytest.raises(ValueError, match="evaluations must be at least 1"):
+        search_placement(judge, start, _taylor, evaluations=0)
+
+
+def test_budgets() -> None:
+    by_calls = plan_for_budget(_judge(), _taylor, calls=4, progress=False)
+    assert by_calls.schedule.full_steps == WANTED
+    # 20 forecasts take 2 s, each full call 0.4 s more: 3.7 s pay for 4 calls.
+    by_time = plan_for_budget(_judge(), _taylor, seconds=3.7, progress=False)
+    assert len(by_time.schedule.full_steps) == 4
+    by_quality = plan_for_budget(_judge(), _taylor, decibels=39.0, progress=False)
+    assert by_quality.schedule.full_steps == WANTED, "the guess needs more calls, the search finds that 4 do"
+    with pytest.raises(ValueError, match="give one budget"):
+        plan_for_budget(_judge(), _taylor, calls=4, seconds=1.0)
+    with pytest.raises(ValueError, match="seconds must allow one full call"):
+        plan_for_budget(_judge(), _taylor, seconds=0.3)
+    with pytest.raises(ValueError, match="decibels must be within reach"):
+        plan_for_budget(_judge(), _taylor, decibels=1e6)
+    with pytest.raises(ValueError, match="calls must be 1 to 19"):
+        plan_for_budget(_judge(), _taylor, calls=20)
+
+
+def _source() -> Sampled:
+    """dx/dsigma = feature, which is cubic in sigma and differs from run to run."""
+
+    def loop(runs: Sequence[int], player: Player) -> None:
+        latents = torch.ones(len(runs), 4)
+        scale = torch.tensor([1.0 + run for run in runs])[:, None]
+        for step in range(STEPS):
+            feature = scale * SIGMAS[step] ** 3 * torch.arange(1.0, 5.0)
+            output = player(Call(step, lambda feature=feature: feature, lambda feature: feature, latents))  # type: ignore[misc]
+            assert output is not None
+            latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * output
+
+    return Sampled(loop, 3, SIGMAS)
+
+
+def test_the_judge_measures_the_final_latents_and_the_times() -> None:
+    judge = Judge(_source(), batch=2, progress=False)
+    schedule = lesa.Schedule.explicit(STEPS, (0, 1, 2, 3, 10))
+    exact = judge(lesa.TaylorSeer(3), schedule)
+    rough = judge(lesa.Reuse(), schedule)
+    assert exact.decibels > rough.decibels
+    assert exact.full_seconds > 0
+    assert exact.forecast_seconds > 0
+    finals = []
+    for forecaster in (None, lesa.Reuse()):
+        latents, feature = torch.ones(4), torch.zeros(4)
+        for step in range(STEPS):
+            if forecaster is None or step in schedule.full_steps:
+                feature = SIGMAS[step] ** 3 * torch.arange(1.0, 5.0)
+            latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * feature
+        finals.append(latents - 1)
+    # All three runs have the same relative error but for the constant they start from.
+    error = [scale * (finals[1] - finals[0]).norm() / (1 + scale * finals[0]).norm() for scale in (1, 2, 3)]
+    assert rough.decibels == pytest.approx(-20 * torch.stack(error).log10().mean().item(), abs=1e-3)
+
+
+def test_a_judge_needs_a_model() -> None:
+    recorded = Recorded([[torch.ones(2)] * STEPS], SIGMAS)
+    with pytest.raises(ValueError, match="this one holds features only"):
+        Judge(recorded, progress=False)
