@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=7, help="interval of the published schedule (with --predictor)")
     arguments = parser.parse_args()
 
-    pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
+    pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
 
     def sample(name: str) -> None:
         begin = time.perf_counter()

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 
 #include "cuda/pass.cuh"
 
@@ -126,7 +125,7 @@ void launch_combine(const Combination<T>& combination, const Target& target) {
 
 template <typename T>
 void combine(const Combination<T>& combination, const Target& target) {
-  run_pass<T>(std::integer_sequence<int, 1, 2, 3, 4, 5, 6, 7, 8, 16, 32>{}, combination,
+  run_pass<T>(FeatureKernels<1, 2, 3, 4, 5, 6, 7, 8, 16, 32>{}, combination,
               [&]<int kInputs, int kWidth, bool kStrided>(const Combination<T>& part) {
                 launch_combine<T, kInputs, kWidth, kStrided>(part, target);
               });

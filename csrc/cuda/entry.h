@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "contract.h"
@@ -35,6 +36,10 @@ void for_feature(ScalarType dtype, Body&& body) {
 }
 
 inline Result result_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float}; }
+
+inline Tensor fresh(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+}
 
 // With room for the tensors that an op adds.
 inline std::vector<Source> sources_of(const std::vector<Tensor>& tensors) {

@@ -67,6 +67,21 @@ std::int64_t reduction_workspace(int num_inputs, const Target& target);
 template <typename T>
 void reduce(const Reduction<T>& reduction, double* workspace, const Gradients& gradients, const Target& target);
 
+// Sums over all elements of the products of K inputs with each other and with the constant 1.
+template <typename T>
+struct Products {
+  Geometry geometry;
+  std::vector<Operand> operands;
+  int num_inputs;
+};
+
+// How many doubles `sum_products` needs to work in.
+std::int64_t gram_workspace(const Target& target);
+
+// Writes result [K + 1, K + 1] = sum of in[i] * in[j], where in[K] is 1. Every sum has a fixed order, as in `reduce`.
+template <typename T>
+void sum_products(const Products<T>& products, double* workspace, double* result, const Target& target);
+
 // to = from, rounded to nearest where the types differ; bits are kept where they do not.
 template <typename To, typename From>
 void copy(const Geometry& geometry, const Operand& to, const Operand& from, const Target& target);

@@ -3,11 +3,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "cuda/device.cuh"
 
 namespace lesa::cuda {
+
+// The kernels of combine and reduce, for run_pass.
+template <int... kCounts>
+struct FeatureKernels {
+  static constexpr int kRowInputs = kExactInputs;
+  static constexpr int kElementInputs = kMostInputs;
+};
 
 // Contiguous, aligned tensors: vectors, then one by one the few elements that are left.
 template <typename T, int kInputs, typename Pass, typename Launch, typename LaunchElements>
@@ -29,9 +35,10 @@ void launch_vectors(const Pass& pass, const Launch& launch, const LaunchElements
 
 // Calls launch.operator()<kInputs, kWidth, kStrided>(part) for the parts of a pass (it has a geometry, operands and
 // num_inputs). Contiguous, aligned tensors go to the kernel of the first of kCounts that holds the inputs, in vectors;
-// other aligned rows to the strided kernel of 8 inputs, in vectors; the rest one element at a time.
-template <typename T, int... kCounts, typename Pass, typename Launch>
-void run_pass(std::integer_sequence<int, kCounts...> counts, const Pass& pass, const Launch& launch) {
+// other aligned rows to the strided kernel of kRowInputs, in vectors; the rest one element at a time.
+template <typename T, template <int...> typename Family, int... kCounts, typename Pass, typename Launch>
+void run_pass(Family<kCounts...> kernels, const Pass& pass, const Launch& launch) {
+  using Kernels = Family<kCounts...>;
   const Geometry& geometry = pass.geometry;
   if (geometry.numel == 0) {
     return;
@@ -42,7 +49,7 @@ void run_pass(std::integer_sequence<int, kCounts...> counts, const Pass& pass, c
     for (std::int64_t i = 0; i < geometry.sizes[0]; ++i) {
       std::transform(pass.operands.begin(), pass.operands.end(), part.operands.begin(),
                      [i](const Operand& operand) { return at_first(operand, i, sizeof(T)); });
-      run_pass<T>(counts, part, launch);
+      run_pass<T>(kernels, part, launch);
     }
     return;
   }
@@ -51,16 +58,16 @@ void run_pass(std::integer_sequence<int, kCounts...> counts, const Pass& pass, c
                        [&](const Operand& operand) { return takes_vectors(geometry, operand, width, sizeof(T)); });
   };
   const auto launch_elements = [&](const Pass& part) {
-    part.num_inputs <= kExactInputs ? launch.template operator()<kExactInputs, 1, true>(part)
-                                    : launch.template operator()<kMostInputs, 1, true>(part);
+    part.num_inputs <= Kernels::kRowInputs ? launch.template operator()<Kernels::kRowInputs, 1, true>(part)
+                                           : launch.template operator()<Kernels::kElementInputs, 1, true>(part);
   };
-  constexpr int kRowWidth = vector_width(kExactInputs, sizeof(T));
+  constexpr int kRowWidth = vector_width(Kernels::kRowInputs, sizeof(T));
   int count = 0;
   ((count = count == 0 && pass.num_inputs <= kCounts ? kCounts : count), ...);
   if (count > 0 && geometry.dims == 1 && fits(vector_width(count, sizeof(T)))) {
     ((count == kCounts ? launch_vectors<T, kCounts>(pass, launch, launch_elements) : void()), ...);
-  } else if (pass.num_inputs <= kExactInputs && fits(kRowWidth)) {
-    launch.template operator()<kExactInputs, kRowWidth, true>(pass);
+  } else if (pass.num_inputs <= Kernels::kRowInputs && fits(kRowWidth)) {
+    launch.template operator()<Kernels::kRowInputs, kRowWidth, true>(pass);
   } else {
     launch_elements(pass);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 namespace lesa::cuda {
@@ -29,8 +30,17 @@ inline constexpr int kWalkedDims = 4;
 
 // Elements of one load for a kernel of this many inputs, element_size bytes each.
 constexpr int vector_width(int inputs, int element_size) {
-  return std::min(kVectorBytes / element_size, std::max(kHeldFloats / inputs, 1));
+  const auto held = std::bit_floor(static_cast<unsigned>(kHeldFloats / inputs));
+  return std::min(kVectorBytes / element_size, static_cast<int>(held));
 }
+
+// Inputs whose products with each other one kernel of `gram` keeps in registers. More are taken two groups at a time.
+inline constexpr int kGramInputs = 16;
+inline constexpr int kGramGroup = kGramInputs / 2;
+// A history of 8 and a target: up to here two blocks of a kernel of `gram` run side by side.
+inline constexpr int kGramSharing = 9;
+// Terms that a thread of `gram` adds up in float32 before it goes on from zero.
+inline constexpr int kGramTerms = 64;
 
 // Items that a thread takes at a time, so that enough loads are in flight.
 constexpr int items_in_flight(int inputs) { return std::max(kLoadsInFlight / inputs, 1); }

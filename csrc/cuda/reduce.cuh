@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "cuda/pass.cuh"
 
@@ -254,7 +253,7 @@ void launch_reduce(const Reduction<T>& reduction, Partials& partials, const Targ
 template <typename T>
 void reduce(const Reduction<T>& reduction, double* workspace, const Gradients& gradients, const Target& target) {
   Partials partials{workspace};
-  run_pass<T>(std::integer_sequence<int, 4, 8, 16, 32>{}, reduction,
+  run_pass<T>(FeatureKernels<4, 8, 16, 32>{}, reduction,
               [&]<int kInputs, int kWidth, bool kStrided>(const Reduction<T>& part) {
                 part.is_loss ? launch_reduce<T, kInputs, kWidth, kStrided, true>(part, partials, target)
                              : launch_reduce<T, kInputs, kWidth, kStrided, false>(part, partials, target);

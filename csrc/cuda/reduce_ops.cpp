@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -29,10 +28,6 @@ struct Outputs {
   explicit Outputs(const Arguments& like)
       : weight(fresh_like(like.weight)), bias(fresh_like(like.bias)), gain(fresh_like(like.gain)) {}
 };
-
-Tensor fresh(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
-}
 
 float* floats_of(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<float*>(tensor->data_ptr()) : nullptr;

@@ -76,14 +76,14 @@ def find_adapter(model: nn.Module, capture: str | None = None) -> Adapter:
     except AttributeError:
         known = f"no adapter for {name}; there are adapters for {', '.join(sorted(_ADAPTERS))}, and"
         raise ValueError(
-            f"lesa.enable: {name + ':' if kinds or capture is not None else known} the model has no submodule "
+            f"lesa: {name + ':' if kinds or capture is not None else known} the model has no submodule "
             f'{adapter.capture!r} to capture at; capture="..." names another one, and register_adapter adds an adapter'
         ) from None
     if not adapter.blocks:
         adapter = replace(adapter, blocks=find_block_lists(model))
     if not adapter.blocks and adapter.skip is None and adapter.capture != MODEL_OUTPUT:
         raise ValueError(
-            f"lesa.enable: {name} has no list of blocks: no nn.ModuleList of its own whose name ends with blocks or "
+            f"lesa: {name} has no list of blocks: no nn.ModuleList of its own whose name ends with blocks or "
             f"layers; register_adapter(Adapter({name!r}, blocks=(...))) says which submodules are skipped"
         )
     return adapter

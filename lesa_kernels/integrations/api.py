@@ -24,22 +24,6 @@ if TYPE_CHECKING:
 _TRANSFORMERS = ("transformer", "transformer_2")
 
 
-def default_schedule(sigmas: Sequence[float]) -> Schedule:
-    """The schedule of `enable` without one: a fifth of the steps, rounded up, at least three; uniform in sigma.
-
-    Args:
-        sigmas: S+1 falling noise levels.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        ValueError: when the sigmas do not fall.
-    """
-    steps = len(sigmas) - 1
-    return Schedule.uniform_in_sigma(sigmas, num_full=min(steps, max(3, -(-steps // 5))))
-
-
 def enable(
     target: Any,
     predictor: Predictors | None = None,
@@ -64,7 +48,8 @@ def enable(
         predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
             a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
-        schedule: which steps are full, or a rule that makes it from the sigmas; None takes `default_schedule`.
+        schedule: which steps are full, or a rule that makes it from the sigmas; None takes the one that the predictor
+            was made for, or else `default_schedule`.
         scheduler: of a bare transformer: the diffusers scheduler whose `step` the loop calls.
         sigmas: of a bare transformer: the S+1 noise levels. Its calls are counted for each cache context; a loop that
             may break off between two calls should say `cache_context(name, step_index=step)` or give a scheduler.
@@ -135,9 +120,9 @@ def summary(target: Any) -> Summary:
     Raises:
         ValueError: when it is not enabled, or nothing ran yet.
     """
-    from lesa_kernels.integrations.hooks import attached
+    from lesa_kernels.integrations.hooks import ModelRootHook, attached
 
-    roots = [root for model in bare_models(target) if (root := attached(model)) is not None]
+    roots = [root for model in bare_models(target) if isinstance(root := attached(model), ModelRootHook)]
     if not roots:
         raise ValueError("lesa.summary: target must be enabled, it is not")
     found = [each for root in roots if (each := root.runs.summary) is not None]
@@ -146,13 +131,14 @@ def summary(target: Any) -> Summary:
     return merged(found)
 
 
-def _is_pipeline(target: Any) -> bool:
+def is_pipeline(target: Any) -> bool:
+    """Tell whether a target has a transformer and a scheduler."""
     return hasattr(target, "scheduler") and any(hasattr(target, name) for name in _TRANSFORMERS)
 
 
 def bare_models(target: Any) -> list[nn.Module]:
     """Return the transformers of a pipeline or the transformer itself, without the wrapper of torch.compile."""
-    return [_bare(model) for model in _models(target)]
+    return [_bare(model) for model in given_models(target)]
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -160,9 +146,9 @@ def _bare(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _models(target: Any) -> list[nn.Module]:
+def given_models(target: Any) -> list[nn.Module]:
     """Return the transformers of a pipeline or the transformer itself."""
-    found = [getattr(target, name, None) for name in _TRANSFORMERS] if _is_pipeline(target) else [target]
+    found = [getattr(target, name, None) for name in _TRANSFORMERS] if is_pipeline(target) else [target]
     models = [model for model in found if model is not None]
     for model in models:
         if not isinstance(model, nn.Module):
@@ -190,16 +176,15 @@ def _prepare(
     models = bare_models(target)
     chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
     _check_predictor(chosen)
-    placement = default_schedule if schedule is None else schedule
-    if not isinstance(placement, Schedule) and not callable(placement):
-        raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(placement).__name__}")
+    if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
     if any(getattr(model, "is_cache_enabled", False) for model in models):
         raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
-    clock = Clock(target if _is_pipeline(target) else None, scheduler, sigmas)
+    clock = Clock(target if is_pipeline(target) else None, scheduler, sigmas)
     prepared = []
-    for given, model in zip(_models(target), models, strict=True):
+    for given, model in zip(given_models(target), models, strict=True):
         adapter = find_adapter(model, capture)
-        runs = Runs(clock, chosen, placement, options, _count_blocks(model, adapter))
+        runs = Runs(clock, chosen, schedule, options, _count_blocks(model, adapter))
         wrappers = () if given is model else (given,)
         prepared.append((model, ModelRootHook(model, adapter, runs, wrappers)))
     for _, root in prepared:

@@ -51,7 +51,7 @@ class Blocks:
         for path in paths:
             blocks = model.get_submodule(path)
             if not isinstance(blocks, nn.ModuleList):
-                raise ValueError(f"lesa.enable: {path} must be an nn.ModuleList of blocks, got {type(blocks).__name__}")
+                raise ValueError(f"lesa: {path} must be an nn.ModuleList of blocks, got {type(blocks).__name__}")
             parent, _, name = path.rpartition(".")
             self._places.append((model.get_submodule(parent), name, NoBlocks(blocks)))
 

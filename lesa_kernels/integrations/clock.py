@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 # Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
 _MAX_FLOW_SIGMA = 1.001
@@ -33,7 +35,7 @@ class Clock:
         ]
         if len(given) != 1:
             raise ValueError(
-                "lesa.enable: exactly one of a pipeline, scheduler= and sigmas= must tell the steps of the run, "
+                "lesa: exactly one of a pipeline, scheduler= and sigmas= must tell the steps of the run, "
                 f"got {' and '.join(given) or 'none'}"
             )
         # A strong reference would keep the pipeline's text encoders alive as long as its transformer.
@@ -41,10 +43,10 @@ class Clock:
         self._scheduler = scheduler if pipeline is None else pipeline.scheduler
         self._sigmas = None if sigmas is None else read_sigmas(sigmas)
         if self._sigmas is not None and len(self._sigmas) < 2:
-            raise ValueError(f"lesa.enable: sigmas must hold S+1 >= 2 values, got {len(self._sigmas)}")
+            raise ValueError(f"lesa: sigmas must hold S+1 >= 2 values, got {len(self._sigmas)}")
         if self._sigmas is None and not hasattr(self._scheduler, "sigmas" if self.has_index else "timesteps"):
             raise ValueError(
-                "lesa.enable: the scheduler must have sigmas and a step_index, or timesteps, "
+                "lesa: the scheduler must have sigmas and a step_index, or timesteps, "
                 f"got {type(self._scheduler).__name__}; pass a bare transformer and sigmas= instead"
             )
 
@@ -119,3 +121,81 @@ def read_sigmas(source: Any) -> tuple[float, ...]:
     """Return noise levels as Python floats; for a tensor on a GPU this is the one wait of a run."""
     values = source.tolist() if hasattr(source, "tolist") else source
     return tuple(float(value) for value in values)
+
+
+@dataclass
+class Position:
+    """Where one pass through a schedule is.
+
+    Args:
+        source: the object that held the sigmas; another object means another run.
+        sigmas: their values.
+        step: the latest step.
+        seen: calls of the latest step, by cache context.
+        calls: calls of the run, by cache context.
+    """
+
+    source: Any
+    sigmas: tuple[float, ...]
+    step: int = 0
+    seen: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return len(self.sigmas) - 1
+
+    def count(self, name: str, step: int) -> int:
+        """Note a call and return its number within its step and context."""
+        if step != self.step:
+            self.step = step
+            self.seen.clear()
+        number = self.seen[name]
+        self.seen[name] += 1
+        self.calls[name] += 1
+        return number
+
+
+_Position = TypeVar("_Position", bound=Position)
+
+
+class Follower(Generic[_Position]):
+    """Follows a model from call to call; a new run begins where the clock has new sigmas or the step goes back.
+
+    Args:
+        clock: tells step and sigmas.
+        begin: makes the position of a run that begins, from the object that holds its sigmas.
+    """
+
+    def __init__(self, clock: Clock, begin: Callable[[Any], _Position]) -> None:
+        self._clock = clock
+        self._begin = begin
+        self.position: _Position | None = None
+
+    def place(self, context: Any) -> tuple[_Position, int, int]:
+        """Place a call.
+
+        Args:
+            context: diffusers' `CacheContext`.
+
+        Returns:
+            The run that it belongs to, its step, and its number within the step and context.
+        """
+        source, run = self._clock.source(), self.position
+        if run is None or run.source is not source:
+            run = self._begin(source)
+        # A context that joins late joins at the step of the others.
+        calls = run.calls.setdefault(context.name, run.step)
+        step = self._clock.step(context.step_index, calls, run.num_steps)
+        if self._clock.has_scheduler:
+            again = self._clock.has_index and step < run.step
+        elif context.step_index is None:
+            again = step >= run.num_steps
+        else:
+            again = step < run.step or (step == run.step and run.seen[context.name] > 0)
+        if again:
+            run = self._begin(source)
+            step = self._clock.step(context.step_index, 0, run.num_steps)
+        self.position = run
+        return run, step, run.count(context.name, step)

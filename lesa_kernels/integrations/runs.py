@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lesa_kernels.integrations.clock import Clock
+from lesa_kernels.integrations.clock import Clock, Follower, Position
 from lesa_kernels.integrations.summaries import Summary, Tally
 from lesa_kernels.plan import Plan
 from lesa_kernels.predictors import Forecaster
@@ -37,6 +36,22 @@ def uncompiled(recursive: bool = True) -> Callable[[_Function], _Function]:
     """Keep a function out of the graphs of torch.compile, and with `recursive` all that it calls."""
     decorator: Callable[[_Function], _Function] = torch.compiler.disable(recursive=recursive)
     return decorator
+
+
+def default_schedule(sigmas: Sequence[float]) -> Schedule:
+    """The schedule of `enable` without one: a fifth of the steps, rounded up, at least three; uniform in sigma.
+
+    Args:
+        sigmas: S+1 falling noise levels.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: when the sigmas do not fall.
+    """
+    steps = len(sigmas) - 1
+    return Schedule.uniform_in_sigma(sigmas, num_full=min(steps, max(3, -(-steps // 5))))
 
 
 class LesaWarning(UserWarning):
@@ -66,7 +81,6 @@ class Track:
         session: its history.
         layout: shape, dtype and device of the latents.
         step: the step of the present call, and after it the step that is due.
-        captured: whether the present full step handed in its feature.
         feature: the forecast of the present step.
     """
 
@@ -74,7 +88,6 @@ class Track:
     session: Session
     layout: tuple[Any, ...]
     step: int
-    captured: bool = False
     feature: Tensor | None = None
 
     @property
@@ -85,7 +98,6 @@ class Track:
     @uncompiled()
     def capture(self, feature: Tensor) -> None:
         """Take the feature of a full step; what cannot be kept ends the forecasts, not the run."""
-        self.captured = True
         known = self.session.ring is not None
         try:
             self.session.push(self.step, feature)
@@ -104,44 +116,19 @@ class Track:
         return feature
 
 
-@dataclass
-class Run:
+@dataclass(kw_only=True)
+class Run(Position):
     """One pass through a schedule.
 
     Args:
-        source: the object that held the sigmas; another object means another run.
-        sigmas: their values.
         tally: what became of it so far.
-        step: the latest step.
-        seen: calls of the latest step, by cache context.
-        calls: calls of the run, by cache context.
         tracks: by cache context and number of the call within its step.
         warned: what was said already.
     """
 
-    source: Any
-    sigmas: tuple[float, ...]
     tally: Tally
-    step: int = 0
-    seen: Counter[str] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
     tracks: dict[tuple[str, int], Track] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
-
-    @property
-    def num_steps(self) -> int:
-        """S."""
-        return len(self.sigmas) - 1
-
-    def count(self, name: str, step: int) -> int:
-        """Note a call and return its number within its step and context."""
-        if step != self.step:
-            self.step = step
-            self.seen.clear()
-        number = self.seen[name]
-        self.seen[name] += 1
-        self.calls[name] += 1
-        return number
 
     def warn(self, text: str) -> None:
         """Say something once a run."""
@@ -167,13 +154,12 @@ class Run:
 class Runs:
     """Follows a model from call to call and decides, from Python integers alone, what each one is.
 
-    A new run begins where the scheduler has new sigmas or the step goes back. A context that joins late
-    (image-to-image, guidance that starts in the middle) is planned from its first step on.
+    A context that joins late (image-to-image, guidance that starts in the middle) is planned from its first step on.
 
     Args:
         clock: tells step and sigmas.
         predictors: make the plans, which are kept by sigmas: a predictor must not change while it is enabled.
-        schedule: full steps, or a rule that makes them from the sigmas.
+        schedule: full steps, or a rule that makes them from the sigmas; None: see `enable`.
         options: how.
         blocks: calls of blocks in a full call of the model.
     """
@@ -182,7 +168,7 @@ class Runs:
         self,
         clock: Clock,
         predictors: Predictors,
-        schedule: Schedule | ScheduleRule,
+        schedule: Schedule | ScheduleRule | None,
         options: Options | None = None,
         blocks: int = 0,
     ) -> None:
@@ -190,14 +176,16 @@ class Runs:
         self._predictors = predictors
         self._options = options or Options()
         self._blocks = blocks
-        self._run: Run | None = None
+        self._follower = Follower(clock, self._start)
         self._tally: Tally | None = None
         # Those of the other models of the pipeline, which take turns with this one.
         self.siblings: tuple[Runs, ...] = ()
 
         def make(branch: str, sigmas: tuple[float, ...], first_step: int) -> Plan:
-            return self._predictor(branch).plan(
-                sigmas, schedule, first_step=first_step, on_other_sigmas=self._options.on_other_sigmas
+            predictor = self._predictor(branch)
+            placement = schedule or predictor.schedule or default_schedule
+            return predictor.plan(
+                sigmas, placement, first_step=first_step, on_other_sigmas=self._options.on_other_sigmas
             )
 
         self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make)
@@ -209,9 +197,9 @@ class Runs:
 
     def forget(self) -> None:
         """Drop the present run and its history; the next call begins a new one."""
-        if self._run is not None:
-            self._run.give_back()
-        self._run = None
+        if self._follower.position is not None:
+            self._follower.position.give_back()
+        self._follower.position = None
 
     @uncompiled()
     def enter(self, context: Any, latents: Tensor, foreign_cache: bool) -> Track | None:
@@ -240,18 +228,13 @@ class Runs:
     @uncompiled()
     def leave(self, track: Track | None) -> None:
         """Close the call that `enter` placed: count it, and give the history back after the last step."""
-        run = self._run
+        run = self._follower.position
         if run is None:
             return
         if track is None:
             run.tally.full.stop()
             return
-        if not track.is_full:
-            run.tally.forecast.stop()
-        else:
-            run.tally.full.stop()
-            if not track.captured:
-                run.refuse("the model's forward did not reach the point where its feature is captured")
+        (run.tally.full if track.is_full else run.tally.forecast).stop()
         track.step += 1
         if track.step == run.num_steps and run.tracks:
             run.give_back(track)
@@ -260,12 +243,12 @@ class Runs:
 
     def _track(self, context: Any, latents: Tensor, foreign_cache: bool) -> tuple[Run, Track | None]:
         """Find the track of a call, None where the call is full and stands alone."""
-        run, step, number = self._place(context)
+        run, step, number = self._follower.place(context)
         if run.tally.refused is not None:
             return run, None
         layout = (tuple(latents.shape), latents.dtype, latents.device)
         track = run.tracks.get((context.name, number))
-        reason = _objection(run, context, step, number, foreign_cache) or _objection_of(track, step, layout)
+        reason = objection_to(run, context, step, number, foreign_cache) or _objection_of(track, step, layout)
         if reason is not None:
             run.refuse(reason)
             return run, None
@@ -286,7 +269,6 @@ class Runs:
                 plan, history_dtype=self._options.history_dtype, history_device=self._options.history_device
             )
             track = run.tracks[context.name, number] = Track(run, session, layout, step)
-        track.captured = False
         return run, track
 
     def _predictor(self, branch: str) -> Forecaster:
@@ -298,29 +280,10 @@ class Runs:
         if reason is not None:
             run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
 
-    def _place(self, context: Any) -> tuple[Run, int, int]:
-        """Find the run of a call, its step, and its number within the step."""
-        source, run = self._clock.source(), self._run
-        if run is None or run.source is not source:
-            run = self._start(source)
-        # A context that joins late joins at the step of the others.
-        calls = run.calls.setdefault(context.name, run.step)
-        step = self._clock.step(context.step_index, calls, run.num_steps)
-        if self._clock.has_scheduler:
-            again = self._clock.has_index and step < run.step
-        elif context.step_index is None:
-            again = step >= run.num_steps
-        else:
-            again = step < run.step or (step == run.step and run.seen[context.name] > 0)
-        if again:
-            run = self._start(source)
-            step = self._clock.step(context.step_index, 0, run.num_steps)
-        return run, step, run.count(context.name, step)
-
     def _start(self, source: Any) -> Run:
         for sibling in self.siblings:
-            if sibling._run is not None:
-                sibling._run.give_back()
+            if sibling._follower.position is not None:
+                sibling._follower.position.give_back()
         sigmas: tuple[float, ...] = ()
         reason = None
         try:
@@ -329,10 +292,10 @@ class Runs:
         except (TypeError, ValueError) as error:
             reason = f"the scheduler's noise levels cannot be read: {error}"
         self._tally = Tally(steps=max(len(sigmas) - 1, 0), blocks=self._blocks)
-        self._run = Run(source, sigmas, self._tally)
+        run = Run(source, sigmas, tally=self._tally)
         if reason is not None:
-            self._run.refuse(reason)
-        return self._run
+            run.refuse(reason)
+        return run
 
 
 def branch_of(predictors: Predictors, context: str) -> str | None:
@@ -355,7 +318,7 @@ def _no_predictor(predictors: Predictors, context: str) -> str:
     return f"full steps for the cache context {context!r}: there are predictors for {names} alone"
 
 
-def _objection(run: Run, context: Any, step: int, number: int, foreign_cache: bool) -> str | None:
+def objection_to(run: Position, context: Any, step: int, number: int, foreign_cache: bool) -> str | None:
     """Say what about a call speaks against forecasts, None if nothing does."""
     if torch.is_grad_enabled():
         return "gradients are enabled; sample under torch.no_grad()"

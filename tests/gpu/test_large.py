@@ -122,6 +122,16 @@ def test_predict_l1(ops: Any) -> None:
     _check_rows([out], history, row[None], gain * bias)
 
 
+def test_gram(ops: Any) -> None:
+    features = [_random(N) for _ in range(3)]
+    want, scale = torch.zeros(2, 4, 4, dtype=torch.float64, device=DEVICE)
+    for chunk in _chunks():
+        parts = [feature[chunk].double() for feature in features]
+        want += reference.gram(parts)
+        scale += reference.gram([part.abs() for part in parts])
+    assert_close(ops.gram(features), want, scale, torch.float32)
+
+
 def _layer(inputs: int) -> list[Tensor]:
     """Grid, base weight, spline weight and scaler of a layer with one output."""
     grid = (1.2 * torch.arange(-3, 9, device=DEVICE) - 3).to(DTYPE).expand(inputs, 12).contiguous()

@@ -11,7 +11,7 @@ from diffusers import FasterCacheConfig, FlowMatchEulerDiscreteScheduler
 from tiny_flux import NUM_BLOCKS, TinyPipeline, call_arguments, tiny_transformer, watching
 from torch import nn
 
-from lesa_kernels import Reuse, Schedule, TaylorSeer
+from lesa_kernels import LesaPredictor, Reuse, Schedule, TaylorSeer
 from lesa_kernels.integrations import (
     Adapter,
     default_schedule,
@@ -47,6 +47,17 @@ def test_blocks_run_on_the_full_steps_of_the_plan_alone(pipe: TinyPipeline) -> N
 @pytest.mark.parametrize(("steps", "full"), [(1, 1), (2, 2), (4, 3), (10, 3), (16, 4), (50, 10)])
 def test_the_default_schedule_takes_a_fifth_of_the_steps(steps: int, full: int) -> None:
     assert len(default_schedule([1 - step / steps for step in range(steps + 1)]).full_steps) == full
+
+
+def test_a_predictor_brings_the_schedule_that_it_was_made_for(pipe: TinyPipeline) -> None:
+    predictor = LesaPredictor(STEPS, stages=((0.0, 1),), hidden_dim=8)
+    predictor.trained_schedule = THREE
+    enable(pipe, predictor)
+    pipe(STEPS)
+    assert "full steps: 0 1 5" in summary(pipe).plan
+    enable(pipe, {"cond": predictor}, Schedule.explicit(STEPS, [0, 2]))
+    pipe(STEPS)
+    assert "full steps: 0 2" in summary(pipe).plan
 
 
 @pytest.mark.parametrize(("steps", "full"), [(4, (0, 2, 3)), (8, (0, 5, 7))])

@@ -37,7 +37,7 @@ class Shape:
     @classmethod
     def of(cls, name: str) -> Shape | None:
         """Read a kernel's name; None for kernels that do not walk features."""
-        found = re.search(r"(combine|reduce|copy)_kernel<([^>]*)>", name)
+        found = re.search(r"(combine|reduce|gram|copy)_kernel<([^>]*)>", name)
         if found is None:
             return None
         arguments = [argument.removeprefix("lesa::") for argument in found[2].split(", ")]
@@ -46,7 +46,8 @@ class Shape:
         flags = [argument == "true" for argument in arguments if argument in ("true", "false")]
         *_, width = numbers
         to, source = (sizes[0], sizes[-1])
-        stores = 0 if found[1] == "reduce" and not flags[1] else width * to
+        only_sums = found[1] == "gram" or (found[1] == "reduce" and not flags[1])
+        stores = 0 if only_sums else width * to
         return cls(found[1], numbers[0] if len(numbers) == 2 else 1, width, flags[0], width * source, stores)
 
 
@@ -77,9 +78,9 @@ def resources() -> list[tuple[str, dict[str, int]]]:
 
 
 def _blocks_meant(name: str) -> int:
-    """How many blocks of a kernel are to share a multiprocessor: reduce.cuh and kan.cu have the exceptions."""
+    """How many blocks of a kernel are to share a multiprocessor; reduce.cuh, gram.cuh and kan.cu have exceptions."""
     shape = Shape.of(name)
-    many_inputs = shape is not None and shape.family == "reduce" and shape.inputs > 8
+    many_inputs = shape is not None and shape.inputs > {"reduce": 8, "gram": 9}.get(shape.family, shape.inputs)
     high_order = re.search(r"kan_\w+_kernel<.*, 8>", name) is not None
     return 1 if many_inputs or high_order else 2
 

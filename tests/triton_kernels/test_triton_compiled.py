@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX simulator i
 K = 8
 N = 2048
 LOAD, STORE = r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"
+LOAD_8_BYTES = r"ld\.global\.v2\.b32"
 # Sixteen warps on each multiprocessor of 65536 registers.
 MOST_REGISTERS = 128
 
@@ -64,6 +65,22 @@ def test_reductions_move_16_bytes_at_a_time(lesa: ModuleType, dtype: torch.dtype
     _assert_lean(l1, K + 1, 1)
     _assert_lean(backward, K + 1, 0)
     assert finish.resources()["STACK"] == 0
+
+
+@pytest.mark.parametrize(("count", "load"), [(8, LOAD), (9, LOAD_8_BYTES), (12, LOAD_8_BYTES)])
+def test_gram_loads_each_vector_once(lesa: ModuleType, count: int, load: str) -> None:
+    lesa.gram(_features(count, torch.bfloat16))
+    products, matrix = driver().launches
+    assert products.count(load) == count and products.count(r"ld\.global\.(v\d\.)?b16") == 0
+    assert products.resources()["REG"] <= MOST_REGISTERS
+    assert all(compiled.resources()["STACK"] == 0 for compiled in (products, matrix))
+
+
+@pytest.mark.parametrize("size", [N, 131])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_products_of_16_features_stay_in_registers(lesa: ModuleType, dtype: torch.dtype, size: int) -> None:
+    lesa.gram([torch.randn(size).to(dtype) for _ in range(16)])
+    assert all(compiled.resources()["STACK"] == 0 for compiled in driver().launches)
 
 
 def test_kan_layers_stay_in_registers(lesa: ModuleType) -> None:

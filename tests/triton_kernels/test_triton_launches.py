@@ -35,6 +35,7 @@ def test_float64_features_are_refused_in_the_words_of_the_compiled_kernels(lesa:
         "forecast": lambda: lesa.forecast([h], one[None], one),
         "forecast_into": lambda: lesa.forecast_into(h[None], one[None], one, [0], [0]),
         "push": lambda: lesa.push(torch.ones(2, 3), h, 1),
+        "gram": lambda: lesa.gram([h]),
         "kan_linear": lambda: lesa.kan_linear(
             h, torch.ones(3, 5), *[torch.ones(s) for s in ((2, 3), (2, 3, 1), (2, 3))]
         ),
@@ -103,6 +104,23 @@ def test_predict_l1_reads_and_writes_any_layout(lesa: Any, layout: Any, out_layo
         assert_close(value, expected, expected.abs() + 1, torch.float32)
 
 
+@pytest.mark.parametrize("count", [1, 8, 9, 16, 17, 25])
+def test_gram_takes_features_of_any_layouts_in_groups(lesa: Any, count: int) -> None:
+    layouts = [contiguous, transposed, padded]
+    features = [layouts[k % 3]((9, 14), torch.float32) + k for k in range(count)]
+    got = lesa.gram(features)
+    assert torch.equal(got, got.T) and got[-1, -1] == 126
+    want, scale = reference.gram(wide(features)), reference.gram([feature.abs() for feature in wide(features)])
+    assert_close(got, want, scale, torch.float32)
+
+
+def test_gram_of_features_permuted_alike_copies_nothing(lesa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = [transposed((9, 14), torch.bfloat16) for _ in range(3)]
+    want = reference.gram(wide(features))
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("a feature is copied"))
+    assert_close(lesa.gram(features), want, 126 * torch.ones(4, 4, dtype=torch.float64), torch.float32)
+
+
 def test_an_out_that_shares_memory_with_an_input_is_refused(lesa: Any) -> None:
     memory, one = torch.randn(20), torch.ones(1)
     with pytest.raises(ValueError, match=r"lesa::predict_l1: out must not share memory with history\[0\]"):
@@ -137,3 +155,4 @@ def test_the_same_input_gives_the_same_bits(lesa: Any) -> None:
     history, target = [torch.randn(5000) for _ in range(2)], torch.randn(5000)
     runs = [lesa.predict_l1(history, target, torch.ones(2), torch.ones(1), torch.ones(1), None) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert torch.equal(*[lesa.gram([*history, target]) for _ in range(2)])

@@ -10,10 +10,12 @@ from __future__ import annotations
 from lesa_kernels.backends.triton.features import forecast, forecast_into, predict, push
 from lesa_kernels.backends.triton.gradients import predict_backward, predict_l1
 from lesa_kernels.backends.triton.layers import kan_linear, kan_linear_backward
+from lesa_kernels.backends.triton.products import gram
 
 __all__ = [
     "forecast",
     "forecast_into",
+    "gram",
     "kan_linear",
     "kan_linear_backward",
     "predict",

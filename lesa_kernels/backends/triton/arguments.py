@@ -23,14 +23,14 @@ def check_feature(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"lesa::{op}: {name} must have a dtype of float32, float16, bfloat16, got {dtype}")
 
 
-def check_history(op: str, history: Sequence[Tensor]) -> None:
-    """Check the dtype of a history; `contract` checks all else.
+def check_history(op: str, history: Sequence[Tensor], name: str = "history") -> None:
+    """Check the dtype of a history, or of an argument of another name; `contract` checks all else.
 
     Raises:
         TypeError: for another dtype.
     """
     if history:
-        check_feature(op, "history[0]", history[0])
+        check_feature(op, f"{name}[0]", history[0])
 
 
 def _dense_strides(tensor: Tensor) -> list[tuple[int, int]] | None:

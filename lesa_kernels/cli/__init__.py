@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +9,11 @@ import typer
 from rich.console import Console
 
 from lesa_kernels.backends import status as kernel_status
+from lesa_kernels.cli.checks import check_device, check_modules
+from lesa_kernels.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Forecast a diffusion transformer's features.")
-
-
-@app.callback()
-def _main() -> None:
-    """Keep `lesa` a group of commands."""
+app.command()(train)
 
 
 @app.command()
@@ -37,19 +33,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the predictors' first weights.")] = 0,
 ) -> None:
     """Train LESA for a small FLUX that draws digits, and compare it with its rivals on unseen noise."""
-    for module in ("diffusers", "matplotlib"):
-        if importlib.util.find_spec(module) is None:
-            raise typer.BadParameter(f"the demo needs {module}: pip install -e .[demo]")
-    import torch
-
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-        raise typer.BadParameter(f"--device must be cpu, cuda or cuda:N, got {device}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise typer.BadParameter(f"device {device} is not there: torch {torch.__version__} sees no CUDA device")
+    check_modules("the demo", "diffusers", "matplotlib")
+    check_device(device)
     from lesa_kernels.demo.run import DemoConfig, run_demo
 
     run_demo(DemoConfig(out, device, samples, trajectories=trajectories, seed=seed), Console())
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,74 @@
+"""Kernels of `gram`: all products of K features with each other and with 1, summed in one pass; then the matrix.
+
+Sums are float32 over a thread's vector, over its tiles and over the program's threads, float64 over programs, always in
+the same order and without atomics. They stand as an upper triangle, column by column; row and column 0 are the constant
+1, feature k is k + 1.
+"""
+# mypy: ignore-errors
+# ruff: noqa: RUF005
+# Triton's language is not Python's: mypy does not know its types, and it has no starred tuples.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lesa_kernels.backends.triton.kernels.reduce import add, tile_of, write_partials, zeros
+
+
+@triton.jit
+def added(sums, held, COUNT: tl.constexpr):
+    """Return the sums with a tile's products added."""
+    total = ()
+    for column in tl.static_range(COUNT):
+        for row in tl.static_range(column + 1):
+            terms = held[row] * held[column]
+            total = total + (sums[column * (column + 1) // 2 + row] + tl.reduce(terms, 1, add),)
+    return total
+
+
+@triton.jit(do_not_specialize=["skew"])
+def products(features, partials, numel, skew, tiles, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Partial sums of `gram` over `tiles` tiles a program; the one that would be N counts masked elements too."""
+    sums = zeros((K + 1) * (K + 2) // 2, ROWS)
+    first = tl.program_id(0).to(tl.int64) * tiles
+    for tile in range(first, first + tiles):
+        position = tile_of(tile, skew, ROWS, WIDTH)
+        held = (tl.full((ROWS, WIDTH), 1.0, tl.float32),)
+        for k in tl.static_range(K):
+            held = held + (tl.load(features[k] + position, mask=position < numel, other=0.0).to(tl.float32),)
+        sums = added(sums, held, K + 1)
+    write_partials(partials, sums, (K + 1) * (K + 2) // 2)
+
+
+@triton.jit
+def index_of(which, first, second, inputs, GROUP: tl.constexpr):
+    """Return the row of the whole matrix for one of a pass: 0 is the constant, the last; the others are two groups."""
+    index = tl.where(which <= GROUP, first + which - 1, second + which - 1 - GROUP)
+    return tl.where(which == 0, inputs, index)
+
+
+@triton.jit(do_not_specialize=["first", "second", "inputs", "numel"])
+def matrix(
+    partials,
+    programs,
+    result,
+    first,
+    second,
+    inputs,
+    numel,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Add up `partials` [places, programs] in order; a program writes one entry, those across the diagonal alike."""
+    row, column = tl.program_id(0) // (K + 1), tl.program_id(0) % (K + 1)
+    low, high = tl.minimum(row, column), tl.maximum(row, column)
+    sums = tl.full((CHUNK,), 0.0, tl.float64)
+    for start in range(0, programs, CHUNK):
+        program = start + tl.arange(0, CHUNK)
+        source = partials + (high * (high + 1) // 2 + low).to(tl.int64) * programs + program
+        sums += tl.load(source, mask=program < programs, other=0.0).to(tl.float64)
+    total = tl.where(high == 0, numel.to(tl.float64), tl.reduce(sums, 0, add))
+    place = index_of(row, first, second, inputs, GROUP) * (inputs + 1) + index_of(column, first, second, inputs, GROUP)
+    tl.store(result + place, total)

@@ -1,0 +1,60 @@
+"""A pass over features in tiles, each program with sums of its own: `predict_backward`, `predict_l1` and `gram`.
+
+The number of programs follows from N and the device, so that the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+
+from lesa_kernels.backends.triton.arguments import blocks_of, power_of_2
+
+WARPS = 4
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+ROWS = 32 * WARPS  # one row of a tile for each thread
+VECTOR_BYTES = 16
+HELD_FLOATS = 64
+# A float32 sum of one thread never has more terms than these tiles: 2^31 elements stay as exact as 2^20.
+MOST_TILES = 64
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Return the multiprocessors of a device; 1 for the CPU, where kernels are interpreted."""
+    if device.type == "cpu":
+        return 1
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return int(properties["multiprocessor_count"])
+
+
+class Pass:
+    """The shape of a pass over N elements of some features and where its programs leave their sums.
+
+    Args:
+        feature: one of the features, all of one layout.
+        inputs: how many features a thread holds.
+        sums: how many sums a program leaves in its column of `partials` [sums, programs].
+        programs_per_processor: how many programs each multiprocessor gets, where there is enough to do.
+        vectors: whether a thread takes several elements next to each other, which pays where they are loaded as one.
+    """
+
+    def __init__(
+        self, feature: Tensor, inputs: int, sums: int, programs_per_processor: int, vectors: bool = True
+    ) -> None:
+        self.inputs = inputs
+        widest = max(min(VECTOR_BYTES // feature.element_size(), HELD_FLOATS // power_of_2(inputs)), 1)
+        self.width = widest if vectors else 1
+        tiles = blocks_of(feature.numel(), ROWS * self.width)
+        self.tiles_each = min(blocks_of(tiles, _processors(feature.device) * programs_per_processor), MOST_TILES)
+        self.programs = blocks_of(tiles, max(self.tiles_each, 1))
+        self.partials = feature.new_empty((sums, self.programs), dtype=torch.float32)
+
+    def launch(self, kernel: Any, *arguments: Any) -> None:
+        """Launch a kernel, if there is anything to add up."""
+        if self.programs > 0:
+            kernel[(self.programs,)](*arguments, self.tiles_each, self.inputs, ROWS, self.width, **OPTIONS)

@@ -1,0 +1,265 @@
+"""Any diffusers pipeline with its prompts as a source of runs to learn from."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa_kernels.integrations.adapters import find_adapter
+from lesa_kernels.integrations.api import bare_models, given_models, is_pipeline
+from lesa_kernels.integrations.clock import Clock
+from lesa_kernels.sources import Call, Player, watch
+
+# Arguments that stand for one prompt each, wherever they are given.
+_OF_EACH_PROMPT = "negative_prompt"
+_OWN = ("num_inference_steps", "generator")
+
+
+class PipelineSource:
+    """Runs of a diffusers pipeline, one a prompt; nothing is stored, each playing samples them anew.
+
+    A player answers every call of the transformer: it may run the blocks, or leave them out and run what follows on a
+    feature of its own. The pipeline goes on with its answers. A run starts from the same noise in any batch. The
+    pipeline itself must not be enabled (`lesa.disable`), and it is left as it was found.
+
+    Args:
+        pipe: a pipeline with one transformer and a scheduler; offloading, LoRA and torch.compile are as with `enable`.
+        prompts: a text each; or a mapping of arguments of the pipeline's call for those who have more or other than a
+            text: embeddings, an image, a class label. Arguments of several runs are put together: tensors along their
+            first dimension, lists end to end, all else in a list.
+        steps: number of sampling steps S.
+        seed: run r starts from the noise of a CPU generator with `seed + r`.
+        capture: for a model without an adapter: the submodule whose first argument is the feature; see `enable`.
+        call_arguments: of every call of the pipeline, such as `height` and `guidance_scale`. One whose name begins with
+            "negative_prompt" is repeated for each prompt. The output is left as latents unless `output_type` says more.
+
+    Raises:
+        ValueError: when there is no prompt, prompts have different arguments, an argument is the source's own to set,
+            the pipeline is enabled already or has two transformers, or there is no adapter for its model.
+        TypeError: when pipe is something else, or does not take what the source must say; or prompts are no sequence.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str | Mapping[str, Any]],
+        *,
+        steps: int,
+        seed: int = 0,
+        capture: str | None = None,
+        **call_arguments: Any,
+    ) -> None:
+        from lesa_kernels.integrations.playing import PlayerHook
+
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+        _check_pipeline(pipe)
+        self._pipe = pipe
+        self._steps = steps
+        self._seed = seed
+        each = {
+            name: value
+            for name, value in call_arguments.items()
+            if name.startswith(_OF_EACH_PROMPT) and value is not None
+        }
+        self._prompts = _arguments_of(prompts, each)
+        self._shared = {name: value for name, value in call_arguments.items() if name not in each}
+        _check_names(pipe, {*self._shared, *self._prompts[0]})
+        if _accepts(pipe, "output_type"):
+            self._shared.setdefault("output_type", "latent")
+        (given,), (self._module,) = given_models(pipe), bare_models(pipe)
+        adapter = find_adapter(self._module, capture)
+        wrappers = () if given is self._module else (given,)
+        self._hook = PlayerHook(self._module, adapter, Clock(pipe), wrappers)
+
+    def __len__(self) -> int:
+        """How many runs there are: one a prompt."""
+        return len(self._prompts)
+
+    @cached_property
+    def sigmas(self) -> tuple[float, ...]:
+        """The S+1 noise levels, known once the pipeline has told its scheduler the steps; the model does not run.
+
+        Raises:
+            ValueError: when they cannot be read, do not fall, or are not `steps` + 1.
+        """
+
+        def stop(call: Call) -> Tensor:
+            raise _Enough
+
+        self._probe(stop)
+        sigmas = self._hook.sigmas
+        if sigmas is None:
+            raise ValueError("lesa: the pipeline did not call its transformer, so its noise levels are not known")
+        if len(sigmas) != self._steps + 1:
+            raise ValueError(f"the pipeline must have {self._steps} steps as asked for, it has {len(sigmas) - 1}")
+        if not all(later < earlier for earlier, later in itertools.pairwise(sigmas)):
+            raise ValueError(f"the noise levels of the pipeline's scheduler must fall, got {sigmas}")
+        return sigmas
+
+    @cached_property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of guidance that call the model in the first step; this runs it there."""
+        found: list[str] = []
+
+        def look(call: Call) -> Tensor | None:
+            if call.step:
+                raise _Enough
+            found.append(call.branch)
+            return watch(call)[1]
+
+        self._probe(look)
+        return tuple(found)
+
+    @property
+    def model(self) -> str:
+        """A name for what the features are of: class, capture point, and a hash of the parameters' names and shapes."""
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in self._module.named_parameters()]
+        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+        return f"{type(self._module).__name__} {self._hook.adapter.capture or 'output'} {digest}"
+
+    def play(self, runs: Sequence[int], player: Player) -> None:
+        """See `Source.play`. The player runs with gradients where this is called with gradients.
+
+        Raises:
+            ValueError: when the pipeline is enabled, skips a step (image-to-image), has other sigmas than before, or
+                its model needs an adapter.
+        """
+        last = len(self.sigmas) - 2
+        self._play(runs, player)
+        if self._hook.latest_step != last:
+            raise ValueError(
+                f"the pipeline must call its transformer up to step {last}, its last call was in step "
+                f"{self._hook.latest_step}"
+            )
+
+    def _probe(self, player: Player) -> None:
+        """Begin to play the first run."""
+        with suppress(_Enough):
+            self._play([0], player)
+
+    def _play(self, runs: Sequence[int], player: Player) -> None:
+        _check_pipeline(self._pipe)
+        prompts = [self._prompts[run] for run in runs]
+        arguments = {name: _together([prompt[name] for prompt in prompts]) for name in prompts[0]}
+        generators = [torch.Generator().manual_seed(self._seed + run) for run in runs]
+        with self._hook.playing(self._module, player), _silent(self._pipe), torch.no_grad():
+            try:
+                self._pipe(num_inference_steps=self._steps, generator=generators, **arguments, **self._shared)
+            except BaseException:
+                # Pipelines free their models at the end of a call, which this one did not reach.
+                if hasattr(self._pipe, "maybe_free_model_hooks"):
+                    self._pipe.maybe_free_model_hooks()
+                raise
+
+
+class _Enough(Exception):
+    """Ends a run of which all is known that was asked for."""
+
+
+def _check_pipeline(pipe: Any) -> None:
+    """Refuse what cannot be played, before anything is changed."""
+    # Importing the hooks registers the adapters that ship with the package.
+    from lesa_kernels.integrations.hooks import attached
+
+    if not is_pipeline(pipe):
+        raise TypeError(f"pipe must be a pipeline with a transformer and a scheduler, got {type(pipe).__name__}")
+    models = bare_models(pipe)
+    if len(models) > 1:
+        raise ValueError(
+            f"pipe must have one transformer, {type(pipe).__name__} has two: a history does not reach from one to the "
+            "other, and a predictor for both cannot be trained"
+        )
+    if attached(models[0]) is not None:
+        raise ValueError("pipe must not be enabled while it is played: call lesa.disable(pipe) first")
+    if getattr(models[0], "is_cache_enabled", False):
+        raise ValueError("the model must have no cache of diffusers enabled; call disable_cache() first")
+    for name in _OWN:
+        if not _accepts(pipe, name):
+            raise TypeError(f"the call of pipe must take {name}, that of {type(pipe).__name__} does not")
+
+
+def _accepts(pipe: Any, name: str) -> bool:
+    parameters = inspect.signature(pipe.__call__).parameters
+    return name in parameters or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+
+
+def _arguments_of(prompts: Sequence[str | Mapping[str, Any]], each: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the arguments of each run."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a sequence of prompts, got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    found = [{**each, **(prompt if isinstance(prompt, Mapping) else {"prompt": prompt})} for prompt in prompts]
+    for index, arguments in enumerate(found):
+        if set(arguments) != set(found[0]):
+            raise ValueError(
+                f"prompts[{index}] must have the arguments {sorted(found[0])} as prompts[0], got {sorted(arguments)}"
+            )
+    return found
+
+
+def _check_names(pipe: Any, names: set[str]) -> None:
+    for name in sorted(names):
+        if name in (*_OWN, "num_images_per_prompt", "num_videos_per_prompt"):
+            raise ValueError(f"{name} must not be given: a run has steps= steps and one image, its noise is of seed=")
+        if not _accepts(pipe, name):
+            raise ValueError(f"arguments must be those of the call of {type(pipe).__name__}, which takes no {name}")
+
+
+def _together(values: list[Any]) -> Any:
+    """Put an argument of several runs together."""
+    if all(isinstance(value, Tensor) for value in values):
+        return torch.cat(values)
+    if all(isinstance(value, list) for value in values):
+        return list(itertools.chain.from_iterable(values))
+    return values
+
+
+@contextmanager
+def _silent(pipe: Any) -> Generator[None, None, None]:
+    """Hide a pipeline's progress bar for the length of a with statement."""
+    before = vars(pipe).get("_progress_bar_config")
+    pipe._progress_bar_config = {**(before or {}), "disable": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
+
+
+def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False) -> Any:
+    """Load any pipeline of diffusers.
+
+    Args:
+        model: a folder or a hub id.
+        device: where it goes.
+        dtype: of its parameters.
+        offload: keep on the device only the part that runs.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: when there is no such pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model must be a folder or a hub id of a diffusers pipeline, got {model}: {error}") from error
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    return pipe.to(device)

@@ -1,0 +1,224 @@
+"""`lesa train`, from what is typed to a predictor that serves the pipeline."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed (extra: demo)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
+
+from typer.testing import CliRunner
+
+import lesa_kernels as lesa
+from lesa_kernels.cli import app
+from lesa_kernels.demo.model import conditioning
+from lesa_kernels.demo.pipeline import DigitsPipeline
+from lesa_kernels.integrations import sampling
+
+SMALL = ["--steps", "14", "--interval", "4", "--runs", "4", "--batch", "2", "--epochs", "1", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def message(result: Any) -> str:
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def train_digits(out: Path, *more: str | Path) -> str:
+    result = run("--model", "digits", "--out", out, *SMALL, *more)
+    assert result.exit_code == 0, result.output
+    return str(result.output)
+
+
+def use(told: str, pipe: Any) -> None:
+    """Run the lines that the command says to type."""
+    code = told[told.index("import lesa_kernels as lesa") :]
+    assert len(code.strip().splitlines()) == 3
+    exec(code, {"pipe": pipe})
+
+
+class Guided(DigitsPipeline):
+    """Digits with guidance: two calls of the model a step, in contexts of their own."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: list[str],
+        num_inference_steps: int = 50,
+        generator: list[torch.Generator] | None = None,
+        guidance_scale: float = 1.0,
+        size: int = 28,
+    ) -> torch.Tensor:
+        assert size == 14
+        generators = generator or [torch.Generator()]
+        tokens = torch.cat([torch.randn(1, 49, 16, generator=each) for each in generators])
+        self.scheduler.set_timesteps(num_inference_steps, mu=1.15)
+        for t in self.scheduler.timesteps:
+            outputs = []
+            for name, labels in (("cond", [int(text) for text in prompt]), ("uncond", [0] * len(prompt))):
+                with self.transformer.cache_context(name):
+                    fixed = conditioning(torch.tensor(labels))
+                    time = t.expand(len(tokens)) / 1000
+                    outputs.append(self.transformer(tokens, timestep=time, **fixed, return_dict=False)[0])
+            velocity = outputs[1] + guidance_scale * (outputs[0] - outputs[1])
+            tokens = self.scheduler.step(velocity, t, tokens, return_dict=False)[0]
+        return tokens
+
+
+def test_digits_train_a_predictor_that_serves_them(tmp_path: Path) -> None:
+    told = train_digits(tmp_path / "out")
+    assert (
+        "4 runs of 14 steps; method tuned" in told
+        and "blocks run on 9 steps, 1.56 x fewer: 0 1 2 3 4 5 6 7 10; 3 more than" in told
+    )
+    for name in ("losses.csv", "loss.png", "model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).is_file() and name in told
+    pipe = DigitsPipeline.load()
+    pipe.set_progress_bar_config(disable=True)
+    use(told, pipe)
+    pipe(["3", "7"], 14, [torch.Generator().manual_seed(seed) for seed in (0, 1)])
+    summary = lesa.summary(pipe)
+    assert (summary.refused, summary.full, summary.forecast) == (None, 9, 5)
+
+
+def test_a_finished_training_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_digits(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(sampling.PipelineSource, "play", lambda *_: pytest.fail("sampled again"))
+    train_digits(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
+def test_another_training_does_not_overwrite_it(tmp_path: Path) -> None:
+    train_digits(tmp_path)
+    result = run("--model", "digits", "--out", tmp_path, *SMALL, "--learning-rate", "0.1")
+    assert "holds another training: config.learning_rate was 0.001, now 0.1" in message(result)
+
+
+def test_calls_lie_uniformly_in_sigma(tmp_path: Path) -> None:
+    arguments = ["--steps", "14", "--calls", "6", "--runs", "2", "--epochs", "1", "0", "--method", "published"]
+    result = run("--model", "digits", "--out", tmp_path, *arguments)
+    assert result.exit_code == 0, result.output
+    pipe = DigitsPipeline.load()
+    sigmas = sampling.PipelineSource(pipe, ["1"], steps=14).sigmas
+    expected = lesa.Schedule.uniform_in_sigma(sigmas, 6, 4).full_steps
+    assert len(expected) == 6
+    (told,) = re.findall(r"blocks run on \d+ steps, .* fewer: ([\d ]+)", result.output)
+    assert set(expected) <= set(map(int, told.split()))
+    assert "method published" in result.output and "closed loop" not in result.output
+
+
+def test_a_store_is_filled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_digits(tmp_path / "one", "--store", tmp_path / "store")
+    assert (tmp_path / "store" / "index.json").is_file()
+    monkeypatch.setattr(sampling.PipelineSource, "play", lambda *_: pytest.fail("sampled again"))
+    train_digits(tmp_path / "two", "--store", tmp_path / "store")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    result = run(
+        "--model", "digits", "--out", tmp_path / "three", *SMALL, "--store", tmp_path / "store", "--steps", "9"
+    )
+    assert "store" in message(result)
+
+
+def test_a_pipeline_with_branches_gets_a_predictor_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(model: str, **options: Any) -> Guided:
+        asked.update(options, model=model)
+        return Guided(*DigitsPipeline.load().components.values())
+
+    monkeypatch.setattr(sampling, "load_pipeline", load)
+    (tmp_path / "prompts.txt").write_text("3\n\n 7 \n")
+    arguments = ["--guidance", "2.0", "--set", "size=14", "--dtype", "float16", "--offload", "--device", "cpu"]
+    result = run(
+        "--model", "some/model", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", *SMALL, *arguments
+    )
+    assert result.exit_code == 0, result.output
+    assert asked == {"model": "some/model", "device": "cpu", "dtype": torch.float16, "offload": True}
+    assert "branches cond and uncond" in result.output
+    pipe = load("")
+    use(result.output, pipe)
+    pipe(["3"], 14, size=14)
+    summary = lesa.summary(pipe)
+    assert (summary.refused, summary.full, summary.forecast) == (None, 18, 10)
+    stages = lesa.LesaPredictor.from_pretrained(tmp_path / "out" / "cond").stages
+    assert stages == ((0.9, 4), (0.4, 8), (0.0, 8))
+
+
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "lesa_kernels.cli", "train", "--model", "digits", "--device", "cpu", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *arguments, *SMALL], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("To use it") == 1, "one process speaks"
+    lesa.LesaPredictor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "digits", "--interval", "3", "--calls", "6"], "--interval and --calls both say"),
+        (["--model", "digits", "--calls", "60"], "num_full must be at most 50"),
+        (["--model", "digits", "--interval", "1"], "schedule must leave a step to forecast"),
+        (["--model", "digits", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
+        (["--model", "digits", "--set", "height"], "--set must be name=value, got height"),
+        (["--model", "digits", "--guidance", "2"], "DigitsPipeline, which takes no guidance_scale"),
+        (["--model", "digits", "--capture", "nowhere"], "no submodule 'nowhere'"),
+        (["--model", "digits", "--epochs", "-1", "0"], "guided_epochs must not be negative, got -1"),
+        (["--model", "digits", "--prompts", "cats.txt"], "prompt must be a digit from 0 to 9, got 'a cat'"),
+        (["--model", "digits", "--prompts", "empty.txt"], "empty.txt must hold a prompt a line, it holds none"),
+        (["--model", "some/model"], "--prompts must name a text file with a prompt a line"),
+        (["--model", ".", "--prompts", "cats.txt"], "must be a folder or a hub id of a diffusers pipeline, got ."),
+    ],
+)
+def test_bad_input_is_told_in_a_line(
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cats.txt").write_text("a cat\n")
+    Path("empty.txt").write_text(" \n")
+    assert expected in message(run("--out", "out", *arguments))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (FloatingPointError("the target is not finite at step 3"), 1, "Stopped: the target is not finite at step 3"),
+        (KeyboardInterrupt(), 130, "the same command goes on from the last checkpoint"),
+    ],
+)
+def test_what_ends_a_training_early_is_told(
+    error: BaseException, code: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    source = sampling.PipelineSource
+    monkeypatch.setattr(source, "branches", ("cond",))
+    monkeypatch.setattr(source, "play", fail)
+    result = run("--model", "digits", "--out", tmp_path, *SMALL)
+    assert result.exit_code == code and expected in result.output
