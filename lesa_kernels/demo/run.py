@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,16 +20,13 @@ from lesa_kernels.demo.solvers import solve
 from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import TrainingConfig, TrainingResult, plot_losses, train
+from lesa_kernels.training import Recorded, TrainingConfig, TrainingResult, plot_losses, train
 
 STEPS = 50
 CONVERGED_STEPS = 200
 # Seeds of the noise: what is compared must never have been trained on.
 TRAINING_SEED = 1_000
 UNSEEN_SEED = 0
-
-# Beside the published settings: a rate that float32 parameters can use, afresh for each phase.
-TUNED = TrainingConfig(2, 4, learning_rate=1e-3, decay="cosine", decay_factor=0.1, restart_each_phase=True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class DemoConfig:
     trajectories: int = 12
     batch: int = 20
     seed: int = 0
-    training: TrainingConfig = TUNED
+    training: TrainingConfig = field(default_factory=TrainingConfig.tuned)
 
 
 def run_demo(config: DemoConfig, console: Console) -> list[report.Row]:
@@ -143,8 +140,7 @@ def _train_predictors(
             name = f"{calls} calls, {placement}"
             results[name] = train(
                 predictor,
-                trajectories,
-                sigmas,
+                Recorded(trajectories, sigmas),
                 schedule,
                 config.training,
                 progress=not console.quiet,

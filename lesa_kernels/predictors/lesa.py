@@ -158,7 +158,8 @@ class LesaPredictor(
         times = [t] if isinstance(t, (int, float)) else list(t)
         now = torch.tensor(times, dtype=torch.float64, device=levels.device)
         # Differences in float64: neighbouring sigmas of long schedules lie close together.
-        differences = (now.unsqueeze(-1) - levels).to(next(kan.parameters()))
+        # They come from the host: a blocking copy would make every forecast of a training wait for the GPU.
+        differences = (now.unsqueeze(-1) - levels).to(next(kan.parameters()), non_blocking=True)
         gains: Tensor = kan(differences)
         return gains[0] if isinstance(t, (int, float)) else gains
 

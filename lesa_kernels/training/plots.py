@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lesa_kernels.training.published import TrainingResult
+from lesa_kernels.training.config import TrainingResult
+from lesa_kernels.training.files import replacing
 
 
 def plot_losses(results: Mapping[str, TrainingResult], path: str | Path) -> Path:
-    """Draw the loss of each trajectory over the course of training, one line a run.
+    """Draw the loss of each batch of runs over the course of training, one line a training.
 
     Args:
-        results: name of a run -> what `train` returned.
+        results: name of a training -> what `train` returned.
         path: the PNG to write.
 
     Returns:
@@ -24,13 +25,15 @@ def plot_losses(results: Mapping[str, TrainingResult], path: str | Path) -> Path
     axes = figure.subplots()
     for name, result in results.items():
         values = [value for phase in result.losses.values() for value in phase]
-        (line,) = axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1.2)
+        marker = "." if len(values) == 1 else None
+        (line,) = axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1.2, marker=marker)
         guided = len(next(iter(result.losses.values()), []))
         if 0 < guided < len(values):
             axes.axvline(guided + 0.5, color=line.get_color(), linestyle=":", linewidth=0.8)
-    axes.set(xlabel="trajectory (dotted: from true history to closed loop)", ylabel="mean L1 loss", yscale="log")
+    axes.set(xlabel="batch of runs (dotted: from true history to closed loop)", ylabel="mean L1 loss", yscale="log")
     axes.set_title("Training the LESA predictor")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    with replacing(Path(path)) as file:
+        figure.savefig(file, dpi=130, format="png")
     return Path(path)

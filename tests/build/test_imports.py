@@ -19,11 +19,12 @@ BELOW: dict[str, set[str]] = {
     "schedule": set(),
     "plan": {"schedule"},
     "stopwatch": set(),
+    "sources": set(),
     "history": {"ops", "stopwatch"},
     "predictors": {"plan", "ops"},
     "session": {"plan", "history"},
-    "integrations": {"session", "predictors"},
-    "training": {"session", "predictors"},
+    "integrations": {"session", "predictors", "sources"},
+    "training": {"session", "predictors", "sources"},
     "demo": {"integrations", "training", "machine"},
     "cli": {"demo", "backends"},
 }
@@ -33,7 +34,8 @@ KEEPERS = {
     "triton": {"backends"},
     "ctypes": {"backends"},
     "typer": {"cli", "demo"},
-    "mlxtend": {"training", "demo"},
+    "mlxtend": {"demo"},
+    "sklearn": {"demo"},
     "matplotlib": {"training", "demo"},
 }
 

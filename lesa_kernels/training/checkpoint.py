@@ -1,0 +1,92 @@
+"""The state of a training between two batches, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lesa_kernels.training.files import replacing
+
+FILE = "checkpoint.safetensors"
+_LOSSES = "losses"
+_DIFFERENCES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a training needs to go on as if nothing had happened.
+
+    Args:
+        settings: what the result depends on, by name; values as JSON has them.
+        tensors: parameters and the optimiser's state, by name.
+        losses: of the batches that are done.
+        seconds: how long they took.
+    """
+
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def save(self, folder: Path) -> None:
+        """Write it, whole or not at all."""
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors.items()}
+        tensors[_LOSSES] = torch.tensor(self.losses, dtype=torch.float64)
+        metadata = {"settings": json.dumps(self.settings), "seconds": repr(self.seconds)}
+        with replacing(folder / FILE) as file:
+            save_file(tensors, file, metadata)
+
+    @classmethod
+    def load(cls, folder: Path) -> Checkpoint | None:
+        """Read the checkpoint of a folder, None where there is none.
+
+        Raises:
+            ValueError: when the file is not one of a training.
+        """
+        file = folder / FILE
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            losses = tensors.pop(_LOSSES).tolist()
+            return cls(json.loads(metadata["settings"]), tensors, losses, float(metadata["seconds"]))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} must be the checkpoint of a training: {error}") from error
+
+    def check(self, settings: Mapping[str, Any], folder: Path) -> None:
+        """Check that it is of a training with these settings.
+
+        Raises:
+            ValueError: when it is not; says what differs.
+        """
+        found = list(_differences(self.settings, json.loads(json.dumps(settings))))
+        if found:
+            more = len(found) - _DIFFERENCES_SHOWN
+            shown = "; ".join(found[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+            raise ValueError(f"out = {folder} holds another training: {shown}; take another folder, or delete it")
+
+
+def _differences(was: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = [*was, *(key for key in now if key not in was)]
+        return [
+            text
+            for key in names
+            for text in _differences(was.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    if isinstance(was, list) and isinstance(now, list):
+        if len(was) != len(now):
+            return [f"{name} were {len(was)} values, now {len(now)}"]
+        pairs = enumerate(zip(was, now, strict=True))
+        return [text for index, (a, b) in pairs for text in _differences(a, b, f"{name}[{index}]")]
+    return [] if was == now else [f"{name} was {was}, now {now}"]

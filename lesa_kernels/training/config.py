@@ -1,0 +1,144 @@
+"""Hyper-parameters of a training, the order in which its runs are played, and what it leaves behind."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Phase = Literal["guided", "closed loop"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Hyper-parameters; the defaults are the published ones (arXiv 2602.20497).
+
+    Args:
+        guided_epochs: passes over the runs with true history.
+        closed_loop_epochs: passes with the predictor's own forecasts as history.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        clip_norm: largest norm of a gradient.
+        decay: "step" multiplies the rate by `decay_factor` every `decay_every` updates; "cosine" lets it fall to
+            `learning_rate * decay_factor` over a phase.
+        decay_every: updates between two steps of the decay.
+        decay_factor: see `decay`.
+        restart_each_phase: a fresh optimiser and rate for each phase. Published: one for both, so that with many
+            prompts the rate of phase 2 is almost nothing.
+        batch_size: runs that are played at once, one update a forecast step for all of them; processes share them.
+        shuffle: play the runs of each epoch in an order of its own. Published: as they come.
+        seed: of that order.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    guided_epochs: int = 1
+    closed_loop_epochs: int = 2
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    decay: Literal["step", "cosine"] = "step"
+    decay_every: int = 500
+    decay_factor: float = 0.5
+    restart_each_phase: bool = False
+    batch_size: int = 1
+    shuffle: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("guided_epochs", "closed_loop_epochs", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm", "decay_every", "decay_factor", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.decay not in ("step", "cosine"):
+            raise ValueError(f'decay must be "step" or "cosine", got {self.decay!r}')
+
+    @classmethod
+    def published(cls) -> TrainingConfig:
+        """The published settings, with float32 parameters."""
+        return cls()
+
+    @classmethod
+    def tuned(cls) -> TrainingConfig:
+        """A rate that float32 parameters can use, afresh for each phase, and twice the epochs."""
+        return cls(2, 4, learning_rate=1e-3, decay="cosine", decay_factor=0.1, restart_each_phase=True)
+
+    def rate(self, updates: int, of_phase: int, phase_length: int) -> float:
+        """Return the learning rate of an update.
+
+        Args:
+            updates: how many came before it since the optimiser was fresh.
+            of_phase: how many came before it in its phase.
+            phase_length: how many a phase has.
+        """
+        if self.decay == "step":
+            return float(self.learning_rate * self.decay_factor ** (updates // self.decay_every))
+        fallen = 0.5 - 0.5 * math.cos(math.pi * of_phase / max(phase_length, 1))
+        return self.learning_rate * (1 - fallen * (1 - self.decay_factor))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Runs that are played at once.
+
+    Args:
+        phase: what the history holds meanwhile.
+        epoch: of the phase.
+        runs: their numbers in the source.
+        number: batches before it in the phase.
+        phase_length: batches that the phase has.
+    """
+
+    phase: Phase
+    epoch: int
+    runs: tuple[int, ...]
+    number: int
+    phase_length: int
+
+    def __str__(self) -> str:
+        """Name it for messages."""
+        return f"{self.phase} phase, epoch {self.epoch}, run {' '.join(map(str, self.runs))}"
+
+
+def agenda(config: TrainingConfig, num_runs: int) -> list[Batch]:
+    """Return all batches of a training in their order; it depends on the arguments alone."""
+    batches = []
+    phases: list[tuple[Phase, int]] = [("guided", config.guided_epochs), ("closed loop", config.closed_loop_epochs)]
+    of_epoch = math.ceil(num_runs / config.batch_size)
+    for phase, epochs in phases:
+        for epoch in range(epochs):
+            order = list(range(num_runs))
+            if config.shuffle:
+                random.Random(f"{config.seed}, {phase}, {epoch}").shuffle(order)
+            for number in range(of_epoch):
+                runs = tuple(order[number * config.batch_size : (number + 1) * config.batch_size])
+                batches.append(Batch(phase, epoch, runs, epoch * of_epoch + number, epochs * of_epoch))
+    return batches
+
+
+@dataclass
+class TrainingResult:
+    """What a training leaves behind beside the trained predictor.
+
+    Args:
+        losses: mean L1 loss over the forecasts of a batch of runs, by phase, in order.
+        seconds: how long it took, interruptions left out.
+        updates: optimiser updates.
+    """
+
+    losses: dict[Phase, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    updates: int = 0
+
+
+def losses_by_phase(batches: Sequence[Batch], losses: Sequence[float]) -> dict[Phase, list[float]]:
+    """Sort the losses of the first batches by phase; a phase that did not begin is there, empty."""
+    found: dict[Phase, list[float]] = {"guided": [], "closed loop": []}
+    for batch, loss in zip(batches, losses, strict=False):
+        found[batch.phase].append(loss)
+    return found

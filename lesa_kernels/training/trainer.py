@@ -1,0 +1,287 @@
+"""The published training of LESA (arXiv 2602.20497): on true history first, then on the predictor's own forecasts.
+
+Both phases minimise the L1 distance to the feature of the unaccelerated run, one update a forecast step. Phase 1
+("GT-guided") feeds true features back, phase 2 ("CL-AR", closed loop) the forecasts, detached, as at inference. The
+trainer is a player of a `Source`: it learns while the model samples, and keeps no more than a window of features.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from lesa_kernels.predictors import LesaPredictor
+from lesa_kernels.schedule import Schedule, ScheduleRule
+from lesa_kernels.sources import ONLY_BRANCH, Call, Source, watch
+from lesa_kernels.training.checkpoint import Checkpoint
+from lesa_kernels.training.config import Batch, TrainingConfig, TrainingResult, agenda, losses_by_phase
+from lesa_kernels.training.learner import Learner
+from lesa_kernels.training.ranks import Ranks
+from lesa_kernels.training.reports import Scalars, check_reports, save_predictors, write_losses
+
+
+@torch.inference_mode(False)
+def train(
+    predictor: LesaPredictor | Mapping[str, LesaPredictor],
+    source: Source,
+    schedule: Schedule | ScheduleRule,
+    config: TrainingConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = True,
+    description: str = "training",
+    tensorboard: bool = False,
+    save_seconds: float = 30.0,
+) -> TrainingResult:
+    """Train a predictor in place; from then on it is one for the source's sigmas.
+
+    With `out`, a training that was stopped or killed goes on where it was last saved when this is called again with the
+    same arguments, and gives the same bits as one that was not; one that is finished returns its result. What stops it
+    (a non-finite loss, Ctrl-C, an error of the source) leaves the predictor as the last complete batch made it.
+
+    Under `torch.distributed` each process plays its share of a batch, gradients are averaged, rank 0 writes.
+
+    Args:
+        predictor: float32 parameters, on the device of the features; or one a branch of guidance, by name. The calls
+            of a branch without a predictor are only watched.
+        source: the runs.
+        schedule: where the full steps will lie at inference.
+        config: hyper-parameters, None for the published ones.
+        out: folder for the checkpoint, `losses.csv`, `loss.png` and the predictor (several: in folders of their
+            branches), all of which are there from the first checkpoint on; None writes nothing.
+        progress: show a bar with the loss.
+        description: what the bar and the plot call the training.
+        tensorboard: write scalars to `out/tensorboard`.
+        save_seconds: time between checkpoints; 0 saves after every batch.
+
+    Returns:
+        Losses and times.
+
+    Raises:
+        ValueError: when the source has no run, does not play all steps of a branch, or cannot be split over the
+            processes; when the plan forecasts no step, or `out` holds a training with other arguments.
+        TypeError: when the parameters are not float32.
+        FloatingPointError: when a loss is not finite; names the tensor, step, branch, phase and run.
+        ModuleNotFoundError: when a package for what is to be written is missing.
+        RuntimeError: when torchrun started this process and torch.distributed is not initialised.
+    """
+    config = config or TrainingConfig()
+    ranks = Ranks()
+    folder = None if out is None else Path(out)
+    check_reports(folder, tensorboard)
+    training = _Training(predictor, source, schedule, config, ranks)
+    checkpoint = ranks.from_first(lambda: training.start(folder))
+    training.restore(checkpoint)
+    if training.done == len(training.batches):
+        return training.result()
+    writes = ranks.writes
+    scalars = Scalars(folder if tensorboard and writes else None, training.done)
+    columns = ("[progress.description]{task.description}", BarColumn(), TextColumn("loss {task.fields[loss]}"))
+    bar = Progress(
+        *columns, MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), disable=not (progress and writes)
+    )
+    saved = time.monotonic()
+    with bar:
+        task = bar.add_task(description, total=len(training.batches), completed=training.done, loss="-")
+        try:
+            while training.done < len(training.batches):
+                batch = training.batches[training.done]
+                loss, rate = training.play(batch)
+                scalars.add(training.done - 1, batch, loss, rate)
+                bar.update(task, advance=1, loss=f"{loss:.4f}", description=f"{description} ({batch.phase})")
+                if folder and writes and time.monotonic() - saved >= save_seconds:
+                    training.save(folder, description)
+                    saved = time.monotonic()
+        finally:
+            scalars.close()
+            if folder and writes:
+                training.save(folder, description)
+    return training.result()
+
+
+class _Training:
+    """A training between two batches.
+
+    Args:
+        predictor: see `train`.
+        source: see `train`.
+        schedule: see `train`.
+        config: hyper-parameters.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self,
+        predictor: LesaPredictor | Mapping[str, LesaPredictor],
+        source: Source,
+        schedule: Schedule | ScheduleRule,
+        config: TrainingConfig,
+        ranks: Ranks,
+    ) -> None:
+        self.predictors = {ONLY_BRANCH: predictor} if isinstance(predictor, LesaPredictor) else dict(predictor)
+        if not self.predictors:
+            raise ValueError("predictor must name at least one branch, got none")
+        if len(source) < 1:
+            raise ValueError("source must hold at least one run, got none")
+        ranks.check(len(source), config.batch_size)
+        self._source = source
+        self._config = config
+        self._ranks = ranks
+        self.batches = agenda(config, len(source))
+        self._learners = {
+            branch: Learner(branch, own, source.sigmas, schedule, config, ranks)
+            for branch, own in self.predictors.items()
+        }
+        self._state = {name: tensor for learner in self._learners.values() for name, tensor in learner.state.items()}
+        self._good = {name: tensor.clone() for name, tensor in self._state.items()}
+        self._losses: list[float] = []
+        self._seconds = 0.0
+
+    @property
+    def done(self) -> int:
+        """Batches that are done."""
+        return len(self._losses)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Return all that the result depends on; the process count is not in it, it changes roundings alone."""
+        return {
+            "sigmas": list(self._source.sigmas),
+            "the number of runs of source": len(self._source),
+            "source.model": getattr(self._source, "model", None),
+            "config": asdict(self._config),
+            "predictor": {
+                branch: {
+                    "stages": learner.predictor.stages,
+                    "full steps": learner.schedule.full_steps,
+                    "shapes": {name: tuple(tensor.shape) for name, tensor in learner.predictor.state_dict().items()},
+                }
+                for branch, learner in self._learners.items()
+            },
+        }
+
+    def start(self, folder: Path | None) -> Checkpoint:
+        """Return the checkpoint of a folder, the present state where there is none.
+
+        Raises:
+            ValueError: when the folder holds a training with other settings.
+        """
+        settings = self._settings
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            # A training that failed in its first batch binds nobody.
+            if (found := Checkpoint.load(folder)) is not None and found.losses:
+                found.check(settings, folder)
+                return found
+        return Checkpoint(settings, {name: tensor.cpu() for name, tensor in self._state.items()})
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of a checkpoint."""
+        for name, tensor in self._state.items():
+            tensor.copy_(checkpoint.tensors[name])
+        self._keep()
+        self._losses = list(checkpoint.losses)
+        self._seconds = checkpoint.seconds
+        for learner in self._learners.values():
+            learner.predictor.trained_sigmas = self._source.sigmas
+            if hasattr(learner.predictor, "trained_schedule"):
+                cast(Any, learner.predictor).trained_schedule = learner.schedule
+
+    def save(self, folder: Path, description: str) -> None:
+        """Write the state after the last complete batch, and the reports."""
+        save_predictors(self.predictors, folder)
+        write_losses(folder, self.batches, self._losses, description)
+        # Last: a checkpoint that says "finished" must find the rest in place.
+        Checkpoint(self._settings, self._good, self._losses, self._seconds).save(folder)
+
+    def result(self) -> TrainingResult:
+        """Return what is known so far."""
+        updates = self.done * sum(learner.forecasts for learner in self._learners.values())
+        return TrainingResult(losses_by_phase(self.batches, self._losses), self._seconds, updates)
+
+    def play(self, batch: Batch) -> tuple[float, float]:
+        """Train on a batch of runs; whatever fails, the state is that of the last complete batch.
+
+        Returns:
+            The mean loss and the last learning rate.
+
+        Raises:
+            FloatingPointError: when a loss or gradient is not finite.
+        """
+        begin = time.perf_counter()
+        try:
+            self._play(batch)
+            loss = self._mean_loss(batch)
+        except BaseException:
+            self._go_back()
+            raise
+        self._keep()
+        self._losses.append(loss)
+        self._seconds += time.perf_counter() - begin
+        return loss, next(iter(self._learners.values())).rate
+
+    def _play(self, batch: Batch, *, inspect: bool = False) -> None:
+        for learner in self._learners.values():
+            learner.begin(batch, self.done, inspect=inspect)
+
+        def player(call: Call) -> Tensor | None:
+            feature, output = watch(call)
+            if (learner := self._learners.get(call.branch)) is not None:
+                # Sources may sample in inference mode, under autocast and without gradients.
+                with (
+                    torch.inference_mode(False),
+                    torch.enable_grad(),
+                    torch.autocast(feature.device.type, enabled=False),
+                ):
+                    learner.learn(call.step, feature.detach())
+            return output
+
+        with torch.no_grad():
+            self._source.play(self._ranks.share_of(batch.runs), player)
+        for learner in self._learners.values():
+            learner.check_complete()
+
+    def _mean_loss(self, batch: Batch) -> float:
+        """Read the losses from the device, once a batch."""
+        learners = self._learners.values()
+        losses = torch.stack([loss.float() for learner in learners for loss in learner.losses.values()])
+        self._ranks.average([losses])
+        norms = torch.stack([norm for learner in learners for norm in learner.norms])
+        values = torch.cat([losses, norms]).tolist()
+        if not all(map(math.isfinite, values)):
+            self._name_what_is_not_finite(batch)
+        return float(sum(values[: len(losses)]) / len(losses))
+
+    def _name_what_is_not_finite(self, batch: Batch) -> None:
+        """Play a batch again, looking at every tensor; slow, but what happened is gone."""
+        first = next(
+            (
+                f"step {step} of branch {learner.branch!r}"
+                for learner in self._learners.values()
+                for step, loss in learner.losses.items()
+                if not loss.isfinite()
+            ),
+            "a step whose gradient is not",
+        )
+        self._go_back()
+        self._play(batch, inspect=True)
+        raise FloatingPointError(
+            f"a loss was not finite at {first} ({batch}); played again the source gave other features, all finite"
+        )
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        torch._foreach_copy_(list(self._good.values()), list(self._state.values()))
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        torch._foreach_copy_(list(self._state.values()), list(self._good.values()))
