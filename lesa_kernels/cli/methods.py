@@ -11,14 +11,30 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lesa_kernels.predictors import LesaPredictor
+from lesa_kernels.integrations import default_schedule
+from lesa_kernels.predictors import LesaPredictor, LinearPredictor, TaylorSeer
 from lesa_kernels.predictors.lesa import PUBLISHED_STAGES
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import Source
-from lesa_kernels.training import TrainingConfig, train
+from lesa_kernels.sources import ONLY_BRANCH, Source
+from lesa_kernels.training import (
+    Judge,
+    TrainingConfig,
+    fit_features,
+    fit_lesa,
+    fit_through_tail,
+    plan_for_budget,
+    segment_stages,
+    train,
+)
+from lesa_kernels.training.reports import save_predictors
 
+_INTERVAL = 7
+# Placements that are tried for a budget if nothing else is said.
+_SEARCH = 40
 # The first stage reads four features, so that many full steps come first.
 _WARMUP = 4
+# Of the KANs where every segment has an expert of its own.
+_HIDDEN = 32
 # Published for Qwen-Image, whose guidance has branches.
 _STAGES_OF_BRANCHES = ((0.9, 4), (0.4, 8), (0.0, 8))
 
@@ -28,6 +44,9 @@ class Method(str, Enum):
 
     tuned = "tuned"
     published = "published"
+    tail = "tail"
+    lesa_tail = "lesa-tail"
+    features = "features"
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,9 @@ class Job:
         branches: of the guidance; each gets a predictor.
         interval: of the published rule.
         calls: or: how many full steps, uniform in sigma.
+        seconds: or: as many as a batch of runs may last.
+        decibels: or: as few as reach this bound, see `lesa_kernels.training.Judged`.
+        search: how many placements to try for the full steps; 0 takes them as they are.
         out: folder for all that is written.
         device: where the predictors are trained.
         batch: runs at once.
@@ -53,8 +75,11 @@ class Job:
     branches: tuple[str, ...]
     out: Path
     device: str
-    interval: int = 7
+    interval: int | None = None
     calls: int | None = None
+    seconds: float | None = None
+    decibels: float | None = None
+    search: int = 0
     batch: int = 1
     epochs: tuple[int, int] | None = None
     learning_rate: float | None = None
@@ -62,15 +87,22 @@ class Job:
     tensorboard: bool = False
     console: Console = field(default_factory=Console)
 
+    @property
+    def seeks(self) -> bool:
+        """Whether the full steps are to be found by sampling."""
+        return self.search > 0 or self.seconds is not None or self.decibels is not None
+
     def schedule(self, warmup: int) -> Schedule:
         """Return the schedule that was asked for; where calls were, so many full steps come first."""
         if self.calls is None:
-            return Schedule.interval(len(self.source.sigmas) - 1, self.interval)
+            return Schedule.interval(len(self.source.sigmas) - 1, self.interval or _INTERVAL)
         return Schedule.uniform_in_sigma(self.source.sigmas, self.calls, min(warmup, self.calls))
 
 
 def _train_lesa(preset: Callable[[], TrainingConfig], job: Job) -> str:
     """Train LESA's own predictor, one a branch."""
+    if job.seeks:
+        raise ValueError("--search, --seconds and --decibels are for the methods that fit: tail, lesa-tail, features")
     config = replace(preset(), batch_size=job.batch, seed=job.seed)
     if job.epochs is not None:
         config = replace(config, guided_epochs=job.epochs[0], closed_loop_epochs=job.epochs[1])
@@ -109,8 +141,62 @@ def _placement(schedule: Schedule, wanted: Schedule) -> str:
     return text if not more else f"{text}; {more} more than asked for, as the predictor's windows are not full before"
 
 
+def _found_schedule(job: Job) -> Schedule:
+    """Return where the full steps lie for a fit: as asked for, or found by sampling with TaylorSeer."""
+    sigmas = job.source.sigmas
+    if job.interval is not None:
+        wanted = Schedule.interval(len(sigmas) - 1, job.interval)
+    elif job.calls is not None:
+        wanted = Schedule.uniform_in_sigma(sigmas, job.calls)
+    else:
+        wanted = default_schedule(sigmas)
+    if not job.seeks:
+        return wanted
+    judge = Judge(job.source, batch=job.batch, progress=not job.console.quiet)
+    calls = None if job.seconds is not None or job.decibels is not None else len(wanted.full_steps)
+    found = plan_for_budget(
+        judge,
+        lambda schedule: TaylorSeer(2, "sigma"),
+        calls=calls,
+        seconds=job.seconds,
+        decibels=job.decibels,
+        evaluations=job.search or _SEARCH,
+        progress=not job.console.quiet,
+    )
+    job.console.print(f"TaylorSeer there: {found.judged.decibels:.2f} dB after {found.evaluations} placements")
+    return found.schedule
+
+
+def _fit(method: Method, job: Job) -> str:
+    """Fit coefficients, in one process; one predictor a branch."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError(f"--method {method.value} runs in one process, not in {torch.distributed.get_world_size()}")
+    if job.epochs is not None or job.learning_rate is not None or job.tensorboard:
+        raise ValueError(f"--epochs, --learning-rate and --tensorboard are not for --method {method.value}")
+    schedule, show = _found_schedule(job), not job.console.quiet
+    job.console.print(_placement(schedule, schedule), soft_wrap=True)
+    predictors: dict[str, LinearPredictor | LesaPredictor] = {}
+    if method is Method.features:
+        predictors.update(fit_features(job.source, schedule, batch=job.batch, progress=show))
+    else:
+        fitted = fit_through_tail(job.source, schedule, batch=job.batch, progress=show)
+        predictors[ONLY_BRANCH] = fitted
+        if method is Method.lesa_tail:
+            torch.manual_seed(job.seed)
+            sigmas = job.source.sigmas
+            own = LesaPredictor(len(sigmas) - 1, segment_stages(sigmas, schedule), hidden_dim=_HIDDEN)
+            fit_lesa(own, fitted, job.source, batch=job.batch, progress=show)
+            predictors[ONLY_BRANCH] = own
+    job.out.mkdir(parents=True, exist_ok=True)
+    save_predictors(predictors, job.out)
+    return "fitted; the same runs give the same coefficients"
+
+
 METHODS: dict[Method, Callable[[Job], str]] = {
     Method.tuned: partial(_train_lesa, TrainingConfig.tuned),
     Method.published: partial(_train_lesa, TrainingConfig.published),
+    Method.tail: partial(_fit, Method.tail),
+    Method.lesa_tail: partial(_fit, Method.lesa_tail),
+    Method.features: partial(_fit, Method.features),
 }
 """Learns, writes the predictors to the job's folder (several: in folders of their branches), returns what to tell."""

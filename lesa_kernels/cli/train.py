@@ -24,7 +24,6 @@ DIGITS = "digits"
 # A minute on a CPU.
 _DIGITS_RUNS = 80
 _DIGITS_BATCH = 20
-_INTERVAL = 7
 
 
 class Precision(str, Enum):
@@ -53,10 +52,21 @@ def train(
         int | None, typer.Option(help="Runs to learn from; prompts are repeated with other noise.", min=1)
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 50,
-    interval: Annotated[int | None, typer.Option(help="Of the published schedule; 7 if not given.", min=1)] = None,
+    interval: Annotated[
+        int | None, typer.Option(help="Of the published schedule; 7 for tuned and published.", min=1)
+    ] = None,
     calls: Annotated[
         int | None, typer.Option(help="Or: so many full steps, uniform in sigma; LESA's own begin with four.", min=1)
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Or: as many as let a batch of runs last so long on this machine.")
+    ] = None,
+    decibels: Annotated[
+        float | None, typer.Option(help="Or: as few as bring the final latents so near: -20 log10(relative error).")
+    ] = None,
+    search: Annotated[
+        int, typer.Option(help="Placements of the full steps to try; a budget tries 40 if not told.", min=0)
+    ] = 0,
     method: Annotated[Method, typer.Option(help="How to learn.")] = Method.tuned,
     epochs: Annotated[
         tuple[int, int] | None, typer.Option(help="With true history, then in closed loop; else as the method says.")
@@ -80,8 +90,8 @@ def train(
 ) -> None:
     """Train a predictor for a diffusers pipeline, while it samples; started again, it goes on where it was stopped."""
     check_modules("lesa train", "diffusers", "matplotlib")
-    if interval is not None and calls is not None:
-        raise typer.BadParameter("--interval and --calls both say which steps are full: give one of them")
+    if sum(each is not None for each in (interval, calls, seconds, decibels)) > 1:
+        raise typer.BadParameter("--interval, --calls, --seconds and --decibels say which steps are full: give one")
     place = _device(device)
     console = Console(quiet=_rank() > 0)
     with _processes(), _one_line():
@@ -97,8 +107,11 @@ def train(
             branches=branches,
             out=out,
             device=place,
-            interval=interval or _INTERVAL,
+            interval=interval,
             calls=calls,
+            seconds=seconds,
+            decibels=decibels,
+            search=search,
             batch=batch or (_DIGITS_BATCH if model == DIGITS else 1),
             epochs=epochs,
             learning_rate=learning_rate,

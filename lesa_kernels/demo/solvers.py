@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from lesa_kernels.demo.model import conditioning, unpatchify
+from lesa_kernels.demo.model import conditioning, design_of, unpatchify
 
 
 @torch.no_grad()
@@ -30,9 +30,10 @@ def solve(
         order: 1 is Euler, 2 Adams-Bashforth.
 
     Returns:
-        images: [B, 28, 28].
+        images: [B, size, size].
     """
-    fixed = conditioning(labels, noise.dtype)
+    design = design_of(model)
+    fixed = conditioning(labels, noise.dtype, design=design)
     tokens, previous, before = noise, None, 0.0
     for now, after in itertools.pairwise(sigmas):
         timestep = torch.full((len(tokens),), now, dtype=tokens.dtype, device=tokens.device)
@@ -44,4 +45,4 @@ def solve(
             slope = (1 + half_ratio) * velocity - half_ratio * previous
         tokens = tokens + step * slope
         previous, before = velocity, step
-    return unpatchify(tokens)
+    return unpatchify(tokens, design)

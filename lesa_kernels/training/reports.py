@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lesa_kernels.predictors import LesaPredictor
+from lesa_kernels.predictors import LesaPredictor, LinearPredictor
 from lesa_kernels.training.config import Batch, TrainingResult, losses_by_phase
 from lesa_kernels.training.files import replacing
 from lesa_kernels.training.plots import plot_losses
@@ -18,7 +18,7 @@ from lesa_kernels.training.plots import plot_losses
 _UNFINISHED = ".predictor.unfinished"
 
 
-def save_predictors(predictors: Mapping[str, LesaPredictor], folder: Path) -> None:
+def save_predictors(predictors: Mapping[str, LesaPredictor | LinearPredictor], folder: Path) -> None:
     """Write predictors with `save_pretrained`: one into the folder itself, several into folders of their branches.
 
     Each file appears whole or not at all, so that a predictor can be loaded at any time.

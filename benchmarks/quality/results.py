@@ -1,0 +1,200 @@
+"""The rows of the comparison, how they are kept, and what is drawn and decided from them."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from benchmarks.quality.methods import BASHFORTH, LESA, LESA_TAIL, LESA_TUNED, TAIL, TAYLOR
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one trained model.
+
+    Args:
+        data: the data set.
+        seed: of the model's training.
+        calls: of the blocks.
+        method: its name.
+        placement: where its calls lie.
+        full_steps: which steps they are, separated by blanks.
+        psnr: dB against the samples with all steps in full, mean over unseen samples.
+        psnr_error: its standard error.
+        psnr_converged: dB against converged samples.
+        samples: how many.
+        device: where it was measured.
+        torch: version.
+        commit: of this repository.
+        date: of the run.
+        command: that measured it.
+    """
+
+    data: str
+    seed: int
+    calls: int
+    method: str
+    placement: str
+    full_steps: str
+    psnr: float
+    psnr_error: float
+    psnr_converged: float
+    samples: int
+    device: str
+    torch: str
+    commit: str
+    date: str
+    command: str
+
+
+def load(file: Path) -> list[Row]:
+    """Read rows; none where there is no file."""
+    if not file.is_file():
+        return []
+    kinds = {"seed": int, "calls": int, "samples": int, "psnr": float, "psnr_error": float, "psnr_converged": float}
+    with file.open(newline="") as lines:
+        return [Row(**{key: kinds.get(key, str)(value) for key, value in row.items()}) for row in csv.DictReader(lines)]
+
+
+def save(rows: Sequence[Row], file: Path) -> None:
+    """Write all rows at once, so that a run that is stopped leaves whole comparisons."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    with unfinished.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    unfinished.replace(file)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method over the trained models of a data set: mean, lowest and highest PSNR in dB."""
+
+    data: str
+    calls: int
+    method: str
+    placement: str
+    psnr: float
+    lowest: float
+    highest: float
+    converged: float
+    models: int
+
+
+def lines(rows: Sequence[Row]) -> list[Line]:
+    """Put the models of a data set together; best method first."""
+    groups: dict[tuple[str, int, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.data, row.calls, row.method, row.placement), []).append(row)
+    found = [
+        Line(
+            *key,
+            psnr=statistics.mean(row.psnr for row in group),
+            lowest=min(row.psnr for row in group),
+            highest=max(row.psnr for row in group),
+            converged=statistics.mean(row.psnr_converged for row in group),
+            models=len(group),
+        )
+        for key, group in groups.items()
+    ]
+    return sorted(found, key=lambda line: (line.data, -line.calls, -line.psnr))
+
+
+def table(found: Sequence[Line], data: str, calls: int) -> Table:
+    """Lay out the methods at one number of calls."""
+    chosen = [line for line in found if (line.data, line.calls) == (data, calls)]
+    models = max((line.models for line in chosen), default=0)
+    out = Table(title=f"{data}, {calls} calls of the blocks, {models} trained models", box=box.SIMPLE_HEAD)
+    for name in ("method", "placed", "PSNR, dB", "lowest", "highest", "to converged"):
+        out.add_column(name, justify="left" if name in ("method", "placed") else "right", no_wrap=True)
+    for line in chosen:
+        figures = (line.psnr, line.lowest, line.highest, line.converged)
+        style = "bold" if line.method in (TAIL, LESA_TAIL) else ""
+        out.add_row(line.method, line.placement, *(f"{figure:.1f}" for figure in figures), style=style)
+    return out
+
+
+@dataclass(frozen=True)
+class Target:
+    """A difference that was asked for: our best against the best of a rival, model by model."""
+
+    name: str
+    ours: tuple[str, ...]
+    rival: str
+    decibels: float
+
+
+TARGETS = (
+    Target("best learned over TaylorSeer in sigma at its best placement", (TAIL, LESA_TAIL, LESA_TUNED), TAYLOR, 2.0),
+    Target("best learned over Adams-Bashforth", (TAIL, LESA_TAIL, LESA_TUNED), BASHFORTH, 6.0),
+    Target("LESA's form over its published recipe", (LESA_TAIL, LESA_TUNED), LESA, 8.0),
+)
+
+
+def verdicts(rows: Sequence[Row], placement_of_bashforth: str) -> Table:
+    """Compare with the targets.
+
+    Args:
+        rows: of all models.
+        placement_of_bashforth: at which it is compared; the others at the best of theirs.
+    """
+    out = Table(title="Targets: differences in dB, mean over models (lowest to highest)", box=box.SIMPLE_HEAD)
+    for name in ("data", "calls", "target", "asked", "measured", ""):
+        out.add_column(name)
+    for data, calls in sorted({(row.data, row.calls) for row in rows}, key=lambda key: (key[0], -key[1])):
+        for target in TARGETS:
+            differences = []
+            for seed in sorted({row.seed for row in rows if (row.data, row.calls) == (data, calls)}):
+                own = [row for row in rows if (row.data, row.calls, row.seed) == (data, calls, seed)]
+                ours = [row.psnr for row in own if row.method in target.ours]
+                rival = [
+                    row.psnr
+                    for row in own
+                    if row.method == target.rival
+                    and (target.rival != BASHFORTH or row.placement == placement_of_bashforth)
+                ]
+                if ours and rival:
+                    differences.append(max(ours) - max(rival))
+            if differences:
+                mean = statistics.mean(differences)
+                spread = f"{mean:.1f} ({min(differences):.1f} to {max(differences):.1f})"
+                word = "met" if mean >= target.decibels else "NOT MET"
+                out.add_row(data, str(calls), target.name, f"{target.decibels:.0f}", spread, word)
+    return out
+
+
+def draw(found: Sequence[Line], path: Path) -> None:
+    """Draw PSNR against calls, a panel a data set: each method at its best placement, with the spread over models."""
+    from matplotlib.figure import Figure
+
+    names = sorted({line.data for line in found})
+    figure = Figure(figsize=(5.5 * len(names), 5.0), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    methods = sorted({line.method for line in found})
+    for panel, data in zip(panels, names, strict=True):
+        for index, method in enumerate(methods):
+            best: dict[int, Line] = {}
+            for line in found:
+                if (line.data, line.method) == (data, method) and line.psnr > getattr(
+                    best.get(line.calls), "psnr", float("-inf")
+                ):
+                    best[line.calls] = line
+            calls = sorted(best)
+            middle = [best[count].psnr for count in calls]
+            spread = [[best[c].psnr - best[c].lowest for c in calls], [best[c].highest - best[c].psnr for c in calls]]
+            style = {"linewidth": 2.5, "zorder": 3} if method in (TAIL, LESA_TAIL) else {"linewidth": 1.0}
+            panel.errorbar(calls, middle, spread, marker="o", capsize=3, color=f"C{index}", label=method, **style)
+        panel.set(title=data, xlabel="calls of the blocks (of 50 steps)", ylabel="PSNR against all 50 calls, dB")
+        panel.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    figure.suptitle("each method at its best placement; bars: lowest and highest of the trained models", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,162 @@
+"""What methods are compared on: a trained model, runs to learn from, and unseen noise with what it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from lesa_kernels.demo.model import (
+    MNIST,
+    NUM_CLASSES,
+    SMALL_DIGITS,
+    WEIGHTS,
+    Design,
+    conditioning,
+    initial_noise,
+    load_model,
+    scheduler,
+    set_up,
+    unpatchify,
+)
+from lesa_kernels.demo.solvers import solve
+from lesa_kernels.integrations import recorded
+from lesa_kernels.predictors import Forecaster
+from lesa_kernels.schedule import Schedule
+from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
+from lesa_kernels.training.players import Following, reference_latents
+
+STEPS = 50
+CONVERGED_STEPS = 200
+# What is learned from must not be judged on.
+TRAINING_NOISE, UNSEEN_NOISE = 1_000, 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set with models for it.
+
+    Args:
+        name: also in the names of folders and rows.
+        design: sizes of its model.
+        iterations: of the model's training.
+        batch: images in each of them.
+        samples: unseen ones to judge on.
+    """
+
+    name: str
+    design: Design
+    iterations: int
+    batch: int
+    samples: int
+
+    def folder(self, cache: Path, seed: int) -> Path:
+        """Return where the model of a seed lies: in the cache, but for the one that comes with the package."""
+        return WEIGHTS if self.design is MNIST and seed == 0 else cache / f"{self.name}-{seed}"
+
+
+DATA = {
+    "digits": Data("digits", SMALL_DIGITS, iterations=3000, batch=32, samples=256),
+    "mnist": Data("mnist", MNIST, iterations=6000, batch=32, samples=128),
+}
+
+
+class Setting:
+    """A model and its samples.
+
+    Args:
+        model: in evaluation mode.
+        design: its sizes.
+        learn: how many runs there are to learn from.
+        samples: how many unseen ones to judge on.
+        steps: S.
+    """
+
+    def __init__(
+        self, model: FluxTransformer2DModel, design: Design, learn: int = 32, samples: int = 128, steps: int = STEPS
+    ) -> None:
+        self.model = model
+        self.design = design
+        self.steps = steps
+        self.sigmas = tuple(float(sigma) for sigma in set_up(scheduler(), steps))
+        self.noise = initial_noise(samples, UNSEEN_NOISE, design=design)
+        self.labels = torch.arange(samples) % NUM_CLASSES
+        self.learnt_from = self.source(initial_noise(learn, TRAINING_NOISE, design=design), torch.arange(learn) % 10)
+
+    @classmethod
+    def load(cls, data: Data, folder: Path) -> Setting:
+        """Make the setting of a trained model."""
+        return cls(load_model(folder=folder), data.design, samples=data.samples)
+
+    def source(self, noise: Tensor, labels: Tensor) -> Sampled:
+        """Return the Euler runs from some noise [B, T, C], one for each sample."""
+        return Sampled(partial(self._loop, noise, labels), len(noise), self.sigmas)
+
+    def _loop(self, noise: Tensor, labels: Tensor, runs: Sequence[int], player: Player) -> None:
+        chosen = list(runs)
+        tokens, fixed = noise[chosen], conditioning(labels[chosen], design=self.design)
+        for step in range(self.steps):
+            time = torch.full((len(chosen),), self.sigmas[step])
+            modulation = self.model.time_text_embed(time * 1000, fixed["pooled_projections"])
+
+            def blocks(tokens: Tensor = tokens, time: Tensor = time) -> Tensor:
+                with recorded(self.model) as features:
+                    self.model(hidden_states=tokens, timestep=time, **fixed, return_dict=False)
+                return features[0]
+
+            def tail(feature: Tensor, modulation: Tensor = modulation) -> Tensor:
+                output: Tensor = self.model.proj_out(self.model.norm_out(feature, modulation))
+                return output
+
+            velocity = player(Call(step, blocks, tail, tokens))
+            if velocity is None:
+                raise RuntimeError("the player must answer with an output")
+            tokens = tokens + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+
+    @cached_property
+    def trajectories(self) -> Recorded:
+        """The features of the runs to learn from, two samples a run."""
+        kept: list[list[Tensor]] = []
+
+        def player(call: Call) -> Tensor | None:
+            feature = call.blocks()
+            kept[-1].append(feature)
+            return None if call.tail is None else call.tail(feature)
+
+        with torch.no_grad():
+            for start in range(0, len(self.learnt_from), 2):
+                kept.append([])
+                self.learnt_from.play(range(start, min(start + 2, len(self.learnt_from))), player)
+        return Recorded(kept, self.sigmas)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The unseen samples with all steps in full, images [B, size, size]."""
+        source = self.source(self.noise, self.labels)
+        latents = reference_latents(source, range(len(source)), [self.steps])[0][self.steps]
+        return unpatchify(latents, self.design)
+
+    @cached_property
+    def converged(self) -> Tensor:
+        """The unseen samples by many steps of a second-order solver."""
+        return solve(self.model, self.noise, self.labels, set_up(scheduler(), CONVERGED_STEPS).tolist(), order=2)
+
+    @torch.no_grad()
+    def images(self, forecaster: Forecaster, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
+        """Sample the unseen noise with forecasts; return images and the steps that were full."""
+        plan = forecaster.plan(self.sigmas, schedule)
+        following = Following({ONLY_BRANCH: plan}, self.sigmas)
+        self.source(self.noise, self.labels).play(range(len(self.noise)), following)
+        if following.final is None:
+            raise RuntimeError("the run did not reach its end")
+        return unpatchify(following.final, self.design), plan.full_steps
+
+    def solved(self, schedule: Schedule, order: int) -> Tensor:
+        """Sample the unseen noise by a solver that takes the full steps only."""
+        levels = [self.sigmas[step] for step in schedule.full_steps] + [self.sigmas[-1]]
+        return solve(self.model, self.noise, self.labels, levels, 2 if order == 2 else 1)

@@ -1,0 +1,90 @@
+"""The comparison of qualities: every method runs, rows are kept and read back, targets are judged model by model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import methods, results
+from benchmarks.quality.setting import DATA, Setting
+from lesa_kernels.demo.model import SMALL_DIGITS, build_model, sample
+from lesa_kernels.predictors import Reuse
+from lesa_kernels.schedule import Schedule
+
+EFFORT = methods.Effort(taylor=2, own=1, iterations=2)
+
+
+def _setting() -> Setting:
+    torch.manual_seed(0)
+    return Setting(build_model(SMALL_DIGITS).eval(), SMALL_DIGITS, learn=2, samples=3, steps=12)
+
+
+def test_the_reference_is_what_the_model_samples() -> None:
+    setting = _setting()
+    assert torch.allclose(
+        setting.reference, sample(setting.model, setting.noise, setting.labels, num_steps=12), atol=1e-5
+    )
+    everything = Schedule.explicit(12, range(12))
+    assert torch.equal(setting.images(Reuse(), everything)[0], setting.reference)
+    assert torch.allclose(setting.solved(everything, 1), setting.reference, atol=1e-5)
+
+
+def test_every_method_yields_rows_with_the_calls_that_were_asked_for() -> None:
+    rows = quality.compare(DATA["digits"], 0, _setting(), 5, 4, EFFORT)
+    found = {(row.method, row.placement) for row in rows}
+    assert {name for name, _ in found} >= {
+        methods.LESA,
+        methods.LESA_TUNED,
+        methods.LESA_TAIL,
+        methods.TAIL,
+        methods.TAYLOR,
+        methods.BASHFORTH,
+        methods.EULER,
+    }
+    assert len(found) == len(rows)
+    for row in rows:
+        if row.placement != methods.PUBLISHED:
+            assert len(row.full_steps.split()) == 5, row
+
+
+def _row(method: str, seed: int, psnr: float, placement: str = methods.UNIFORM) -> results.Row:
+    return results.Row(
+        "digits", seed, 10, method, placement, "0 1", psnr, 0.5, psnr - 1, 8, "cpu", "2", "c", "d", "python"
+    )
+
+
+def test_rows_survive_a_file(tmp_path: Path) -> None:
+    rows = [_row(methods.TAIL, 0, 40.0), _row(methods.TAYLOR, 1, 39.0)]
+    results.save(rows, tmp_path / "rows.csv")
+    assert results.load(tmp_path / "rows.csv") == rows
+    assert results.load(tmp_path / "none.csv") == []
+
+
+def test_targets_compare_within_each_model() -> None:
+    rows = [
+        *(_row(methods.TAIL, seed, 40.0 + seed) for seed in (0, 1)),
+        *(_row(methods.TAYLOR, seed, 35.0 + 2 * seed) for seed in (0, 1)),
+        *(_row(methods.BASHFORTH, seed, 36.0) for seed in (0, 1)),
+        *(_row(methods.BASHFORTH, seed, 60.0, methods.SEARCHED) for seed in (0, 1)),
+    ]
+    table = results.verdicts(rows, methods.UNIFORM)
+    measured = list(table.columns[4].cells)
+    assert measured == ["4.5 (4.0 to 5.0)", "4.5 (4.0 to 5.0)"]
+    assert list(table.columns[5].cells) == ["met", "NOT MET"]
+
+
+def test_lines_hold_mean_and_spread() -> None:
+    (line,) = results.lines([_row(methods.TAIL, 0, 40.0), _row(methods.TAIL, 1, 43.0)])
+    assert (line.psnr, line.lowest, line.highest, line.converged, line.models) == (41.5, 40.0, 43.0, 40.5, 2)
+
+
+def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(_row(methods.TAIL, seed, 40.0), calls=calls) for seed in (0, 1, 2) for calls in (10, 8, 6)]
+    results.save(rows, tmp_path / "rows.csv")
+    monkeypatch.setattr(quality, "compare", lambda *_: pytest.fail("measured again"))
+    quality.main(data=["digits"], models=tmp_path, out=tmp_path / "rows.csv", plot=tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
