@@ -8,9 +8,10 @@ mode, one pass of the tail a coefficient); the blocks are never differentiated.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -49,6 +50,7 @@ def derivatives(
     Returns:
         [*output], and as many derivatives [*output].
     """
+    _load_rules()
     output, slopes = None, []
     for direction in directions:
         with forward_ad.dual_level():
@@ -56,6 +58,14 @@ def derivatives(
             output = dual.primal
             slopes.append(torch.zeros_like(output) if dual.tangent is None else dual.tangent)
     return tail(feature) if output is None else output, slopes
+
+
+@cache
+def _load_rules() -> None:
+    """Let torch load its rules of forward mode, which warn of torch.jit.script, torch's own doing."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 @dataclass(frozen=True)

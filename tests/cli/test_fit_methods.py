@@ -1,0 +1,88 @@
+"""`lesa train` with the methods that fit coefficients, and with budgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed (extra: demo)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
+
+from typer.testing import CliRunner
+
+import lesa_kernels as lesa
+from lesa_kernels.cli import app
+from lesa_kernels.cli import methods as cli_methods
+from lesa_kernels.demo.pipeline import DigitsPipeline
+
+DIGITS = ["--model", "digits", "--steps", "12", "--runs", "4", "--batch", "4"]
+
+
+def run(out: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(app, ["train", *DIGITS, "--out", str(out), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("features", lesa.LinearPredictor), ("tail", lesa.LinearPredictor), ("lesa-tail", lesa.LesaPredictor)],
+)
+def test_a_fit_serves_the_pipeline_with_its_own_schedule(
+    method: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_lesa = cli_methods.fit_lesa
+    monkeypatch.setattr(cli_methods, "fit_lesa", lambda *a, **k: fit_lesa(*a, iterations=5, **k))
+    result = run(tmp_path, "--method", method, "--calls", "4")
+    assert result.exit_code == 0, result.output
+    predictor = lesa.load_predictor(tmp_path)
+    assert isinstance(predictor, kind)
+    pipe = DigitsPipeline.load()
+    lesa.enable(pipe, predictor)
+    pipe("7", num_inference_steps=12, output_type="pt")
+    summary = lesa.summary(pipe)
+    assert (summary.full, summary.forecast) == (4, 8)
+    assert predictor.schedule is not None
+    assert len(predictor.schedule.full_steps) == 4
+
+
+def test_without_a_budget_a_fit_takes_a_fifth_of_the_steps(tmp_path: Path) -> None:
+    result = run(tmp_path, "--method", "features")
+    assert result.exit_code == 0, result.output
+    schedule = lesa.load_predictor(tmp_path).schedule
+    assert schedule is not None
+    assert len(schedule.full_steps) == 3
+
+
+def test_budgets_choose_the_calls(tmp_path: Path) -> None:
+    by_bound = run(tmp_path, "--method", "features", "--decibels", "20", "--search", "3")
+    assert by_bound.exit_code == 0, by_bound.output
+    assert "TaylorSeer there:" in by_bound.output
+    schedule = lesa.load_predictor(tmp_path).schedule
+    assert schedule is not None
+    assert len(schedule.full_steps) < 12
+    too_short = run(tmp_path, "--method", "features", "--seconds", "0.000001")
+    assert too_short.exit_code == 2
+    assert "seconds must allow one full call" in " ".join(too_short.output.replace("│", " ").split())
+
+
+def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert run(tmp_path / name, "--method", "features", "--calls", "4").exit_code == 0
+    first, second = (lesa.load_predictor(tmp_path / name) for name in ("first", "second"))
+    assert torch.equal(first.coefficients.nan_to_num(), second.coefficients.nan_to_num())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "tail", "--epochs", "1", "1"], "--epochs, --learning-rate and --tensorboard are not for"),
+        (["--method", "tuned", "--search", "3"], "are for the methods that fit"),
+        (["--calls", "3", "--decibels", "20"], "say which steps are full: give one"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = run(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
