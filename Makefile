@@ -17,7 +17,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 FORMATTED := $(NATIVE_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo demo-train test test-all bench gpu-check lint format clean
+.PHONY: help setup demo demo-train test test-all bench gpu-check quality lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -57,6 +57,9 @@ test-all: setup ## Run the tests that take long as well
 bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)
 	@$(BIN)/python -m benchmarks.hooks
+
+quality: setup ## Compare what all methods make of digits; trains six small models the first time (an hour)
+	@$(BIN)/python -m benchmarks.quality $(ARGS)
 
 gpu-check: ## Build, test and measure on the GPU here, with the packages of PYTHON and no network; writes a report
 	@$(PYTHON) -m tools.gpu_check $(ARGS)

@@ -54,8 +54,8 @@ def main(
         measured += rows
         if save:
             results.save(rows, out)
-    if clock.device.type == "cuda":
-        console.print(targets.table(targets.judge(measured)))
+    wanted = targets.targets() if clock.device.type == "cuda" else targets.cpu_targets()
+    console.print(targets.table(targets.judge(measured, wanted)))
     if save:
         console.print(f"appended to {out.name}")
 

@@ -1,8 +1,8 @@
-"""What the kernels have to reach on a GPU, and whether a run's results do."""
+"""What the kernels have to reach, and whether a run's results do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -12,7 +12,7 @@ from benchmarks.cases import COMPILED, COMPILED_ROWS, EAGER
 from benchmarks.harness import COPY
 from benchmarks.results import Measurement
 from benchmarks.suite import FLUX, KAN_ROWS, QWEN
-from benchmarks.training import EAGER_STEP, KAN_WIDTHS
+from benchmarks.training import COMPILED_STEP, EAGER_STEP, KAN_WIDTHS
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,19 @@ def targets() -> Iterator[Target]:
         yield Target("kan_linear", size, "lesa::kan_linear and autograd", EAGER_STEP, 10)
 
 
-def judge(rows: Sequence[Measurement]) -> list[Verdict]:
-    """Compare the results of one run with the targets."""
+def cpu_targets() -> Iterator[Target]:
+    """Yield the targets of training on a CPU: K = 8, bfloat16."""
+    yield Target("predict_l1", f"{FLUX}, K=8, bfloat16", "lesa::predict_l1", EAGER_STEP, 40)
+    for count in KAN_ROWS:
+        size = f"{'-'.join(map(str, KAN_WIDTHS))}, {count} rows, forward and backward"
+        yield Target("kan_linear", size, "lesa::kan_linear and autograd", COMPILED_STEP, 1)
+
+
+def judge(rows: Sequence[Measurement], wanted: Iterable[Target] | None = None) -> list[Verdict]:
+    """Compare the results of one run with targets, None for those of a GPU."""
     medians = {(row.op, row.size, row.variant): row.median_s for row in rows}
     verdicts = []
-    for target in targets():
+    for target in targets() if wanted is None else wanted:
         ours = medians.get((target.op, target.size, target.ours))
         against = medians.get((target.op, target.size, target.against))
         verdicts.append(Verdict(target, against / ours if ours and against else None))

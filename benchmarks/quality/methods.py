@@ -23,7 +23,7 @@ from lesa_kernels.training import (
     train,
 )
 
-PUBLISHED, UNIFORM, SEARCHED, OWN = "published rule", "uniform in sigma", "best for TaylorSeer", "best for itself"
+PUBLISHED, UNIFORM, SEARCHED = "published rule", "uniform in sigma", "best for TaylorSeer"
 INTERVALS = {10: 7, 8: 10, 6: 22}
 """Calls of the blocks at 50 steps -> interval of the published rule."""
 
@@ -54,13 +54,10 @@ class Effort:
 
     Args:
         taylor: placements to judge for TaylorSeer.
-        own: placements to fit coefficients for.
         iterations: of the fit of LESA's form.
-        interval: of the published rule, by calls.
     """
 
-    taylor: int = 50
-    own: int = 8
+    taylor: int = 30
     iterations: int = 800
 
 
@@ -93,7 +90,7 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
         yield Sampled(BASHFORTH, placement, schedule.full_steps, setting.solved(schedule, 2))
     for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
         yield by(name, PUBLISHED, _trained(setting, published, config), published)
-    yield from _fitted(setting, published, uniform, searched, judge, effort)
+    yield from _fitted(setting, published, uniform, searched, effort)
 
 
 def _trained(setting: Setting, schedule: Schedule, config: TrainingConfig) -> LesaPredictor:
@@ -103,7 +100,7 @@ def _trained(setting: Setting, schedule: Schedule, config: TrainingConfig) -> Le
 
 
 def _fitted(
-    setting: Setting, published: Schedule, uniform: Schedule, searched: Schedule, judge: Judge, effort: Effort
+    setting: Setting, published: Schedule, uniform: Schedule, searched: Schedule, effort: Effort
 ) -> Iterator[Sampled]:
     """Yield what is fitted to coefficients."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
@@ -112,8 +109,8 @@ def _fitted(
         images, full_steps = setting.images(forecaster, schedule)
         return Sampled(name, placement, full_steps, images)
 
-    def tail(schedule: Schedule, rounds: int = 4) -> LinearPredictor:
-        return fit_through_tail(source, schedule, rounds=rounds, batch=batch, progress=False)
+    def tail(schedule: Schedule) -> LinearPredictor:
+        return fit_through_tail(source, schedule, rounds=3, batch=batch, progress=False)
 
     for placement, schedule in ((PUBLISHED, published), (SEARCHED, searched)):
         for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
@@ -127,12 +124,6 @@ def _fitted(
     yield by(TAIL, UNIFORM, tail(uniform), uniform)
     best = tail(searched)
     yield by(TAIL, SEARCHED, best, searched)
-    own = search_placement(
-        judge, searched, lambda schedule: tail(schedule, 3), evaluations=effort.own, moves=(1,), progress=False
-    ).schedule
-    if own != searched:
-        best = tail(own)
-    yield by(TAIL, OWN, best, own)
-    form = LesaPredictor(setting.steps, segment_stages(setting.sigmas, own), hidden_dim=32)
+    form = LesaPredictor(setting.steps, segment_stages(setting.sigmas, searched), hidden_dim=32)
     fit_lesa(form, best, source, iterations=effort.iterations, batch=batch, progress=False)
-    yield by(LESA_TAIL, OWN, form, own)
+    yield by(LESA_TAIL, SEARCHED, form, searched)

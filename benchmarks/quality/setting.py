@@ -61,8 +61,8 @@ class Data:
 
 
 DATA = {
-    "digits": Data("digits", SMALL_DIGITS, iterations=3000, batch=32, samples=256),
-    "mnist": Data("mnist", MNIST, iterations=6000, batch=32, samples=128),
+    "digits": Data("digits", SMALL_DIGITS, iterations=3000, batch=32, samples=128),
+    "mnist": Data("mnist", MNIST, iterations=6000, batch=32, samples=64),
 }
 
 

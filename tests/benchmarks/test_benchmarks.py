@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,15 +188,18 @@ def test_targets_are_judged_by_what_was_measured() -> None:
         assert targets.table(verdicts).row_count == len(verdicts)
 
 
-def test_every_target_names_variants_that_the_suite_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", targets.targets), ("cpu", targets.cpu_targets)])
+def test_every_target_names_variants_that_the_suite_measures(
+    device: str, wanted: Callable[[], Iterator[targets.Target]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for size in (suite.FLUX, suite.QWEN):
         monkeypatch.setitem(cases.SIZES, size, (3, 5))
     monkeypatch.setattr(cases, "implementations", lambda device: {"lesa::": torch.ops.lesa})
     measurable = set()
-    for entry in suite.suite(torch.device("cuda")):
+    for entry in suite.suite(torch.device(device)):
         case = entry.make(SmallCache())
         measurable |= {(case.op, case.size, variant.name) for variant in case.variants}
-    for target in targets.targets():
+    for target in wanted():
         assert {(target.op, target.size, name) for name in (target.ours, target.against)} <= measurable
 
 

@@ -15,7 +15,7 @@ from lesa_kernels.demo.model import SMALL_DIGITS, build_model, sample
 from lesa_kernels.predictors import Reuse
 from lesa_kernels.schedule import Schedule
 
-EFFORT = methods.Effort(taylor=2, own=1, iterations=2)
+EFFORT = methods.Effort(taylor=2, iterations=2)
 
 
 def _setting() -> Setting:
