@@ -170,7 +170,7 @@ def check_history(dtype: torch.dtype | None, device: str | torch.device | None) 
     """Check the options of a history; see `Session` for what it raises."""
     if dtype is not None and dtype not in FEATURE_DTYPES:
         raise TypeError(f"history_dtype must be one of {FEATURE_DTYPES}, got {dtype}")
-    if device is not None and torch.device(device).type != "cpu":
+    if device is not None and not (isinstance(device, str | torch.device) and str(device).split(":")[0] == "cpu"):
         raise ValueError(f'history_device must be None (the device of the features) or "cpu", got {device}')
 
 

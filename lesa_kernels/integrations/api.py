@@ -141,6 +141,11 @@ def bare_models(target: Any) -> list[nn.Module]:
     return [_bare(model) for model in given_models(target)]
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wraps a model, or it was compiled in place."""
+    return _bare(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
+
+
 def _bare(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model

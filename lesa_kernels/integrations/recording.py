@@ -6,11 +6,12 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lesa_kernels.integrations.adapters import MODEL_OUTPUT, find_adapter
-from lesa_kernels.integrations.api import bare_models
+from lesa_kernels.integrations.api import bare_models, given_models, is_compiled
 
 
 @contextmanager
@@ -51,6 +52,9 @@ def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor],
         yield model.register_forward_hook(keep)
 
     with ExitStack() as handles:
+        if any(is_compiled(model) for model in given_models(target)):
+            # Graphs that were compiled before do not see hooks that are added now.
+            handles.enter_context(torch.compiler.set_stance("force_eager"))
         for model in bare_models(target):
             for handle in record(model, find_adapter(model, capture).capture):
                 handles.callback(handle.remove)

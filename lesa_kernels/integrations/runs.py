@@ -237,7 +237,10 @@ class Runs:
         (run.tally.full if track.is_full else run.tally.forecast).stop()
         track.step += 1
         if track.step == run.num_steps and run.tracks:
-            run.give_back(track)
+            # Guidance may have ended before the run did.
+            ended = [each for each in run.tracks.values() if each.step < run.num_steps - 1]
+            for each in (track, *ended):
+                run.give_back(each)
             if not run.tracks and run.tally.copied_bytes:
                 run.warn(f"history in the host's memory: {run.tally.summary().copies}")
 
@@ -281,9 +284,14 @@ class Runs:
             run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
 
     def _start(self, source: Any) -> Run:
+        # What a run that was broken off held would live on until the cyclic garbage collection.
+        for runs in (self, *self.siblings):
+            if runs._follower.position is not None:
+                runs._follower.position.give_back()
         for sibling in self.siblings:
-            if sibling._follower.position is not None:
-                sibling._follower.position.give_back()
+            if sibling._follower.position is None or sibling._follower.position.source is not source:
+                # The summary tells of one run, in which a sibling may have no turn.
+                sibling._tally = None
         sigmas: tuple[float, ...] = ()
         reason = None
         try:
