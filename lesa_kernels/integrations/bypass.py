@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -42,6 +43,22 @@ class _Context(StateManager):
 _UNNAMED = CacheContext("")
 
 
+class _Turn:
+    """A lock that a thread may take again; copies and pickles of it are locks of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
+
+
 class BypassHook(ModelHook):
     """Stands before a model, in diffusers' own registry; what answers a call is up to the class that derives.
 
@@ -64,6 +81,8 @@ class BypassHook(ModelHook):
         self._skip = output_tail if self._captures_output and adapter.skip is None else adapter.skip
         self._blocks = Blocks(model, () if self._skip is not None else adapter.blocks)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._turn = _Turn()
+        self._thread = 0
         self._decided = False
         self._fits = self._skip is not None
 
@@ -86,7 +105,8 @@ class BypassHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the model's forward."""
-        if self._decided:
+        # Another thread's call waits in `decide` until this one is answered.
+        if self._decided and (torch.compiler.is_compiling() or self._thread == threading.get_ident()):
             return self._run(module, *args, **kwargs)
         return self.decide(partial(self._run, module), module, args, kwargs)
 
@@ -104,17 +124,18 @@ class BypassHook(ModelHook):
         Returns:
             As the model's forward.
         """
-        self._decided = True
-        try:
-            latents = args[0] if args else kwargs[self._names[0]]
-            return self.answer(partial(run, *args, **kwargs), module, latents)
-        except BaseException:
-            # Whatever comes next, it is not the step after this one.
-            self.forget()
-            raise
-        finally:
-            self._decided = False
-            self.tap.clear()
+        with self._turn:
+            self._decided, self._thread = True, threading.get_ident()
+            try:
+                latents = args[0] if args else kwargs[self._names[0]]
+                return self.answer(partial(run, *args, **kwargs), module, latents)
+            except BaseException:
+                # Whatever comes next, it is not the step after this one.
+                self.forget()
+                raise
+            finally:
+                self._decided = False
+                self.tap.clear()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """See `ModelHook`."""

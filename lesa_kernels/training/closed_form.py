@@ -57,9 +57,11 @@ class GramStatistics:
     def __call__(self, call: Call) -> Tensor | None:
         """Answer a call in full and add its feature."""
         feature, output = watch(call)
-        history = self._full.setdefault(call.branch, [])
         if call.step == 0:
-            history.clear()
+            self._full[call.branch] = []
+        history = self._full.get(call.branch, [])
+        if len(history) != sum(full < call.step for full in self.schedule.full_steps):
+            raise ValueError(f"source must call branch {call.branch!r} at every step, it came late to step {call.step}")
         if call.step in self.schedule.full_steps:
             history.append(feature)
             return output

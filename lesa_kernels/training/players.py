@@ -56,7 +56,7 @@ class Following:
         plans: of each branch; branches without one run in full.
         sigmas: S+1 noise levels.
         final: latents at the end of the run, by Euler's last step.
-        full_seconds: of each call whose blocks ran; on a GPU, of its launches.
+        full_seconds: of each call whose blocks ran, until the device was done.
         forecast_seconds: of each other call.
     """
 
@@ -71,6 +71,7 @@ class Following:
 
     def __call__(self, call: Call) -> Tensor | None:
         """Answer a call."""
+        _wait(call.latents)
         begin = time.perf_counter()
         session = self._sessions.get(call.branch)
         is_full = session is None or session.plan.is_full(call.step)
@@ -82,8 +83,14 @@ class Following:
             output = None if call.tail is None else call.tail(session.forecast(call.step))
         if output is not None and call.latents is not None and call.step == len(self.sigmas) - 2:
             self.final = euler(call, output, self.sigmas).detach()
+        _wait(call.latents)
         (self.full_seconds if is_full else self.forecast_seconds).append(time.perf_counter() - begin)
         return output
+
+
+def _wait(tensor: Tensor | None) -> None:
+    if tensor is not None and tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 @torch.no_grad()

@@ -260,6 +260,16 @@ def test_wrong_arguments_are_named() -> None:
         batches(recorded, 0)
 
 
+def test_a_branch_that_comes_late_is_refused() -> None:
+    def loop(runs: Sequence[int], player: Player) -> None:
+        for step in range(STEPS):
+            for branch in ("cond", "uncond")[: 1 + (step > 4)]:
+                player(Call(step, lambda: torch.ones(1, WIDTH), branch=branch))
+
+    with pytest.raises(ValueError, match="branch 'uncond' at every step, it came late to step 5"):
+        fit_features(Sampled(loop, 1, SIGMAS), SCHEDULE, progress=False)
+
+
 def test_two_calls_a_step_are_refused() -> None:
     def loop(runs: Sequence[int], player: Player) -> None:
         latents = torch.randn(1, WIDTH)
