@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.quality import results
-from benchmarks.quality.methods import INTERVALS, UNIFORM, Effort, sampled
+from benchmarks.quality.methods import INTERVALS, Effort, sampled
 from benchmarks.quality.setting import DATA, Data, Setting
 from benchmarks.results import origin
 from lesa_kernels.demo import train_model
@@ -90,7 +90,7 @@ def main(
     found = results.lines(rows)
     for name, count in sorted({(line.data, line.calls) for line in found}, key=lambda key: (key[0], -key[1])):
         console.print(results.table(found, name, count))
-    console.print(results.verdicts(rows, UNIFORM))
+    console.print(results.verdicts(rows))
     results.draw(found, plot)
     console.print(f"{time.monotonic() - begin:.0f} s; rows: {out}, picture: {plot}")
 

@@ -23,7 +23,8 @@ from lesa_kernels.training import (
     train,
 )
 
-PUBLISHED, UNIFORM, SEARCHED = "published rule", "uniform in sigma", "best for TaylorSeer"
+PUBLISHED, UNIFORM = "published rule", "uniform in sigma"
+TAYLORS, OWN = "best for TaylorSeer", "best for coefficients"
 INTERVALS = {10: 7, 8: 10, 6: 22}
 """Calls of the blocks at 50 steps -> interval of the published rule."""
 
@@ -54,11 +55,13 @@ class Effort:
 
     Args:
         taylor: placements to judge for TaylorSeer.
-        iterations: of the fit of LESA's form.
+        coefficients: placements to fit coefficients for, beginning with the best for TaylorSeer.
+        runs: that those fits learn from.
     """
 
-    taylor: int = 30
-    iterations: int = 800
+    taylor: int = 80
+    coefficients: int = 40
+    runs: int = 16
 
 
 def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iterator[Sampled]:
@@ -72,58 +75,51 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
     """
     torch.manual_seed(0)
     published = Schedule.interval(setting.steps, interval)
-    uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
-    judge = Judge(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
     taylor = TaylorSeer(2, "sigma")
-    searched = search_placement(judge, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
+    judge = Judge(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
+    uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
+    taylors = search_placement(judge, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
+    own = _own_placement(setting, taylors, effort)
 
     def by(name: str, placement: str, forecaster: Forecaster, schedule: Schedule) -> Sampled:
         images, full_steps = setting.images(forecaster, schedule)
         return Sampled(name, placement, full_steps, images)
 
-    for placement, schedule in ((PUBLISHED, published), (UNIFORM, uniform), (SEARCHED, searched)):
+    for placement, schedule in ((PUBLISHED, published), (UNIFORM, uniform), (TAYLORS, taylors), (OWN, own)):
         yield by("reuse", placement, Reuse(), schedule)
         yield by("TaylorSeer 2, steps", placement, TaylorSeer(2, "step"), schedule)
         yield by(TAYLOR, placement, taylor, schedule)
         yield by("HiCache 2", placement, HiCache(2), schedule)
         yield Sampled(EULER, placement, schedule.full_steps, setting.solved(schedule, 1))
         yield Sampled(BASHFORTH, placement, schedule.full_steps, setting.solved(schedule, 2))
+        for name, forecaster in _fitted(setting, schedule):
+            yield by(name, placement, forecaster, schedule)
     for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
-        yield by(name, PUBLISHED, _trained(setting, published, config), published)
-    yield from _fitted(setting, published, uniform, searched, effort)
+        predictor = LesaPredictor(setting.steps)
+        train(predictor, setting.trajectories, published, config, progress=False)
+        yield by(name, PUBLISHED, predictor, published)
 
 
-def _trained(setting: Setting, schedule: Schedule, config: TrainingConfig) -> LesaPredictor:
-    predictor = LesaPredictor(setting.steps)
-    train(predictor, setting.trajectories, schedule, config, progress=False)
-    return predictor
+def _own_placement(setting: Setting, start: Schedule, effort: Effort) -> Schedule:
+    """Search for the placement that serves coefficients best: each that is judged gets a fit of its own."""
+    source = setting.learning(effort.runs)
+
+    def fit(schedule: Schedule) -> LinearPredictor:
+        return fit_through_tail(source, schedule, rounds=2, batch=len(source), progress=False)
+
+    judge = Judge(source, batch=len(source), progress=False)
+    return search_placement(judge, start, fit, evaluations=effort.coefficients, progress=False).schedule
 
 
-def _fitted(
-    setting: Setting, published: Schedule, uniform: Schedule, searched: Schedule, effort: Effort
-) -> Iterator[Sampled]:
+def _fitted(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
     """Yield what is fitted to coefficients."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
-
-    def by(name: str, placement: str, forecaster: Forecaster, schedule: Schedule) -> Sampled:
-        images, full_steps = setting.images(forecaster, schedule)
-        return Sampled(name, placement, full_steps, images)
-
-    def tail(schedule: Schedule) -> LinearPredictor:
-        return fit_through_tail(source, schedule, rounds=3, batch=batch, progress=False)
-
-    for placement, schedule in ((PUBLISHED, published), (SEARCHED, searched)):
-        for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
-            fitted = fit_features(source, schedule, window=window, over_all=over_all, batch=batch, progress=False)[
-                ONLY_BRANCH
-            ]
-            yield by(name, placement, fitted, schedule)
-        output = fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)
-        yield by("coefficients by output", placement, output, schedule)
-    yield by(TAIL, PUBLISHED, tail(published), published)
-    yield by(TAIL, UNIFORM, tail(uniform), uniform)
-    best = tail(searched)
-    yield by(TAIL, SEARCHED, best, searched)
-    form = LesaPredictor(setting.steps, segment_stages(setting.sigmas, searched), hidden_dim=32)
-    fit_lesa(form, best, source, iterations=effort.iterations, batch=batch, progress=False)
-    yield by(LESA_TAIL, SEARCHED, form, searched)
+    for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
+        found = fit_features(source, schedule, window=window, over_all=over_all, batch=batch, progress=False)
+        yield name, found[ONLY_BRANCH]
+    yield "coefficients by output", fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)
+    tail = fit_through_tail(source, schedule, rounds=3, batch=batch, progress=False)
+    yield TAIL, tail
+    form = LesaPredictor(setting.steps, segment_stages(setting.sigmas, schedule), hidden_dim=32)
+    fit_lesa(form, tail, source, batch=batch, progress=False)
+    yield LESA_TAIL, form

@@ -86,12 +86,17 @@ class Setting:
         self.sigmas = tuple(float(sigma) for sigma in set_up(scheduler(), steps))
         self.noise = initial_noise(samples, UNSEEN_NOISE, design=design)
         self.labels = torch.arange(samples) % NUM_CLASSES
-        self.learnt_from = self.source(initial_noise(learn, TRAINING_NOISE, design=design), torch.arange(learn) % 10)
+        self.learnt_from = self.learning(learn)
 
     @classmethod
     def load(cls, data: Data, folder: Path) -> Setting:
         """Make the setting of a trained model."""
         return cls(load_model(folder=folder), data.design, samples=data.samples)
+
+    def learning(self, runs: int) -> Sampled:
+        """Return so many runs to learn from."""
+        noise = initial_noise(runs, TRAINING_NOISE, design=self.design)
+        return self.source(noise, torch.arange(runs) % NUM_CLASSES)
 
     def source(self, noise: Tensor, labels: Tensor) -> Sampled:
         """Return the Euler runs from some noise [B, T, C], one for each sample."""

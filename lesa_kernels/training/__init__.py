@@ -3,7 +3,7 @@
 from lesa_kernels.sources import Recorded, Sampled
 from lesa_kernels.training.closed_form import fit_features
 from lesa_kernels.training.config import TrainingConfig, TrainingResult
-from lesa_kernels.training.lesa_form import composed, fit_lesa, segment_stages
+from lesa_kernels.training.lesa_form import fit_lesa, segment_stages
 from lesa_kernels.training.placement import Judge, Judged, Placement, plan_for_budget, search_placement
 from lesa_kernels.training.plots import plot_losses
 from lesa_kernels.training.store import FeatureStore
@@ -19,7 +19,6 @@ __all__ = [
     "Sampled",
     "TrainingConfig",
     "TrainingResult",
-    "composed",
     "fit_features",
     "fit_lesa",
     "fit_through_tail",

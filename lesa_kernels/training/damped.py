@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,14 +36,17 @@ class DampedFit:
 
     Args:
         start: C coefficients, float64.
+        nearest: for a fit that cannot have all coefficients: takes some [C] and a metric [C, C], returns those that it
+            can have, with the least distance to them in the metric; None for a fit that can have all.
     """
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, nearest: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         self.best = start.clone()
         self.candidate = start.clone()
         self.error = math.inf
         self.first_error = math.inf
         self.finished = False
+        self._nearest = nearest
         self._damping = _FIRST_DAMPING
         self._kept = torch.zeros(len(start) + 1, len(start) + 1, dtype=torch.float64)
         self._sums = torch.zeros_like(self._kept)
@@ -53,6 +56,12 @@ class DampedFit:
     def gram(self) -> Tensor:
         """The sums J'J of the best coefficients, [C, C]."""
         return self._kept[:-1, :-1]
+
+    @property
+    def damped_gram(self) -> Tensor:
+        """The same, damped: positive definite, [C, C]."""
+        size = self.gram.diagonal().mean()
+        return self.gram + self._damping * size * torch.eye(len(self.gram), dtype=torch.float64)
 
     def add(self, key: int, columns: Sequence[Tensor], residual: Tensor) -> None:
         """Add a batch of runs.
@@ -83,13 +92,13 @@ class DampedFit:
         else:
             self._damping *= _MORE
         normal, slope = self.gram, self._kept[:-1, -1]
-        size = normal.diagonal().mean()
-        if not size > 0:
+        if not normal.diagonal().mean() > 0:
             self.finished = True
             return
-        damped = normal + self._damping * size * torch.eye(len(normal), dtype=torch.float64)
-        step = -torch.linalg.solve(damped, slope)
+        damped = self.damped_gram
+        aim = self.best - torch.linalg.solve(damped, slope)
+        self.candidate = aim if self._nearest is None else self._nearest(aim, damped)
+        step = self.candidate - self.best
         # What the linear model promises; a direction that changes nothing promises nothing.
         promised = -(2 * slope @ step + step @ normal @ step)
         self.finished |= bool(promised < _WORTHWHILE * self.error)
-        self.candidate = self.best + step

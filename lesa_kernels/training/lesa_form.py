@@ -1,13 +1,13 @@
-"""LESA's own form fitted to coefficients: its weights, biases and KANs reproduce what a fit through the tail found.
+"""LESA's own form fitted through the tail: weights and gains of each segment, found in closed loop.
 
-Composed over a segment, LESA's recursion is a combination of full features like any other. Its parameters are moved, by
-gradient descent on a few small matrices and without touching a feature, to where these combinations cost least: the
-distance to the fitted ones is measured by the matrices J'J that the fit itself minimised.
+Composed over a segment, LESA's recursion is a combination of full features like any other, only that fewer of them can
+be made. So the fit is that of `fit_through_tail`, but each of its steps ends at the nearest coefficients that LESA can
+make. Weights and gains are found without touching a feature; the KAN then takes the gains over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -17,12 +17,11 @@ from lesa_kernels.predictors import LesaPredictor, LinearPredictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.sources import Source
 from lesa_kernels.training.damped import DampedFit
+from lesa_kernels.training.expert import Expert
+from lesa_kernels.training.kan_gains import set_gains
 from lesa_kernels.training.players import batches, reference_latents
 from lesa_kernels.training.progress import progress_bar
-from lesa_kernels.training.through_tail import collect_segment, segments
-
-# Weighs deviations that the tail hardly notices, relative to the others: the matrices hold for small ones only.
-_TIE = 0.3
+from lesa_kernels.training.through_tail import Segment, collect_segment, segments
 
 
 def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8) -> tuple[tuple[float, int], ...]:
@@ -43,136 +42,115 @@ def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8)
     )
 
 
-def composed(predictor: LesaPredictor, sigmas: Sequence[float], schedule: Schedule) -> dict[int, Tensor]:
-    """Return every forecast as a combination of full features, differentiable in the predictor's parameters.
-
-    Args:
-        predictor: whose plan has the schedule's full steps.
-        sigmas: S+1 noise levels.
-        schedule: its full steps.
-
-    Returns:
-        Step -> float64 [J + 1]: coefficients of the J full features of the schedule, and of the constant 1.
-    """
-    size = len(schedule.full_steps) + 1
-    known = {full: torch.eye(size, dtype=torch.float64)[index] for index, full in enumerate(schedule.full_steps)}
-    constant = torch.eye(size, dtype=torch.float64)[-1]
-    steps = [step for step in range(schedule.num_steps) if step not in known]
-    gains: dict[int, Tensor] = {}
-    for stage in {predictor.stage(sigmas[step]) for step in steps}:
-        own = [step for step in steps if predictor.stage(sigmas[step]) == stage]
-        values = predictor.gain(sigmas, [sigmas[step] for step in own], stage).double().reshape(-1)
-        gains.update(zip(own, values, strict=True))
-    for step in steps:
-        mixer = cast(nn.Linear, predictor.latent[predictor.stage(sigmas[step])])
-        window = mixer.weight.shape[1]
-        history = torch.stack([known[step - window + k] for k in range(window)])
-        mixed = mixer.weight.double().reshape(-1) @ history + mixer.bias.double() * constant
-        known[step] = known[step - 1] + gains[step] * mixed
-    return {step: known[step] for step in steps}
-
-
+@torch.no_grad()
 def fit_lesa(
     predictor: LesaPredictor,
     fitted: LinearPredictor,
     source: Source,
     *,
-    iterations: int = 1500,
-    learning_rate: float = 1e-2,
+    rounds: int = 5,
     batch: int = 1,
     progress: bool = True,
-) -> float:
-    """Move a LESA predictor, in place, to the coefficients that a fit through the tail found.
+) -> None:
+    """Fit a LESA predictor, in place, through the model's tail, as `fit_through_tail` does without LESA's form.
+
+    Segment after segment, in closed loop: each begins with what comes nearest to the fitted coefficients, near in what
+    the tail notices of them. Biases become zero.
 
     Args:
         predictor: float32, on the CPU; `segment_stages` gives stages that serve the schedule.
         fitted: of `fit_through_tail`; its schedule and sigmas are taken over.
-        source: the runs of that fit, played once more.
-        iterations: of Adam.
-        learning_rate: its first one, falling along a cosine to nothing.
+        source: the runs of that fit.
+        rounds: passes over the runs for each segment, at least 2.
         batch: runs played at once.
         progress: show a bar.
 
-    Returns:
-        The squared error that is left, relative to that of doing nothing about the fitted coefficients' gain.
-
     Raises:
-        ValueError: when the predictor's plan has other full steps than the schedule: a window is too long.
+        ValueError: when rounds are fewer than 2, or the predictor has other than a stage for each segment, or its plan
+            other full steps than the schedule: a window is too long.
     """
+    if rounds < 2:
+        raise ValueError(f"rounds must be at least 2 (one to measure, one to judge a change), got {rounds}")
     sigmas, schedule = fitted.trained_sigmas, fitted.schedule
+    todo = [segment for segment in segments(schedule) if segment.steps]
+    served = [{predictor.stage(sigmas[step]) for step in segment.steps} for segment in todo]
     planned = predictor.plan(sigmas, schedule, on_other_sigmas="adapt").full_steps
-    if planned != schedule.full_steps:
+    if planned != schedule.full_steps or served != [{stage} for stage in range(len(predictor.stages))]:
         raise ValueError(
-            f"predictor must forecast wherever the schedule does (full steps {schedule.full_steps}), got {planned}; "
-            "segment_stages(sigmas, schedule) gives windows that fit"
+            f"predictor must have a stage for each segment between full steps {schedule.full_steps}, and forecast "
+            f"wherever they do, got stages {predictor.stages} and full steps {planned}; "
+            "segment_stages(sigmas, schedule) gives stages that fit"
         )
-    metrics = _metrics(source, fitted, batch, progress)
-    wanted = _coefficients(fitted)
-    optimiser = torch.optim.Adam(predictor.parameters(), lr=learning_rate)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
-    first = loss = torch.zeros(())
-    with progress_bar(progress) as bar, torch.enable_grad():
-        for iteration in bar.track(range(iterations), description="fitting LESA's form"):
-            made = composed(predictor, sigmas, schedule)
-            loss = torch.stack(
-                [
-                    difference @ metric @ difference
-                    for steps, metric in metrics.items()
-                    for difference in [torch.cat([made[step] - wanted[step] for step in steps])]
-                ]
-            ).sum()
-            first = loss.detach() if iteration == 0 else first
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
-            optimiser.step()
-            decay.step()
+    form = _Form(fitted, source, batch)
+    with progress_bar(progress) as bar:
+        form.record(bar.track(form.parts, description="sampling unaccelerated runs"))
+        for stage, segment in enumerate(bar.track(todo, description="fitting LESA's form")):
+            expert = form.fit(segment, predictor.stages[stage][1], rounds)
+            mixer = cast(nn.Linear, predictor.latent[stage])
+            mixer.weight.copy_(expert.weights)
+            mixer.bias.zero_()
+            gains = set_gains(predictor, sigmas, stage, segment.steps, expert.gains)
+            form.keep(segment, expert.compose(mixer.weight.double().reshape(-1), gains))
     predictor.trained_sigmas = sigmas
     predictor.trained_schedule = schedule
-    return (loss / first).item()
 
 
-def _coefficients(fitted: LinearPredictor) -> dict[int, Tensor]:
-    """Return the rows of a predictor over all full features of its schedule and the constant."""
-    full = fitted.schedule.full_steps
-    rows = {}
-    for step in range(fitted.schedule.num_steps):
-        if step in full:
-            continue
-        row = torch.zeros(len(full) + 1, dtype=torch.float64)
-        sources = fitted.sources(step)
-        for source, value in zip(sources, fitted.coefficients[step][fitted.window - len(sources) :], strict=True):
-            row[full.index(source)] = value
-        row[-1] = fitted.offsets[step]
-        rows[step] = row
-    return rows
+class _Form:
+    """Forecasts as combinations of full features: those that were aimed at, those found for earlier segments.
 
+    Args:
+        fitted: the aims.
+        source: of runs.
+        batch: runs played at once.
+    """
 
-@torch.no_grad()
-def _metrics(source: Source, fitted: LinearPredictor, batch: int, progress: bool) -> dict[tuple[int, ...], Tensor]:
-    """Return for each segment's steps the matrix J'J over all full features, normalised by the segment's own error."""
-    schedule, parts = fitted.schedule, batches(source, batch)
-    todo = [segment for segment in segments(schedule) if segment.steps]
-    rows = {
-        step: {source: value.item() for source, value in zip(schedule.full_steps, row, strict=False) if value != 0}
-        for step, row in _coefficients(fitted).items()
-    }
-    size = len(schedule.full_steps) + 1
-    metrics = {}
-    with progress_bar(progress) as bar:
-        recording = bar.track(parts, description="sampling unaccelerated runs")
-        references = [reference_latents(source, runs, [each.end for each in todo])[0] for runs in recording]
-        for segment in bar.track(todo, description="measuring what each segment is sensitive to"):
-            given = [full for full in schedule.full_steps if full <= segment.full_step]
-            fit = DampedFit(torch.zeros(len(segment.steps) * len(given), dtype=torch.float64))
-            collect_segment(source, schedule, rows, segment, parts, references, fit, lambda step, given=given: given)  # type: ignore[misc]
-            fit.close_round()
-            places = [
-                position * size + schedule.full_steps.index(full)
-                for position in range(len(segment.steps))
-                for full in given
-            ]
-            whole = _TIE * fit.gram.diagonal().mean() * torch.eye(len(segment.steps) * size, dtype=torch.float64)
-            whole[torch.tensor(places)[:, None], torch.tensor(places)] += fit.gram
-            metrics[segment.steps] = whole / fit.error
-    return metrics
+    def __init__(self, fitted: LinearPredictor, source: Source, batch: int) -> None:
+        self._source = source
+        self._schedule = fitted.schedule
+        self.parts = batches(source, batch)
+        self._references: list[dict[int, Tensor]] = []
+        self._known = {full: {full: 1.0} for full in self._schedule.full_steps}
+        self._aims: dict[int, dict[int, float]] = {}
+        for step in range(self._schedule.num_steps):
+            if step not in self._known:
+                sources = fitted.sources(step)
+                values = fitted.coefficients[step][fitted.window - len(sources) :].tolist()
+                self._aims[step] = dict(zip(sources, values, strict=True))
+
+    def record(self, parts: Iterable[Sequence[int]]) -> None:
+        """Sample unaccelerated runs and keep where the segments should end."""
+        ends = [segment.end for segment in segments(self._schedule)]
+        self._references = [reference_latents(self._source, runs, ends)[0] for runs in parts]
+
+    def _given(self, segment: Segment) -> list[int]:
+        return [full for full in self._schedule.full_steps if full <= segment.full_step]
+
+    def _vector(self, row: Mapping[int, float], given: Sequence[int]) -> Tensor:
+        return torch.tensor([row.get(full, 0.0) for full in given], dtype=torch.float64)
+
+    def keep(self, segment: Segment, coefficients: Tensor) -> None:
+        """Take a segment's coefficients [N * J] for those that its forecasts are made with."""
+        given = self._given(segment)
+        for step, row in zip(segment.steps, coefficients.reshape(-1, len(given)).tolist(), strict=True):
+            self._known[step] = dict(zip(given, row, strict=True))
+
+    def fit(self, segment: Segment, window: int, rounds: int) -> Expert:
+        """Fit an expert to a segment, given those before it."""
+        given = self._given(segment)
+        before = range(segment.full_step - window + 1, segment.full_step + 1)
+        expert = Expert(torch.stack([self._vector(self._known[step], given) for step in before]), len(segment.steps))
+        free = DampedFit(torch.cat([self._vector(self._aims[step], given) for step in segment.steps]))
+        self._measure(free, segment)
+        fit = DampedFit(expert.nearest(free.best, free.damped_gram), expert.nearest)
+        for _ in range(rounds - 1):
+            self._measure(fit, segment)
+            if fit.finished:
+                break
+        expert.nearest(fit.best, free.damped_gram)
+        return expert
+
+    def _measure(self, fit: DampedFit, segment: Segment) -> None:
+        self.keep(segment, fit.candidate)
+        rows = {step: row for step, row in self._known.items() if step not in self._schedule.full_steps}
+        collect_segment(self._source, self._schedule, rows, segment, self.parts, self._references, fit)
+        fit.close_round()

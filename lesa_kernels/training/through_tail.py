@@ -69,7 +69,7 @@ def _load_rules() -> None:
 
 
 @dataclass(frozen=True)
-class _Segment:
+class Segment:
     """A full step, the forecasts after it, and the step at which it ends."""
 
     full_step: int
@@ -77,10 +77,10 @@ class _Segment:
     end: int
 
 
-def segments(schedule: Schedule) -> list[_Segment]:
+def segments(schedule: Schedule) -> list[Segment]:
     """Split a schedule at its full steps."""
     bounds = [*schedule.full_steps, schedule.num_steps]
-    return [_Segment(full, tuple(range(full + 1, end)), end) for full, end in itertools.pairwise(bounds)]
+    return [Segment(full, tuple(range(full + 1, end)), end) for full, end in itertools.pairwise(bounds)]
 
 
 @dataclass
@@ -121,7 +121,7 @@ class _Walk:
         sigmas: Sequence[float],
         schedule: Schedule,
         rows: _Rows,
-        segment: _Segment,
+        segment: Segment,
         directions: Callable[[int], Sequence[int]],
         reference: Tensor,
         receive: Callable[[list[Tensor], Tensor], None],
@@ -253,7 +253,7 @@ def collect_segment(
     source: Source,
     schedule: Schedule,
     rows: Mapping[int, dict[int, float]],
-    segment: _Segment,
+    segment: Segment,
     parts: Sequence[Sequence[int]],
     references: Sequence[Mapping[int, Tensor]],
     fit: DampedFit,

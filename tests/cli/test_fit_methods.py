@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 import lesa_kernels as lesa
 from lesa_kernels.cli import app
-from lesa_kernels.cli import methods as cli_methods
 from lesa_kernels.demo.pipeline import DigitsPipeline
 
 DIGITS = ["--model", "digits", "--steps", "12", "--runs", "4", "--batch", "4"]
@@ -29,11 +28,7 @@ def run(out: Path, *arguments: str) -> Any:
     ("method", "kind"),
     [("features", lesa.LinearPredictor), ("tail", lesa.LinearPredictor), ("lesa-tail", lesa.LesaPredictor)],
 )
-def test_a_fit_serves_the_pipeline_with_its_own_schedule(
-    method: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit_lesa = cli_methods.fit_lesa
-    monkeypatch.setattr(cli_methods, "fit_lesa", lambda *a, **k: fit_lesa(*a, iterations=5, **k))
+def test_a_fit_serves_the_pipeline_with_its_own_schedule(method: str, kind: type, tmp_path: Path) -> None:
     result = run(tmp_path, "--method", method, "--calls", "4")
     assert result.exit_code == 0, result.output
     predictor = lesa.load_predictor(tmp_path)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 import lesa_kernels as lesa
 from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
-from lesa_kernels.training import composed, fit_features, fit_lesa, fit_through_tail, segment_stages
+from lesa_kernels.training import fit_features, fit_lesa, fit_through_tail, segment_stages
 from lesa_kernels.training.damped import DampedFit, gram_of
+from lesa_kernels.training.expert import Expert
+from lesa_kernels.training.kan_gains import set_gains
 from lesa_kernels.training.players import Following, batches, reference_latents
 from lesa_kernels.training.through_tail import derivatives
 
@@ -208,18 +210,45 @@ def test_the_fit_of_a_segment_runs_no_blocks_behind_it() -> None:
     assert accelerated.count(0) == 4 * accelerated.count(9)
 
 
-def test_composition_of_lesa_is_that_of_its_plan() -> None:
+def test_an_expert_composes_what_the_plan_of_its_predictor_does() -> None:
     torch.manual_seed(0)
     predictor = lesa.LesaPredictor(STEPS, segment_stages(SIGMAS, SCHEDULE, 4), hidden_dim=8)
     plan = predictor.plan(SIGMAS, SCHEDULE, chunk=1)
     assert plan.full_steps == SCHEDULE.full_steps
-    full = {step: torch.randn(5, dtype=torch.float64) for step in SCHEDULE.full_steps}
     session = lesa.Session(plan)
-    for step, row in composed(predictor, SIGMAS, SCHEDULE).items():
-        if step - 1 in full:
-            session.push(step - 1, full[step - 1])
-        expected = torch.stack(list(full.values())).T @ row[:-1] + row[-1]
-        assert torch.allclose(session.forecast(step), expected, atol=1e-5), step
+    full = torch.randn(5, dtype=torch.float64)
+    session.push(0, full)
+    gains = predictor.gain(SIGMAS, SIGMAS[1:3], 0).double().reshape(-1)
+    made = Expert(torch.ones(1, 1, dtype=torch.float64), 2).compose(
+        predictor.latent[0].weight.double().reshape(-1), gains
+    )
+    bias = predictor.latent[0].bias.double()
+    expected = torch.stack([session.forecast(step) for step in (1, 2)])
+    first = gains[0] * bias
+    shift = torch.stack([first, first + gains[1] * (predictor.latent[0].weight.double().reshape(()) * first + bias)])
+    assert torch.allclose(made[:, None] * full + shift.reshape(2, 1), expected, atol=1e-6)
+
+
+def test_an_expert_finds_what_it_can_make() -> None:
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    weights, gains = torch.randn(4, generator=generator).double(), torch.rand(5, generator=generator).double()
+    target = Expert(history, 5).compose(weights, gains)
+    found = Expert(history, 5)
+    root = torch.randn(15, 15, dtype=torch.float64, generator=generator)
+    assert torch.allclose(found.nearest(target, root @ root.T + torch.eye(15).double()), target, atol=1e-4)
+    assert torch.allclose(found.compose(found.weights, found.gains), target, atol=1e-4)
+
+
+def test_a_kan_takes_gains_over_that_its_inputs_hardly_tell_apart() -> None:
+    torch.manual_seed(0)
+    sigmas = [1 - step / 1000 for step in range(12)] + [0.0]
+    predictor = lesa.LesaPredictor(12, ((0.0, 2),), hidden_dim=16)
+    wanted = torch.tensor([0.5, -1.0, 2.0, 0.1, 0.7, -0.3, 1.5, 0.0], dtype=torch.float64)
+    made = set_gains(predictor, sigmas, 0, range(2, 10), wanted)
+    assert torch.allclose(made, wanted, atol=1e-3)
+    again = predictor.gain(sigmas, [sigmas[step] for step in range(2, 10)], 0).reshape(-1)
+    assert torch.equal(again.double(), made)
 
 
 def test_lesa_takes_over_what_the_tail_taught() -> None:
@@ -227,17 +256,20 @@ def test_lesa_takes_over_what_the_tail_taught() -> None:
     fitted = fit_through_tail(source, SCHEDULE, batch=RUNS, progress=False)
     torch.manual_seed(0)
     predictor = lesa.LesaPredictor(STEPS, segment_stages(SIGMAS, SCHEDULE), hidden_dim=16)
-    left = fit_lesa(predictor, fitted, source, iterations=400, batch=RUNS, progress=False)
-    assert left < 0.1
+    fit_lesa(predictor, fitted, source, batch=RUNS, progress=False)
     assert predictor.schedule == SCHEDULE
     assert _error(predictor) < 1.3 * _error(fitted)
     assert _error(predictor) < 0.7 * _error(lesa.Reuse())
 
 
-def test_lesa_whose_windows_are_too_long_is_refused() -> None:
+def test_lesa_that_does_not_suit_the_schedule_is_refused() -> None:
     fitted = fit_through_tail(_source(), SCHEDULE, rounds=2, batch=RUNS, progress=False)
     with pytest.raises(ValueError, match="segment_stages"):
         fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 4),), 8), fitted, _source(), progress=False)
+    with pytest.raises(ValueError, match="a stage for each segment"):
+        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8), fitted, _source(), progress=False)
+    with pytest.raises(ValueError, match="rounds must be at least 2"):
+        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8), fitted, _source(), rounds=1, progress=False)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -1,0 +1,104 @@
+"""One segment in LESA's form: which combinations of full features its mixing weights and gains can make."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A search from the best of many starts finds what one from a single start misses.
+_SEARCHES, _ITERATIONS = 4, 60
+_FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e-9, 1e8
+_MORE, _LESS = 10.0, 0.3
+_WORTHWHILE = 1e-6
+
+
+class Expert:
+    """Mixing weights and a gain for each forecast of a segment, in float64.
+
+    Args:
+        history: [K, J], the window's features before the first forecast as combinations of J full features.
+        forecasts: N.
+    """
+
+    def __init__(self, history: Tensor, forecasts: int) -> None:
+        self._history = history
+        self._forecasts = forecasts
+        # The newest feature again and again.
+        self._found = history.new_zeros(len(history) + forecasts)
+        self._found[len(history) - 1] = 1.0
+
+    @property
+    def weights(self) -> Tensor:
+        """The mixing weights that `nearest` found, [K]."""
+        return self._found[: len(self._history)]
+
+    @property
+    def gains(self) -> Tensor:
+        """The gains that `nearest` found, [N]."""
+        return self._found[len(self._history) :]
+
+    def compose(self, weights: Tensor, gains: Tensor) -> Tensor:
+        """Return the forecasts of weights [K] and gains [N] as combinations of full features, [N * J]."""
+        known = list(self._history)
+        for gain in gains:
+            known.append(known[-1] + gain * (weights @ torch.stack(known[-len(weights) :])))
+        return torch.stack(known[len(weights) :]).flatten()
+
+    def nearest(self, target: Tensor, metric: Tensor) -> Tensor:
+        """Find weights and gains.
+
+        Args:
+            target: coefficients [N * J] that are wanted.
+            metric: positive definite [N * J, N * J]; distances are d' metric d.
+
+        Returns:
+            The nearest coefficients found.
+        """
+        root = torch.linalg.cholesky(metric / metric.diagonal().mean()).T
+
+        def distance(parameters: Tensor) -> float:
+            return float((root @ (self._compose(parameters) - target)).square().sum())
+
+        starts = sorted([self._found, *self._starts(target)], key=distance)[:_SEARCHES]
+        self._found = min((self._descend(start, target, root) for start in starts), key=distance)
+        return self._compose(self._found)
+
+    def _compose(self, parameters: Tensor) -> Tensor:
+        return self.compose(parameters[: len(self._history)], parameters[len(self._history) :])
+
+    def _starts(self, target: Tensor) -> list[Tensor]:
+        """Return for each forecast the weights that point to it, with gains that come near the others in turn."""
+        rows, starts = target.reshape(self._forecasts, -1), []
+        for row in rows:
+            change = (row - self._history[-1])[:, None]
+            weights = torch.linalg.lstsq(self._history.T, change, driver="gelsd").solution[:, 0]
+            known, gains = list(self._history), []
+            for aim in rows:
+                mixed = weights @ torch.stack(known[-len(weights) :])
+                gains.append(mixed @ (aim - known[-1]) / (mixed @ mixed).clamp_min(1e-12))
+                known.append(known[-1] + gains[-1] * mixed)
+            starts.append(torch.cat([weights, torch.stack(gains)]))
+        return starts
+
+    def _descend(self, start: Tensor, target: Tensor, root: Tensor) -> Tensor:
+        """Walk downhill by damped Gauss-Newton."""
+        best, damping = start, _FIRST_DAMPING
+        residual = root @ (self._compose(best) - target)
+        slopes = root @ torch.func.jacrev(self._compose)(best)
+        for _ in range(_ITERATIONS):
+            normal = slopes.T @ slopes
+            size = normal.diagonal().mean().clamp_min(1e-9)
+            damped = normal + damping * size * torch.eye(len(normal), dtype=normal.dtype)
+            tried = best - torch.linalg.solve(damped, slopes.T @ residual)
+            left = root @ (self._compose(tried) - target)
+            if left.square().sum() < residual.square().sum():
+                finished = left.square().sum() > (1 - _WORTHWHILE) * residual.square().sum()
+                best, residual, damping = tried, left, max(damping * _LESS, _LEAST_DAMPING)
+                if finished:
+                    break
+                slopes = root @ torch.func.jacrev(self._compose)(best)
+            else:
+                damping *= _MORE
+                if damping > _MOST_DAMPING:
+                    break
+        return best
