@@ -23,14 +23,18 @@ from lesa_kernels.training import (
     fit_lesa,
     fit_through_tail,
     plan_for_budget,
+    search_placement,
     segment_stages,
     train,
 )
+from lesa_kernels.training.placement import MakeForecaster
 from lesa_kernels.training.reports import save_predictors
 
 _INTERVAL = 7
 # Placements that are tried for a budget if nothing else is said.
 _SEARCH = 40
+# Of a fit that is only to tell how good a placement is.
+_ROUNDS_TO_TRY = 2
 # The first stage reads four features, so that many full steps come first.
 _WARMUP = 4
 # Of the KANs where every segment has an expert of its own.
@@ -60,7 +64,8 @@ class Job:
         calls: or: how many full steps, uniform in sigma.
         seconds: or: as many as a batch of runs may last.
         decibels: or: as few as reach this bound, see `lesa_kernels.training.Judged`.
-        search: how many placements to try for the full steps; 0 takes them as they are.
+        search: how many placements to try for the full steps with TaylorSeer; 0 takes them as they are.
+        refine: how many to try from there on with a fit for each.
         out: folder for all that is written.
         device: where the predictors are trained.
         batch: runs at once.
@@ -80,6 +85,7 @@ class Job:
     seconds: float | None = None
     decibels: float | None = None
     search: int = 0
+    refine: int = 0
     batch: int = 1
     epochs: tuple[int, int] | None = None
     learning_rate: float | None = None
@@ -90,7 +96,7 @@ class Job:
     @property
     def seeks(self) -> bool:
         """Whether the full steps are to be found by sampling."""
-        return self.search > 0 or self.seconds is not None or self.decibels is not None
+        return self.search > 0 or self.refine > 0 or self.seconds is not None or self.decibels is not None
 
     def schedule(self, warmup: int) -> Schedule:
         """Return the schedule that was asked for; where calls were, so many full steps come first."""
@@ -102,7 +108,9 @@ class Job:
 def _train_lesa(preset: Callable[[], TrainingConfig], job: Job) -> str:
     """Train LESA's own predictor, one a branch."""
     if job.seeks:
-        raise ValueError("--search, --seconds and --decibels are for the methods that fit: tail, lesa-tail, features")
+        raise ValueError(
+            "--search, --refine, --seconds and --decibels are for the methods that fit: tail, lesa-tail, features"
+        )
     config = replace(preset(), batch_size=job.batch, seed=job.seed)
     if job.epochs is not None:
         config = replace(config, guided_epochs=job.epochs[0], closed_loop_epochs=job.epochs[1])
@@ -141,9 +149,9 @@ def _placement(schedule: Schedule, wanted: Schedule) -> str:
     return text if not more else f"{text}; {more} more than asked for, as the predictor's windows are not full before"
 
 
-def _found_schedule(job: Job) -> Schedule:
-    """Return where the full steps lie for a fit: as asked for, or found by sampling with TaylorSeer."""
-    sigmas = job.source.sigmas
+def _found_schedule(job: Job, fit: MakeForecaster) -> Schedule:
+    """Return where the full steps lie for a fit: as asked for, or found by sampling, with TaylorSeer and with fits."""
+    sigmas, show = job.source.sigmas, not job.console.quiet
     if job.interval is not None:
         wanted = Schedule.interval(len(sigmas) - 1, job.interval)
     elif job.calls is not None:
@@ -152,19 +160,25 @@ def _found_schedule(job: Job) -> Schedule:
         wanted = default_schedule(sigmas)
     if not job.seeks:
         return wanted
-    judge = Judge(job.source, batch=job.batch, progress=not job.console.quiet)
-    calls = None if job.seconds is not None or job.decibels is not None else len(wanted.full_steps)
-    found = plan_for_budget(
-        judge,
-        lambda schedule: TaylorSeer(2, "sigma"),
-        calls=calls,
-        seconds=job.seconds,
-        decibels=job.decibels,
-        evaluations=job.search or _SEARCH,
-        progress=not job.console.quiet,
-    )
-    job.console.print(f"TaylorSeer there: {found.judged.decibels:.2f} dB after {found.evaluations} placements")
-    return found.schedule
+    judge = Judge(job.source, batch=job.batch, progress=show)
+    if job.search or job.seconds is not None or job.decibels is not None:
+        calls = None if job.seconds is not None or job.decibels is not None else len(wanted.full_steps)
+        found = plan_for_budget(
+            judge,
+            lambda schedule: TaylorSeer(2, "sigma"),
+            calls=calls,
+            seconds=job.seconds,
+            decibels=job.decibels,
+            evaluations=job.search or _SEARCH,
+            progress=show,
+        )
+        job.console.print(f"TaylorSeer there: {found.judged.decibels:.2f} dB after {found.evaluations} placements")
+        wanted = found.schedule
+    if job.refine:
+        found = search_placement(judge, wanted, fit, evaluations=job.refine, progress=show)
+        job.console.print(f"fitted there: {found.judged.decibels:.2f} dB after {found.evaluations} placements")
+        wanted = found.schedule
+    return wanted
 
 
 def _fit(method: Method, job: Job) -> str:
@@ -173,13 +187,21 @@ def _fit(method: Method, job: Job) -> str:
         raise ValueError(f"--method {method.value} runs in one process, not in {torch.distributed.get_world_size()}")
     if job.epochs is not None or job.learning_rate is not None or job.tensorboard:
         raise ValueError(f"--epochs, --learning-rate and --tensorboard are not for --method {method.value}")
-    schedule, show = _found_schedule(job), not job.console.quiet
-    job.console.print(_placement(schedule, schedule), soft_wrap=True)
+    show = not job.console.quiet
     predictors: dict[str, LinearPredictor | LesaPredictor] = {}
     if method is Method.features:
-        predictors.update(fit_features(job.source, schedule, batch=job.batch, progress=show))
+
+        def of_features(schedule: Schedule, progress: bool = False) -> dict[str, LinearPredictor]:
+            return fit_features(job.source, schedule, batch=job.batch, progress=progress)
+
+        schedule = _found_schedule(job, lambda tried: of_features(tried)[ONLY_BRANCH])
+        job.console.print(_placement(schedule, schedule), soft_wrap=True)
+        predictors.update(of_features(schedule, show))
     else:
-        fitted = fit_through_tail(job.source, schedule, batch=job.batch, progress=show)
+        through_tail = partial(fit_through_tail, job.source, batch=job.batch)
+        schedule = _found_schedule(job, lambda tried: through_tail(tried, rounds=_ROUNDS_TO_TRY, progress=False))
+        job.console.print(_placement(schedule, schedule), soft_wrap=True)
+        fitted = through_tail(schedule, progress=show)
         predictors[ONLY_BRANCH] = fitted
         if method is Method.lesa_tail:
             torch.manual_seed(job.seed)

@@ -65,7 +65,10 @@ def train(
         float | None, typer.Option(help="Or: as few as bring the final latents so near: -20 log10(relative error).")
     ] = None,
     search: Annotated[
-        int, typer.Option(help="Placements of the full steps to try; a budget tries 40 if not told.", min=0)
+        int, typer.Option(help="Placements of the full steps to try with TaylorSeer; a budget tries 40.", min=0)
+    ] = 0,
+    refine: Annotated[
+        int, typer.Option(help="Placements to try from there on with a fit for each, which takes longer.", min=0)
     ] = 0,
     method: Annotated[Method, typer.Option(help="How to learn.")] = Method.tuned,
     epochs: Annotated[
@@ -112,6 +115,7 @@ def train(
             seconds=seconds,
             decibels=decibels,
             search=search,
+            refine=refine,
             batch=batch or (_DIGITS_BATCH if model == DIGITS else 1),
             epochs=epochs,
             learning_rate=learning_rate,

@@ -62,6 +62,20 @@ def test_budgets_choose_the_calls(tmp_path: Path) -> None:
     assert "seconds must allow one full call" in " ".join(too_short.output.replace("│", " ").split())
 
 
+def test_a_placement_is_refined_by_fits(tmp_path: Path) -> None:
+    result = run(tmp_path, "--method", "tail", "--calls", "4", "--refine", "3")
+    assert result.exit_code == 0, result.output
+    assert "fitted there:" in result.output
+    assert "after 3 placements" in result.output
+    assert "TaylorSeer there" not in result.output
+    schedule = lesa.load_predictor(tmp_path).schedule
+    assert schedule is not None
+    assert len(schedule.full_steps) == 4
+    refused = run(tmp_path / "other", "--method", "tuned", "--refine", "3")
+    assert refused.exit_code == 2
+    assert "--refine" in refused.output
+
+
 def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
     for name in ("first", "second"):
         assert run(tmp_path / name, "--method", "features", "--calls", "4").exit_code == 0
