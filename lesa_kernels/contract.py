@@ -61,6 +61,22 @@ def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
     check_device(op, name, tensor, like_name, like)
 
 
+def check_gradient(op: str, grad: Tensor, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:
+    """Check the gradient of an output: its shape, dtype and device of another.
+
+    Raises:
+        ValueError: for another shape or device.
+        TypeError: for another dtype.
+    """
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"lesa::{op}: grad must have shape {shape}, got {_shape(grad)}")
+    if grad.dtype != like.dtype:
+        raise TypeError(
+            f"lesa::{op}: grad must have dtype {_name(like.dtype)} like {like_name}, got {_name(grad.dtype)}"
+        )
+    check_device(op, "grad", grad, like_name, like)
+
+
 def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Check that a tensor lies where another does.
 
@@ -194,6 +210,25 @@ def check_push(ring: Tensor, feature: Tensor, slot: int) -> None:
         )
     check_device("push", "feature", feature, "ring", ring)
     check_slot("push", "slot", slot, ring)
+
+
+def check_copy(op: str, name: str, written: Tensor, read: Tensor) -> None:
+    """Check that a copy goes onto itself or elsewhere; where strides interleave, the caller answers for it.
+
+    Raises:
+        ValueError: when contiguous memory of the two overlaps in part.
+    """
+    if written.is_meta or not (written.is_contiguous() and read.is_contiguous()):
+        return
+    to, start = written.data_ptr(), read.data_ptr()
+    to_end, end = (at.data_ptr() + at.numel() * at.element_size() for at in (written, read))
+    if (to, to_end) == (start, end):
+        return
+    if to < end and start < to_end:
+        raise ValueError(
+            f"lesa::{op}: {name} must not overlap a part of the slot that it is written to, "
+            f"got memory {start - to} bytes after the slot's"
+        )
 
 
 def check_apart(op: str, name: str, written: Tensor, other_name: str, other: Tensor) -> None:

@@ -115,7 +115,9 @@ def _kan_linear_fake(
 def _kan_linear_backward_fake(
     grad: Tensor, x: Tensor, grid: Tensor, base_weight: Tensor, spline_weight: Tensor, spline_scaler: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    contract.check_kan_linear("kan_linear_backward", x, grid, base_weight, spline_weight, spline_scaler)
+    op = "kan_linear_backward"
+    contract.check_kan_linear(op, x, grid, base_weight, spline_weight, spline_scaler)
+    contract.check_gradient(op, grad, (*x.shape[:-1], base_weight.shape[0]), "x", x)
     return _fresh(x), _fresh(base_weight), _fresh(spline_weight), _fresh(spline_scaler)
 
 

@@ -223,6 +223,7 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
     """
     contract.check_push(ring, feature, slot)
     contract.check_distinct_elements("push", "ring", ring)
+    contract.check_copy("push", "feature", ring[slot], feature)
     ring[slot].copy_(feature)
 
 
@@ -343,10 +344,7 @@ def kan_linear_backward(
     """
     op = "kan_linear_backward"
     contract.check_kan_linear(op, x, grid, base_weight, spline_weight, spline_scaler)
-    if tuple(grad.shape) != (*x.shape[:-1], base_weight.shape[0]):
-        raise ValueError(
-            f"lesa::{op}: grad must have shape {(*x.shape[:-1], base_weight.shape[0])}, got {tuple(grad.shape)}"
-        )
+    contract.check_gradient(op, grad, (*x.shape[:-1], base_weight.shape[0]), "x", x)
     dtype = contract.arithmetic_dtype(x.dtype)
     rows, knots, order = x.shape[:-1].numel(), grid.to(dtype), spline_order(grid, spline_weight)
     wide, g = x.to(dtype).reshape(rows, x.shape[-1]), grad.to(dtype).reshape(rows, base_weight.shape[0])

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from lesa_kernels import reference
 
+KAN = (torch.randn(2, 3), torch.randn(3, 12), torch.randn(4, 3), torch.randn(4, 3, 8), torch.randn(4, 3))
 H = [torch.randn(2, 3) for _ in range(3)]
 W, B, G = torch.randn(3), torch.randn(1), torch.randn(1)
 RING, ROWS, OFFSETS = torch.randn(4, 2, 3), torch.randn(2, 3), torch.randn(2)
@@ -47,6 +48,8 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("gram", ([h.int() for h in H],), r"features\[0\] must have a dtype of float32, .*got int32"),
     ("kan_linear", (torch.randn(2, 3), torch.randn(3, 12), torch.randn(4, 2), torch.randn(4, 3, 8), torch.randn(4, 3)),
      r"base_weight must have shape \(outputs, 3\), got \(4, 2\)"),
+    ("kan_linear_backward", (torch.randn(2, 3), *KAN), r"grad must have shape \(2, 4\), got \(2, 3\)"),
+    ("kan_linear_backward", (torch.randn(2, 4).half(), *KAN), r"grad must have dtype float32 like x, got float16"),
 ]  # fmt: skip
 
 
@@ -70,6 +73,16 @@ def test_a_ring_that_overlaps_itself_is_refused(kind: str) -> None:
             module.push(ring, torch.ones(2, 3), 0)
         with pytest.raises((ValueError, RuntimeError), match="ring must not overlap itself in memory"):
             module.forecast_into(ring, rows, offsets, [0, 1, 2], [3, 1])
+
+
+def test_a_feature_that_overlaps_a_part_of_its_slot_is_refused() -> None:
+    memory = torch.arange(30.0)
+    before, ring = memory.clone(), memory[:24].view(4, 2, 3)
+    for module in (torch.ops.lesa, reference):
+        with pytest.raises((ValueError, RuntimeError), match="feature must not overlap a part of the slot"):
+            module.push(ring, memory[14:20].view(2, 3), 2)
+        module.push(ring, ring[2], 2)
+        assert torch.equal(memory, before)
 
 
 def test_an_error_changes_nothing() -> None:

@@ -89,6 +89,8 @@ def test_a_feature_may_be_pushed_onto_itself(lesa: Any) -> None:
     before = ring.clone()
     lesa.push(ring, ring[1], 1)
     assert torch.equal(ring, before)
+    with pytest.raises(ValueError, match="must not overlap a part of the slot"):
+        lesa.push(ring, ring.reshape(-1)[50:150], 1)
 
 
 @pytest.mark.parametrize("layout", [contiguous, transposed, padded], ids=lambda layout: layout.__name__)

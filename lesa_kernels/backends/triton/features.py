@@ -129,6 +129,7 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
     check_feature("push", "feature", feature)
     contract.check_push(ring, feature, slot)
     contract.check_distinct_elements("push", "ring", ring)
+    contract.check_copy("push", "feature", ring[slot], feature)
     if not share_dense_layout([ring[slot], feature]):
         ring[slot].copy_(feature)
     elif feature.numel() > 0:

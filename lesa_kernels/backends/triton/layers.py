@@ -56,9 +56,7 @@ def kan_linear_backward(
     op = "kan_linear_backward"
     check_feature(op, "x", x)
     contract.check_kan_linear(op, x, grid, base_weight, spline_weight, spline_scaler)
-    shape = (*x.shape[:-1], base_weight.shape[0])
-    if tuple(grad.shape) != shape:
-        raise ValueError(f"lesa::{op}: grad must have shape {shape}, got {tuple(grad.shape)}")
+    contract.check_gradient(op, grad, (*x.shape[:-1], base_weight.shape[0]), "x", x)
     grad, x, grid, base, spline, scaler = contiguous([grad, x, grid, base_weight, spline_weight, spline_scaler])
     gradients = fresh_like(x), fresh_like(base_weight), fresh_like(spline_weight), fresh_like(spline_scaler)
     with on_device_of(x):
