@@ -262,11 +262,13 @@ class Runs:
                 return run, None
             try:
                 plan = self._plan(branch, run.sigmas, step)
+                objection = self._predictor(branch).objection(run.sigmas)
             # Users bring their own predictors and rules, and no fault of theirs should cost an image.
             except Exception as error:
                 run.refuse(str(error) if isinstance(error, ValueError) else repr(error))
                 return run, None
-            self._remark(run, branch)
+            if objection is not None:
+                run.warn(f"{objection}; it is used all the same, as on_other_sigmas says")
             run.tally.plan = run.tally.plan or str(plan)
             session = Session(
                 plan, history_dtype=self._options.history_dtype, history_device=self._options.history_device
@@ -276,12 +278,6 @@ class Runs:
 
     def _predictor(self, branch: str) -> Forecaster:
         return self._predictors if isinstance(self._predictors, Forecaster) else self._predictors[branch]
-
-    def _remark(self, run: Run, branch: str) -> None:
-        """Say so where a predictor serves sigmas that it was not trained for."""
-        reason = self._predictor(branch).objection(run.sigmas)
-        if reason is not None:
-            run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
 
     def _start(self, source: Any) -> Run:
         # What a run that was broken off held would live on until the cyclic garbage collection.

@@ -226,14 +226,20 @@ def test_a_predictor_for_cond_serves_a_pipeline_without_contexts(pipe: TinyPipel
     assert summary(pipe).full == 2 * STEPS
 
 
-class Faulty(Reuse):
+class FaultyRows(Reuse):
     def rows(self, sigmas: Sequence[float]) -> RowRule:
         raise AttributeError("no such thing")
 
 
-def test_a_fault_of_a_predictor_costs_no_image(pipe: TinyPipeline) -> None:
+class FaultyObjection(Reuse):
+    def objection(self, sigmas: Sequence[float]) -> str | None:
+        raise AttributeError("no such thing")
+
+
+@pytest.mark.parametrize("faulty", [FaultyRows, FaultyObjection])
+def test_a_fault_of_a_predictor_costs_no_image(pipe: TinyPipeline, faulty: type[Reuse]) -> None:
     plain = pipe(STEPS)
-    enable(pipe, Faulty(), SPARSE)
+    enable(pipe, faulty(), SPARSE)
     with pytest.warns(LesaWarning, match=r"AttributeError\('no such thing'\)"):
         assert torch.equal(pipe(STEPS), plain)
 
