@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, harness, results, suite, targets
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.clock import CpuClock, Run, clock_for
-from benchmarks.training import kan_by_ops, kan_case, predict_l1_case
+from benchmarks.training import gram_case, kan_by_ops, kan_case, predict_l1_case, training_step_case
 from lesa_kernels.predictors.kan import KAN
 from lesa_kernels.reference import Tolerance
 
@@ -55,6 +55,8 @@ MAKERS: dict[str, Make] = {
     "push": lambda clock: cases.push_case("tiny", clock),
     "predict_l1": lambda clock: predict_l1_case("tiny", clock, count=3),
     "predict_l1, float32": lambda clock: predict_l1_case("tiny", clock, count=3, dtype=torch.float32),
+    "gram": lambda clock: gram_case("tiny", clock, count=3),
+    "training step": lambda clock: training_step_case("tiny", clock, count=3),
     "kan_linear": lambda clock: kan_case(2, clock),
 }
 
