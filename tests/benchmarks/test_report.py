@@ -11,7 +11,7 @@ from benchmarks import report, results
 from benchmarks.harness import COPY
 
 ROW = results.Measurement(
-    "predict", "4", "lesa::predict", 2e-3, 1e-3, 3e-3, 50.0, 0.5, None, "a device", 2, "2.13", "abc", "2026-01-01", "run"
+    "predict", "4", "lesa::predict", 2e-3, 1e-3, 3e-3, 50.0, 0.5, None, "a device", 2, "2.13", "abc", "date", "run"
 )
 CASE = [ROW, replace(ROW, variant="eager", median_s=2e-2), replace(ROW, variant=COPY, median_s=1e-3, share_of_copy=1.0)]
 
