@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results.csv"
 BEGIN, END = "<!-- made by python -m benchmarks.report -->", "<!-- end of what was made -->"
 
-Key = tuple[str, str, str, int]
+Key = tuple[str, int, str, str]
 
 
 def newest(rows: Sequence[Measurement]) -> dict[Key, list[Measurement]]:
