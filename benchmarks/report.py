@@ -10,12 +10,12 @@ import typer
 
 from benchmarks import results
 from benchmarks.harness import COPY
+from benchmarks.pages import renewed
 from benchmarks.results import Measurement
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results.csv"
-BEGIN, END = "<!-- made by python -m benchmarks.report -->", "<!-- end of what was made -->"
-
+COMMAND = "python -m benchmarks.report"
 Key = tuple[str, int, str, str]
 
 
@@ -66,19 +66,6 @@ def _line(found: Sequence[Measurement]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def renewed(text: str, made: str) -> str:
-    """Put what was made between the marks of a text.
-
-    Raises:
-        ValueError: when the text does not hold both marks, once each and in order.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"text must hold {BEGIN} and then {END}, once each")
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
-
-
 def draw(rows: Sequence[Measurement], path: Path) -> None:
     """Draw for each case of the newest runs which share of a copy's bandwidth the variants reach."""
     from matplotlib.figure import Figure
@@ -112,7 +99,7 @@ def main(
 ) -> None:
     """Write the README's table and the picture."""
     rows = results.load(source)
-    readme.write_text(renewed(readme.read_text(encoding="utf-8"), markdown(rows)), encoding="utf-8")
+    readme.write_text(renewed(readme.read_text(encoding="utf-8"), COMMAND, markdown(rows)), encoding="utf-8")
     draw(rows, picture)
     typer.echo(f"table: {readme}, picture: {picture}")
 

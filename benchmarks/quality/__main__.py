@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.pages import renewed
 from benchmarks.quality import results
 from benchmarks.quality.methods import INTERVALS, Effort, sampled
 from benchmarks.quality.setting import DATA, Data, Setting
@@ -19,6 +20,8 @@ from lesa_kernels.demo import train_model
 from lesa_kernels.demo.methods import psnr
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+COMMAND = "python -m benchmarks.quality --page docs/quality.md"
 LOG_WIDTH = 120
 
 
@@ -63,7 +66,8 @@ def main(
     calls: Annotated[list[int] | None, typer.Option(help="Only at so many calls; else 10, 8, 6.")] = None,
     models: Annotated[Path, typer.Option(help="Folder of the trained models.")] = Path("build/models"),
     out: Annotated[Path, typer.Option(help="The file of the results.")] = HERE / "results.csv",
-    plot: Annotated[Path, typer.Option(help="The picture.")] = Path("docs/quality/quality.png"),
+    plot: Annotated[Path, typer.Option(help="The picture.")] = ROOT / "docs/quality/quality.png",
+    page: Annotated[Path | None, typer.Option(help="The page whose tables are made anew.")] = None,
 ) -> None:
     """Compare all methods; rows that are there already are kept."""
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
@@ -90,8 +94,10 @@ def main(
     found = results.lines(rows)
     for name, count in sorted({(line.data, line.calls) for line in found}, key=lambda key: (key[0], -key[1])):
         console.print(results.table(found, name, count))
-    console.print(results.verdicts(rows))
+    console.print(results.verdict_table(results.verdicts(rows)))
     results.draw(found, plot)
+    if page is not None:
+        page.write_text(renewed(page.read_text(encoding="utf-8"), COMMAND, results.markdown(rows)), encoding="utf-8")
     console.print(f"{time.monotonic() - begin:.0f} s; rows: {out}, picture: {plot}")
 
 

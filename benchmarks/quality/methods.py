@@ -55,13 +55,13 @@ class Effort:
 
     Args:
         taylor: placements to judge for TaylorSeer.
-        coefficients: placements to fit coefficients for, beginning with the best for TaylorSeer.
+        coefficients: placements to fit coefficients for, near the uniform one and near the best for TaylorSeer.
         runs: that those fits learn from.
     """
 
     taylor: int = 80
-    coefficients: int = 40
-    runs: int = 16
+    coefficients: int = 60
+    runs: int = 8
 
 
 def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iterator[Sampled]:
@@ -79,7 +79,7 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
     judge = Judge(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
     uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
     taylors = search_placement(judge, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
-    own = _own_placement(setting, taylors, effort)
+    own = _own_placement(setting, [uniform, taylors], effort)
 
     def by(name: str, placement: str, forecaster: Forecaster, schedule: Schedule) -> Sampled:
         images, full_steps = setting.images(forecaster, schedule)
@@ -92,15 +92,18 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
         yield by("HiCache 2", placement, HiCache(2), schedule)
         yield Sampled(EULER, placement, schedule.full_steps, setting.solved(schedule, 1))
         yield Sampled(BASHFORTH, placement, schedule.full_steps, setting.solved(schedule, 2))
-        for name, forecaster in _fitted(setting, schedule):
+        for name, forecaster in _through_tail(setting, schedule):
             yield by(name, placement, forecaster, schedule)
+        if placement in (PUBLISHED, TAYLORS):
+            for name, forecaster in _by_features_or_output(setting, schedule):
+                yield by(name, placement, forecaster, schedule)
     for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
         predictor = LesaPredictor(setting.steps)
         train(predictor, setting.trajectories, published, config, progress=False)
         yield by(name, PUBLISHED, predictor, published)
 
 
-def _own_placement(setting: Setting, start: Schedule, effort: Effort) -> Schedule:
+def _own_placement(setting: Setting, starts: list[Schedule], effort: Effort) -> Schedule:
     """Search for the placement that serves coefficients best: each that is judged gets a fit of its own."""
     source = setting.learning(effort.runs)
 
@@ -108,18 +111,23 @@ def _own_placement(setting: Setting, start: Schedule, effort: Effort) -> Schedul
         return fit_through_tail(source, schedule, rounds=2, batch=len(source), progress=False)
 
     judge = Judge(source, batch=len(source), progress=False)
-    return search_placement(judge, start, fit, evaluations=effort.coefficients, progress=False).schedule
+    return search_placement(judge, starts, fit, evaluations=effort.coefficients, progress=False).schedule
 
 
-def _fitted(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
-    """Yield what is fitted to coefficients."""
+def _through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
+    """Yield what is fitted to the latents, closed loop."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
-    for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
-        found = fit_features(source, schedule, window=window, over_all=over_all, batch=batch, progress=False)
-        yield name, found[ONLY_BRANCH]
-    yield "coefficients by output", fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)
     tail = fit_through_tail(source, schedule, rounds=3, batch=batch, progress=False)
     yield TAIL, tail
     form = LesaPredictor(setting.steps, segment_stages(setting.sigmas, schedule), hidden_dim=32)
     fit_lesa(form, tail, source, batch=batch, progress=False)
     yield LESA_TAIL, form
+
+
+def _by_features_or_output(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
+    """Yield what is fitted step by step."""
+    source, batch = setting.learnt_from, len(setting.learnt_from)
+    for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
+        found = fit_features(source, schedule, window=window, over_all=over_all, batch=batch, progress=False)
+        yield name, found[ONLY_BRANCH]
+    yield "coefficients by output", fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from benchmarks.quality.methods import BASHFORTH, LESA, LESA_TAIL, LESA_TUNED, TAIL, TAYLOR
+from benchmarks.quality.methods import BASHFORTH, LESA, LESA_TAIL, LESA_TUNED, TAIL, TAYLOR, UNIFORM
+
+MAIN = (LESA_TAIL, TAIL, TAYLOR, BASHFORTH, LESA_TUNED, LESA)
 
 
 @dataclass(frozen=True)
@@ -123,41 +125,121 @@ def table(found: Sequence[Line], data: str, calls: int) -> Table:
 
 @dataclass(frozen=True)
 class Target:
-    """A difference that was asked for: our best against the best of a rival, model by model."""
+    """A difference that was asked for, model by model: our best against a rival.
+
+    Args:
+        name: what is compared.
+        ours: methods, of which the best counts.
+        rival: the other method.
+        decibels: what was asked for.
+        placement: the rival's; None for the best of all that were tried.
+    """
 
     name: str
     ours: tuple[str, ...]
     rival: str
     decibels: float
+    placement: str | None = None
 
 
+LEARNED = (TAIL, LESA_TAIL, LESA_TUNED)
 TARGETS = (
-    Target("best learned over TaylorSeer in sigma at its best placement", (TAIL, LESA_TAIL, LESA_TUNED), TAYLOR, 2.0),
-    Target("best learned over Adams-Bashforth", (TAIL, LESA_TAIL, LESA_TUNED), BASHFORTH, 6.0),
+    Target("best learned over TaylorSeer in sigma, best placement of each", LEARNED, TAYLOR, 2.0),
+    Target("best learned over Adams-Bashforth uniform in sigma", LEARNED, BASHFORTH, 6.0, UNIFORM),
+    Target("best learned over Adams-Bashforth, best placement of each", LEARNED, BASHFORTH, 6.0),
     Target("LESA's form over its published recipe", (LESA_TAIL, LESA_TUNED), LESA, 8.0),
 )
 
 
-def verdicts(rows: Sequence[Row]) -> Table:
-    """Compare with the targets, on both sides the best method at the best of all placements, on each model."""
-    out = Table(title="Targets: differences in dB, mean over models (lowest to highest)", box=box.SIMPLE_HEAD)
-    for name in ("data", "calls", "target", "asked", "measured", ""):
-        out.add_column(name)
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a target: differences in dB, one for each trained model."""
+
+    data: str
+    calls: int
+    target: Target
+    differences: tuple[float, ...]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As a line of a table: data, calls, target, asked, measured, and whether it was met by the mean."""
+        mean = statistics.mean(self.differences)
+        spread = f"{mean:.1f} ({min(self.differences):.1f} to {max(self.differences):.1f})"
+        word = "met" if mean >= self.target.decibels else "NOT MET"
+        return self.data, str(self.calls), self.target.name, f"{self.target.decibels:.0f}", spread, word
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """Compare with the targets on each model."""
+    found = []
     for data, calls in sorted({(row.data, row.calls) for row in rows}, key=lambda key: (key[0], -key[1])):
+        seeds = sorted({row.seed for row in rows if (row.data, row.calls) == (data, calls)})
         for target in TARGETS:
             differences = []
-            for seed in sorted({row.seed for row in rows if (row.data, row.calls) == (data, calls)}):
+            for seed in seeds:
                 own = [row for row in rows if (row.data, row.calls, row.seed) == (data, calls, seed)]
                 ours = [row.psnr for row in own if row.method in target.ours]
-                rival = [row.psnr for row in own if row.method == target.rival]
+                rival = [
+                    row.psnr for row in own if row.method == target.rival and target.placement in (None, row.placement)
+                ]
                 if ours and rival:
                     differences.append(max(ours) - max(rival))
             if differences:
-                mean = statistics.mean(differences)
-                spread = f"{mean:.1f} ({min(differences):.1f} to {max(differences):.1f})"
-                word = "met" if mean >= target.decibels else "NOT MET"
-                out.add_row(data, str(calls), target.name, f"{target.decibels:.0f}", spread, word)
+                found.append(Verdict(data, calls, target, tuple(differences)))
+    return found
+
+
+VERDICT_COLUMNS = ("data", "calls", "target", "asked, dB", "measured, dB", "")
+
+
+def verdict_table(found: Sequence[Verdict]) -> Table:
+    """Lay out the verdicts."""
+    out = Table(title="Targets: differences, mean over models (lowest to highest)", box=box.SIMPLE_HEAD)
+    for name in VERDICT_COLUMNS:
+        out.add_column(name)
+    for verdict in found:
+        out.add_row(*verdict.cells)
     return out
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Make the tables of the page: methods at their best placements, the main ones at all, and the targets."""
+    found = lines(rows)
+    parts = []
+    for data in sorted({line.data for line in found}):
+        own = [line for line in found if line.data == data]
+        calls = sorted({line.calls for line in own}, reverse=True)
+        models = "/".join(str(max(line.models for line in own if line.calls == count)) for count in calls)
+        heads = [f"{count} calls" for count in calls]
+        best: dict[str, dict[int, Line]] = {}
+        placed: dict[tuple[str, str], dict[int, Line]] = {}
+        for line in own:
+            # Lines come best first.
+            best.setdefault(line.method, {}).setdefault(line.calls, line)
+            if line.method in MAIN:
+                placed.setdefault((line.method, line.placement), {})[line.calls] = line
+        parts += [
+            f"**{data}**, {models} trained models, dB: mean (lowest to highest), each method's best placement:",
+            _grid(["method", *heads], [[name, *_cells(of, calls)] for name, of in best.items()]),
+            f"**{data}**, the same by placement:",
+            _grid(
+                ["method", "placed", *heads],
+                [[*key, *_cells(placed[key], calls)] for key in sorted(placed, key=lambda key: MAIN.index(key[0]))],
+            ),
+        ]
+    parts += ["Targets:", _grid(list(VERDICT_COLUMNS), [list(verdict.cells) for verdict in verdicts(rows)])]
+    return "\n\n".join(parts)
+
+
+def _cells(of: Mapping[int, Line], calls: Sequence[int]) -> list[str]:
+    return [
+        f"{of[count].psnr:.1f} ({of[count].lowest:.1f} to {of[count].highest:.1f})" if count in of else ""
+        for count in calls
+    ]
+
+
+def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
 
 
 def draw(found: Sequence[Line], path: Path) -> None:

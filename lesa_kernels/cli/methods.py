@@ -175,7 +175,9 @@ def _found_schedule(job: Job, fit: MakeForecaster) -> Schedule:
         job.console.print(f"TaylorSeer there: {found.judged.decibels:.2f} dB after {found.evaluations} placements")
         wanted = found.schedule
     if job.refine:
-        found = search_placement(judge, wanted, fit, evaluations=job.refine, progress=show)
+        uniform = Schedule.uniform_in_sigma(sigmas, len(wanted.full_steps))
+        starts = list(dict.fromkeys([wanted, uniform]))[: job.refine]
+        found = search_placement(judge, starts, fit, evaluations=job.refine, progress=show)
         job.console.print(f"fitted there: {found.judged.decibels:.2f} dB after {found.evaluations} placements")
         wanted = found.schedule
     return wanted

@@ -10,6 +10,9 @@ _SEARCHES, _ITERATIONS = 4, 60
 _FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e-9, 1e8
 _MORE, _LESS = 10.0, 0.3
 _WORTHWHILE = 1e-6
+# Keeps weights and gains small: features of neighboring steps are so alike that huge ones would fit as well, and would
+# carry rounding and unseen noise into the images.
+_RIDGE = 1e-4
 
 
 class Expert:
@@ -52,16 +55,19 @@ class Expert:
             metric: positive definite [N * J, N * J]; distances are d' metric d.
 
         Returns:
-            The nearest coefficients found.
+            The nearest coefficients found, of weights and gains that are not large.
         """
         root = torch.linalg.cholesky(metric / metric.diagonal().mean()).T
 
         def distance(parameters: Tensor) -> float:
-            return float((root @ (self._compose(parameters) - target)).square().sum())
+            return float(self._residual(parameters, target, root).square().sum())
 
         starts = sorted([self._found, *self._starts(target)], key=distance)[:_SEARCHES]
         self._found = min((self._descend(start, target, root) for start in starts), key=distance)
         return self._compose(self._found)
+
+    def _residual(self, parameters: Tensor, target: Tensor, root: Tensor) -> Tensor:
+        return torch.cat([root @ (self._compose(parameters) - target), _RIDGE**0.5 * parameters])
 
     def _compose(self, parameters: Tensor) -> Tensor:
         return self.compose(parameters[: len(self._history)], parameters[len(self._history) :])
@@ -83,20 +89,19 @@ class Expert:
     def _descend(self, start: Tensor, target: Tensor, root: Tensor) -> Tensor:
         """Walk downhill by damped Gauss-Newton."""
         best, damping = start, _FIRST_DAMPING
-        residual = root @ (self._compose(best) - target)
-        slopes = root @ torch.func.jacrev(self._compose)(best)
+        residual = self._residual(best, target, root)
+        slopes = torch.func.jacrev(self._residual)(best, target, root)
         for _ in range(_ITERATIONS):
             normal = slopes.T @ slopes
-            size = normal.diagonal().mean().clamp_min(1e-9)
-            damped = normal + damping * size * torch.eye(len(normal), dtype=normal.dtype)
+            damped = normal + damping * normal.diagonal().mean() * torch.eye(len(normal), dtype=normal.dtype)
             tried = best - torch.linalg.solve(damped, slopes.T @ residual)
-            left = root @ (self._compose(tried) - target)
+            left = self._residual(tried, target, root)
             if left.square().sum() < residual.square().sum():
                 finished = left.square().sum() > (1 - _WORTHWHILE) * residual.square().sum()
                 best, residual, damping = tried, left, max(damping * _LESS, _LEAST_DAMPING)
                 if finished:
                     break
-                slopes = root @ torch.func.jacrev(self._compose)(best)
+                slopes = torch.func.jacrev(self._residual)(best, target, root)
             else:
                 damping *= _MORE
                 if damping > _MOST_DAMPING:

@@ -100,7 +100,7 @@ class Placement:
 
 def search_placement(
     judge: Judge,
-    start: Schedule,
+    start: Schedule | Sequence[Schedule],
     make: MakeForecaster,
     *,
     evaluations: int = 100,
@@ -111,38 +111,48 @@ def search_placement(
 
     Args:
         judge: of the runs.
-        start: where to begin; `Schedule.uniform_in_sigma` is a good guess.
+        start: where to begin; `Schedule.uniform_in_sigma` is a good guess. Several share the evaluations: what is best
+            near one is rarely best of all.
         make: makes the forecaster of a schedule.
         evaluations: most schedules to judge.
         moves: distances, large ones first.
         progress: show a bar.
 
     Returns:
-        The best schedule found, which is no worse than the start on these runs.
+        The best schedule found, which is no worse than any start on these runs.
 
     Raises:
-        ValueError: when there are no evaluations or moves.
+        ValueError: when there are no moves, or fewer evaluations than starts.
     """
-    if evaluations < 1 or not moves:
-        raise ValueError(f"evaluations must be at least 1 and moves not empty, got {evaluations} and {list(moves)}")
+    starts = [start] if isinstance(start, Schedule) else list(start)
+    if not 1 <= len(starts) <= evaluations or not moves:
+        raise ValueError(
+            f"evaluations must be at least 1 a start and moves not empty, got {evaluations} evaluations for "
+            f"{len(starts)} starts and moves {list(moves)}"
+        )
     seen: dict[tuple[int, ...], Judged] = {}
     with progress_bar(progress) as bar:
         task = bar.add_task("searching for full steps", total=evaluations)
 
         def score(full: tuple[int, ...]) -> float:
             if full not in seen:
-                schedule = Schedule(start.num_steps, full)
+                schedule = Schedule(starts[0].num_steps, full)
                 seen[full] = judge(make(schedule), schedule)
                 bar.update(
                     task, advance=1, description=f"full steps: best {max(j.decibels for j in seen.values()):.2f} dB"
                 )
             return seen[full].decibels
 
-        best = start.full_steps
-        score(best)
-        for distance in moves:
-            best = _climb(best, distance, start.num_steps, score, lambda: len(seen) < evaluations)
-    return Placement(Schedule(start.num_steps, best), seen[best], len(seen))
+        ends = []
+        for number, each in enumerate(starts):
+            best = each.full_steps
+            score(best)
+            share = evaluations * (number + 1) // len(starts)
+            for distance in moves:
+                best = _climb(best, distance, each.num_steps, score, lambda share=share: len(seen) < share)  # type: ignore[misc]
+            ends.append(best)
+        best = max(ends, key=score)
+    return Placement(Schedule(starts[0].num_steps, best), seen[best], len(seen))
 
 
 def _climb(

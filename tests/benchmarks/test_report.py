@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, results
+from benchmarks import pages, report, results
 from benchmarks.harness import COPY
 
 ROW = results.Measurement(
@@ -18,7 +18,7 @@ CASE = [ROW, replace(ROW, variant="eager", median_s=2e-2), replace(ROW, variant=
 
 def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
     text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    made = report.renewed(text, report.markdown(results.load(report.RESULTS)))
+    made = pages.renewed(text, report.COMMAND, report.markdown(results.load(report.RESULTS)))
     assert text == made, "run python -m benchmarks.report"
 
 
@@ -38,15 +38,16 @@ def test_a_later_run_replaces_a_case_and_no_other() -> None:
 
 
 def test_a_text_without_marks_is_refused() -> None:
-    for text in ("nothing", report.BEGIN, report.END + report.BEGIN, 2 * (report.BEGIN + report.END)):
-        with pytest.raises(ValueError, match="once each"):
-            report.renewed(text, "table")
-    assert report.renewed(f"a{report.BEGIN}b{report.END}c", "table").splitlines()[2] == "table"
+    begin = pages.mark("x")
+    for text in ("nothing", begin, pages.END + begin, 2 * (begin + pages.END)):
+        with pytest.raises(ValueError, match="must hold <!-- made by x --> once"):
+            pages.renewed(text, "x", "table")
+    assert pages.renewed(f"a{begin}b{pages.END}c", "x", "table").splitlines()[2] == "table"
 
 
 def test_the_command_writes_both(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{pages.mark(report.COMMAND)}\nold\n{pages.END}\nafter\n")
     results.save(CASE, tmp_path / "rows.csv")
     report.main(tmp_path / "rows.csv", readme, tmp_path / "new" / "picture.png")
     assert "eager 10x" in readme.read_text() and "old" not in readme.read_text()

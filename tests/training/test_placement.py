@@ -59,6 +59,16 @@ def test_the_search_keeps_to_its_evaluations_and_is_no_worse_than_its_start() ->
         search_placement(judge, start, _taylor, evaluations=0)
 
 
+def test_several_starts_share_the_evaluations() -> None:
+    judge = _judge()
+    far, near = lesa.Schedule(STEPS, (0, 17, 18, 19)), lesa.Schedule(STEPS, (0, 5, 7, 12))
+    found = search_placement(judge, [far, near], _taylor, evaluations=40, progress=False)
+    assert found.schedule.full_steps == WANTED
+    assert judge.asked.index(near.full_steps) == 20, "half of the evaluations belong to the first start"
+    with pytest.raises(ValueError, match="got 1 evaluations for 2 starts"):
+        search_placement(judge, [far, near], _taylor, evaluations=1)
+
+
 def test_budgets() -> None:
     by_calls = plan_for_budget(_judge(), _taylor, calls=4, progress=False)
     assert by_calls.schedule.full_steps == WANTED
