@@ -29,7 +29,7 @@ from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Forecaster
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
-from lesa_kernels.training.players import Following, reference_latents
+from lesa_kernels.training.players import Following, reference_run
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -143,7 +143,7 @@ class Setting:
     def reference(self) -> Tensor:
         """The unseen samples with all steps in full, images [B, size, size]."""
         source = self.source(self.noise, self.labels)
-        latents = reference_latents(source, range(len(source)), [self.steps])[0][self.steps]
+        latents = reference_run(source, range(len(source)), [self.steps]).latents[self.steps]
         return unpatchify(latents, self.design)
 
     @cached_property

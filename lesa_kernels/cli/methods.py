@@ -19,6 +19,7 @@ from lesa_kernels.sources import ONLY_BRANCH, Source
 from lesa_kernels.training import (
     Judge,
     TrainingConfig,
+    checkpoint,
     fit_features,
     fit_lesa,
     fit_through_tail,
@@ -178,7 +179,9 @@ def _found_schedule(job: Job, fit: MakeForecaster) -> Schedule:
         uniform = Schedule.uniform_in_sigma(sigmas, len(wanted.full_steps))
         starts = list(dict.fromkeys([wanted, uniform]))[: job.refine]
         found = search_placement(judge, starts, fit, evaluations=job.refine, progress=show)
-        job.console.print(f"fitted there: {found.judged.decibels:.2f} dB after {found.evaluations} placements")
+        job.console.print(
+            f"fitted there: {found.judged.decibels:.2f} dB on the fits' own runs after {found.evaluations} placements"
+        )
         wanted = found.schedule
     return wanted
 
@@ -189,6 +192,8 @@ def _fit(method: Method, job: Job) -> str:
         raise ValueError(f"--method {method.value} runs in one process, not in {torch.distributed.get_world_size()}")
     if job.epochs is not None or job.learning_rate is not None or job.tensorboard:
         raise ValueError(f"--epochs, --learning-rate and --tensorboard are not for --method {method.value}")
+    if (job.out / checkpoint.FILE).is_file():
+        raise ValueError(f"--out {job.out} holds a training; take another folder")
     show = not job.console.quiet
     predictors: dict[str, LinearPredictor | LesaPredictor] = {}
     if method is Method.features:
@@ -196,9 +201,10 @@ def _fit(method: Method, job: Job) -> str:
         def of_features(schedule: Schedule, progress: bool = False) -> dict[str, LinearPredictor]:
             return fit_features(job.source, schedule, batch=job.batch, progress=progress)
 
-        schedule = _found_schedule(job, lambda tried: of_features(tried)[ONLY_BRANCH])
+        schedule = _found_schedule(job, lambda tried: next(iter(of_features(tried).values())))
         job.console.print(_placement(schedule, schedule), soft_wrap=True)
-        predictors.update(of_features(schedule, show))
+        found = of_features(schedule, show)
+        predictors.update({branch: found[branch] for branch in job.branches})
     else:
         through_tail = partial(fit_through_tail, job.source, batch=job.batch)
         schedule = _found_schedule(job, lambda tried: through_tail(tried, rounds=_ROUNDS_TO_TRY, progress=False))

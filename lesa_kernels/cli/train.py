@@ -167,8 +167,8 @@ def _one_line() -> Generator[None, None, None]:
 def _device(device: str | None) -> str:
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(place)
-    if place == "cuda" and torch.distributed.is_torchelastic_launched():
-        place = f"cuda:{os.environ['LOCAL_RANK']}"
+    if place == "cuda":
+        place = f"cuda:{os.environ['LOCAL_RANK'] if torch.distributed.is_torchelastic_launched() else 0}"
     if place.startswith("cuda"):
         torch.cuda.set_device(place)
     return place

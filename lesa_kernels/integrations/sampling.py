@@ -126,6 +126,16 @@ class PipelineSource:
         digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
         return f"{type(self._module).__name__} {self._hook.adapter.capture or 'output'} {digest}"
 
+    @cached_property
+    def identity(self) -> str:
+        """A hash of what the runs are made from beside the model: prompts, arguments and seed."""
+        digest = hashlib.sha256(repr((self._steps, self._seed)).encode())
+        for arguments in (*self._prompts, self._shared):
+            for name, value in sorted(arguments.items()):
+                digest.update(name.encode())
+                _digest(value, digest)
+        return digest.hexdigest()[:16]
+
     def play(self, runs: Sequence[int], player: Player) -> None:
         """See `Source.play`. The player runs with gradients where this is called with gradients.
 
@@ -213,6 +223,23 @@ def _check_names(pipe: Any, names: set[str]) -> None:
             raise ValueError(f"{name} must not be given: a run has steps= steps and one image, its noise is of seed=")
         if not _accepts(pipe, name):
             raise ValueError(f"arguments must be those of the call of {type(pipe).__name__}, which takes no {name}")
+
+
+def _digest(value: Any, digest: Any) -> None:
+    """Add an argument to a hash. Objects that say nothing of their contents count by their type."""
+    if isinstance(value, Tensor):
+        digest.update(repr((value.dtype, tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)}".encode())
+        for each in value:
+            _digest(each, digest)
+    elif hasattr(value, "tobytes"):
+        digest.update(value.tobytes())
+    elif value is None or isinstance(value, (str, int, float)):
+        digest.update(repr(value).encode())
+    else:
+        digest.update(type(value).__qualname__.encode())
 
 
 def _together(values: list[Any]) -> Any:

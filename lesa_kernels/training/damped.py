@@ -38,15 +38,19 @@ class DampedFit:
         start: C coefficients, float64.
         nearest: for a fit that cannot have all coefficients: takes some [C] and a metric [C, C], returns those that it
             can have, with the least distance to them in the metric; None for a fit that can have all.
+        name: of what is fitted, for messages.
     """
 
-    def __init__(self, start: Tensor, nearest: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, start: Tensor, nearest: Callable[[Tensor, Tensor], Tensor] | None = None, name: str = "these steps"
+    ) -> None:
         self.best = start.clone()
         self.candidate = start.clone()
         self.error = math.inf
         self.first_error = math.inf
         self.finished = False
         self._nearest = nearest
+        self._name = name
         self._damping = _FIRST_DAMPING
         self._kept = torch.zeros(len(start) + 1, len(start) + 1, dtype=torch.float64)
         self._sums = torch.zeros_like(self._kept)
@@ -60,7 +64,7 @@ class DampedFit:
     @property
     def damped_gram(self) -> Tensor:
         """The same, damped: positive definite, [C, C]."""
-        size = self.gram.diagonal().mean()
+        size = self.gram.diagonal().mean().item() or 1.0
         return self.gram + self._damping * size * torch.eye(len(self.gram), dtype=torch.float64)
 
     def add(self, key: int, columns: Sequence[Tensor], residual: Tensor) -> None:
@@ -79,9 +83,17 @@ class DampedFit:
         self._sums += gram_of([(column.float() * scale).contiguous() for column in (*columns, residual)])
 
     def close_round(self) -> None:
-        """Judge the candidate by what was added since the last round and propose another, or finish."""
+        """Judge the candidate by what was added since the last round and propose another, or finish.
+
+        Raises:
+            FloatingPointError: when already the start gave residuals or derivatives that are not finite.
+        """
         sums, self._sums = self._sums, torch.zeros_like(self._sums)
-        error = sums[-1, -1].item()
+        error = sums[-1, -1].item() if sums.isfinite().all() else math.inf
+        if math.isinf(error) and math.isinf(self.error):
+            raise FloatingPointError(
+                f"runs must stay finite where the fit of {self._name} starts: latents, outputs or slopes are not"
+            )
         if error < self.error:
             if math.isinf(self.error):
                 self.first_error = error

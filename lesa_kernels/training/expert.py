@@ -29,15 +29,16 @@ class Expert:
         # The newest feature again and again.
         self._found = history.new_zeros(len(history) + forecasts)
         self._found[len(history) - 1] = 1.0
+        self._tried: list[tuple[Tensor, Tensor]] = []
 
     @property
     def weights(self) -> Tensor:
-        """The mixing weights that `nearest` found, [K]."""
+        """The mixing weights that were found last, or chosen, [K]."""
         return self._found[: len(self._history)]
 
     @property
     def gains(self) -> Tensor:
-        """The gains that `nearest` found, [N]."""
+        """The gains likewise, [N]."""
         return self._found[len(self._history) :]
 
     def compose(self, weights: Tensor, gains: Tensor) -> Tensor:
@@ -64,7 +65,13 @@ class Expert:
 
         starts = sorted([self._found, *self._starts(target)], key=distance)[:_SEARCHES]
         self._found = min((self._descend(start, target, root) for start in starts), key=distance)
-        return self._compose(self._found)
+        made = self._compose(self._found)
+        self._tried.append((made, self._found))
+        return made
+
+    def choose(self, coefficients: Tensor) -> None:
+        """Take the weights and gains for which `nearest` returned these coefficients."""
+        self._found = next(parameters for made, parameters in self._tried if torch.equal(made, coefficients))
 
     def _residual(self, parameters: Tensor, target: Tensor, root: Tensor) -> Tensor:
         return torch.cat([root @ (self._compose(parameters) - target), _RIDGE**0.5 * parameters])

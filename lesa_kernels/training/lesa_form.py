@@ -19,7 +19,7 @@ from lesa_kernels.sources import Source
 from lesa_kernels.training.damped import DampedFit
 from lesa_kernels.training.expert import Expert
 from lesa_kernels.training.kan_gains import set_gains
-from lesa_kernels.training.players import batches, reference_latents
+from lesa_kernels.training.players import Reference, batches, reference_run
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.training.through_tail import Segment, collect_segment, segments
 
@@ -66,9 +66,16 @@ def fit_lesa(
         progress: show a bar.
 
     Raises:
-        ValueError: when rounds are fewer than 2, or the predictor has other than a stage for each segment, or its plan
-            other full steps than the schedule: a window is too long.
+        ValueError: when rounds are fewer than 2, the predictor is not on the CPU or has other than a stage for each
+            segment, or its plan other full steps than the schedule: a window is too long. And as `fit_through_tail`.
+        TypeError: when its parameters are not float32.
+        FloatingPointError: as `fit_through_tail`.
     """
+    for name, parameter in predictor.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise TypeError(f"{name} of predictor must be float32, got {parameter.dtype}")
+        if parameter.device.type != "cpu":
+            raise ValueError(f"{name} of predictor must be on the CPU while it is fitted, got {parameter.device}")
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2 (one to measure, one to judge a change), got {rounds}")
     sigmas, schedule = fitted.trained_sigmas, fitted.schedule
@@ -108,7 +115,7 @@ class _Form:
         self._source = source
         self._schedule = fitted.schedule
         self.parts = batches(source, batch)
-        self._references: list[dict[int, Tensor]] = []
+        self._references: list[Reference] = []
         self._known = {full: {full: 1.0} for full in self._schedule.full_steps}
         self._aims: dict[int, dict[int, float]] = {}
         for step in range(self._schedule.num_steps):
@@ -120,7 +127,7 @@ class _Form:
     def record(self, parts: Iterable[Sequence[int]]) -> None:
         """Sample unaccelerated runs and keep where the segments should end."""
         ends = [segment.end for segment in segments(self._schedule)]
-        self._references = [reference_latents(self._source, runs, ends)[0] for runs in parts]
+        self._references = [reference_run(self._source, runs, ends) for runs in parts]
 
     def _given(self, segment: Segment) -> list[int]:
         return [full for full in self._schedule.full_steps if full <= segment.full_step]
@@ -139,14 +146,15 @@ class _Form:
         given = self._given(segment)
         before = range(segment.full_step - window + 1, segment.full_step + 1)
         expert = Expert(torch.stack([self._vector(self._known[step], given) for step in before]), len(segment.steps))
-        free = DampedFit(torch.cat([self._vector(self._aims[step], given) for step in segment.steps]))
+        aims = torch.cat([self._vector(self._aims[step], given) for step in segment.steps])
+        free = DampedFit(aims, name=segment.name)
         self._measure(free, segment)
-        fit = DampedFit(expert.nearest(free.best, free.damped_gram), expert.nearest)
+        fit = DampedFit(expert.nearest(free.best, free.damped_gram), expert.nearest, segment.name)
         for _ in range(rounds - 1):
             self._measure(fit, segment)
             if fit.finished:
                 break
-        expert.nearest(fit.best, free.damped_gram)
+        expert.choose(fit.best)
         return expert
 
     def _measure(self, fit: DampedFit, segment: Segment) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lesa_kernels.predictors import Forecaster
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import ONLY_BRANCH, Source
-from lesa_kernels.training.players import Following, batches, reference_latents
+from lesa_kernels.sources import Source
+from lesa_kernels.training.players import Following, batches, reference_run
 from lesa_kernels.training.progress import progress_bar
 
 # Distances that the search moves a full step by, one after the other.
@@ -55,7 +55,7 @@ class Judge:
         steps = len(self.sigmas) - 1
         with progress_bar(progress) as bar:
             recording = bar.track(self._parts, description="sampling unaccelerated runs")
-            self._finals = [reference_latents(source, runs, [steps])[0][steps] for runs in recording]
+            self._references = [reference_run(source, runs, [steps]) for runs in recording]
 
     @torch.no_grad()
     def __call__(self, forecaster: Forecaster, schedule: Schedule) -> Judged:
@@ -64,12 +64,12 @@ class Judge:
         errors: list[Tensor] = []
         full: list[float] = []
         forecast: list[float] = []
-        for runs, final in zip(self._parts, self._finals, strict=True):
-            following = Following({ONLY_BRANCH: plan}, self.sigmas)
+        for runs, reference in zip(self._parts, self._references, strict=True):
+            following = Following({reference.branch: plan}, self.sigmas, reference.sign)
             self.source.play(runs, following)
             if following.final is None:
                 raise ValueError("source must play a model with its tail and latents; this one holds features only")
-            errors.append(_decibels(following.final, final))
+            errors.append(_decibels(following.final, reference.latents[len(self.sigmas) - 1]))
             full += following.full_seconds
             forecast += following.forecast_seconds
         middle = statistics.median

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
 from lesa_kernels.sources import Call, Player, Source, watch
+
+# Of the way that the latents went; rounding to bfloat16 in every step makes up a hundredth.
+_EULER_TOLERANCE = 0.05
 
 
 class Enough(Exception):
@@ -37,15 +40,15 @@ def batches(source: Source, batch: int) -> list[range]:
     return [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
 
 
-def euler(call: Call, output: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Return the latents after a step of a rectified flow: latents + (sigma_{s+1} - sigma_s) * velocity.
+def euler(call: Call, output: Tensor, sigmas: Sequence[float], sign: float = 1.0) -> Tensor:
+    """Return the latents after a step of a rectified flow: latents + sign * (sigma_{s+1} - sigma_s) * output.
 
     Raises:
         ValueError: when the source holds features only.
     """
     if call.latents is None:
         raise ValueError("source must play a model with its latents; this one holds features only")
-    return call.latents + (sigmas[call.step + 1] - sigmas[call.step]) * output
+    return call.latents + sign * (sigmas[call.step + 1] - sigmas[call.step]) * output
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Following:
     Args:
         plans: of each branch; branches without one run in full.
         sigmas: S+1 noise levels.
+        sign: of the output, see `Reference`.
         final: latents at the end of the run, by Euler's last step.
         full_seconds: of each call whose blocks ran, until the device was done.
         forecast_seconds: of each other call.
@@ -62,6 +66,7 @@ class Following:
 
     plans: Mapping[str, Plan]
     sigmas: Sequence[float]
+    sign: float = 1.0
     final: Tensor | None = None
     full_seconds: list[float] = field(default_factory=list)
     forecast_seconds: list[float] = field(default_factory=list)
@@ -82,7 +87,7 @@ class Following:
         else:
             output = None if call.tail is None else call.tail(session.forecast(call.step))
         if output is not None and call.latents is not None and call.step == len(self.sigmas) - 2:
-            self.final = euler(call, output, self.sigmas).detach()
+            self.final = euler(call, output, self.sigmas, self.sign).detach()
         _wait(call.latents)
         (self.full_seconds if is_full else self.forecast_seconds).append(time.perf_counter() - begin)
         return output
@@ -93,38 +98,88 @@ def _wait(tensor: Tensor | None) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Where a batch of unaccelerated runs went.
+
+    Args:
+        latents: before some steps, S standing for the end of the run; [B, ...] by step.
+        branch: of the calls.
+        sign: -1 where the pipeline takes the negative of what its model returns (Z-Image), else 1.
+    """
+
+    latents: Mapping[int, Tensor]
+    branch: str
+    sign: float
+
+
 @torch.no_grad()
-def reference_latents(
-    source: Source, runs: Sequence[int], steps: Sequence[int]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def reference_run(source: Source, runs: Sequence[int], steps: Sequence[int]) -> Reference:
     """Play runs in full and keep their latents.
 
     Args:
-        source: must play a model that is called once a step.
+        source: must play a model that is called once a step, and step as Euler does.
         runs: played as one batch.
         steps: before which the latents are kept; S stands for the end of the run.
 
     Returns:
-        Latents and outputs [B, ...] by step; outputs of all steps.
+        The latents, and what else fits must know of the runs.
 
     Raises:
-        ValueError: when the source holds features only, or calls its model more than once a step.
+        ValueError: when the source holds features only, calls its model more than once a step, or does not step as
+            Euler does: another solver, guidance within a batch, tokens that stay as they are.
     """
-    latents: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
+    recorder = _Recorder(source.sigmas, steps)
+    source.play(runs, recorder)
+    return recorder.reference()
 
-    def player(call: Call) -> Tensor | None:
+
+class _Recorder:
+    """Watches unaccelerated runs; adds up where Euler's steps would lead."""
+
+    def __init__(self, sigmas: Sequence[float], steps: Sequence[int]) -> None:
+        self._sigmas = sigmas
+        self._steps = steps
+        self._latents: dict[int, Tensor] = {}
+        self._last: tuple[Call, Tensor] | None = None
+        self._first: Tensor | None = None
+        self._before_last: Tensor | None = None
+        self._moved: Tensor | float = 0.0
+
+    def __call__(self, call: Call) -> Tensor:
         _, output = watch(call)
         if output is None or call.latents is None:
             raise ValueError("source must play a model with its tail and latents; this one holds features only")
-        if call.step in outputs:
-            raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
-        outputs[call.step] = output.detach().clone()
-        if call.step in steps:
-            latents[call.step] = call.latents.detach().clone()
-        if call.step == len(source.sigmas) - 2 and call.step + 1 in steps:
-            latents[call.step + 1] = euler(call, output, source.sigmas).detach()
+        # A loop may write to its latents.
+        latents = call.latents.detach().clone()
+        if self._last is None:
+            self._first = latents.float()
+        else:
+            last, its_output = self._last
+            if call.step == last.step:
+                raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
+            self._moved = self._moved + (self._sigmas[call.step] - self._sigmas[last.step]) * its_output.float()
+        if call.step in self._steps:
+            self._latents[call.step] = latents
+        self._before_last = latents.float()
+        self._last = replace(call, latents=latents), output.detach().clone()
         return output
 
-    source.play(runs, player)
-    return latents, outputs
+    def reference(self) -> Reference:
+        """Return what was seen, once the runs are over."""
+        if self._last is None or self._first is None or self._before_last is None:
+            raise ValueError("source must call its model, it did not")
+        (last, output), sign = self._last, 1.0
+        if isinstance(self._moved, Tensor):
+            walked = self._before_last - self._first
+            sign = -1.0 if (walked * self._moved).sum() < 0 else 1.0
+            error = (walked - sign * self._moved).norm() / walked.norm().clamp_min(1e-20)
+            if error > _EULER_TOLERANCE:
+                raise ValueError(
+                    "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
+                    f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
+                )
+        end = len(self._sigmas) - 1
+        if end in self._steps:
+            self._latents[end] = euler(last, output, self._sigmas, sign).detach()
+        return Reference(self._latents, last.branch, sign)

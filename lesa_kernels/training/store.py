@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,12 @@ class FeatureStore:
     def model(self) -> str:
         """What the features are of."""
         return str(self._stamp["model"])
+
+    @property
+    def identity(self) -> str | None:
+        """Which runs the source played that was recorded, None where it did not say."""
+        identity: str | None = self._stamp.get("identity")
+        return identity
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -159,14 +165,15 @@ class FeatureStore:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stamp = {"model": model, "sigmas": list(source.sigmas), "dtype": dtype, "runs": len(source)}
-        if (folder / _INDEX).is_file():
-            _check_stamp(folder / _INDEX, _read_index(folder)["stamp"], stamp)
-            return cls(folder)
+        stamp["identity"] = getattr(source, "identity", None)
         ranks = Ranks()
+        # One process looks: another one would see what this one has recorded since.
+        missing = ranks.from_first(lambda: _missing(folder, stamp))
+        if missing is None:
+            return cls(folder)
         with Progress(disable=not (progress and ranks.writes)) as bar:
-            missing = [run for run in range(len(source)) if not _is_recorded(folder, run, stamp)]
             task = bar.add_task("recording", total=len(source), completed=len(source) - len(missing))
-            recorder = _Recorder(folder, stamp, len(missing), bar)
+            recorder = _Recorder(folder, stamp, len(missing), bar.console.print if progress and ranks.writes else None)
             for run in missing[ranks.own :: ranks.count]:
                 recorder.begin(run)
                 source.play([run], recorder)
@@ -184,14 +191,16 @@ class _Recorder:
         folder: of the store.
         stamp: what is recorded.
         missing: how many runs are to be recorded.
-        bar: shows the size.
+        tell: is told the size; None tells nobody.
     """
 
-    def __init__(self, folder: Path, stamp: Mapping[str, Any], missing: int, bar: Progress) -> None:
+    def __init__(
+        self, folder: Path, stamp: Mapping[str, Any], missing: int, tell: Callable[[str], None] | None
+    ) -> None:
         self._folder = folder
         self._stamp = stamp
         self._missing = missing
-        self._bar = bar
+        self._tell = tell
         self._sized = False
         self._branches: dict[str, dict[str, Any]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -241,7 +250,8 @@ class _Recorder:
         )
         if needed > free:
             raise OSError(f"the features must fit on the disk: {text}")
-        self._bar.console.print(text)
+        if self._tell is not None:
+            self._tell(text)
 
     def save(self) -> None:
         """Write the run's file, whole or not at all.
@@ -293,6 +303,14 @@ def _check_stamp(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
             raise ValueError(f"{file}: is of another recording: {name} is {found.get(name)}, wanted {value}")
 
 
+def _missing(folder: Path, stamp: Mapping[str, Any]) -> list[int] | None:
+    """Return the runs that are still to be recorded, None where the recording has ended."""
+    if (folder / _INDEX).is_file():
+        _check_stamp(folder / _INDEX, _read_index(folder)["stamp"], stamp)
+        return None
+    return [run for run in range(stamp["runs"]) if not _is_recorded(folder, run, stamp)]
+
+
 def _is_recorded(folder: Path, run: int, stamp: Mapping[str, Any]) -> bool:
     file = _shard(folder, run)
     if not file.is_file():
@@ -313,6 +331,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _write_index(folder: Path, stamp: Mapping[str, Any]) -> None:
+    for run in range(stamp["runs"]):
+        if not _is_recorded(folder, run, stamp):
+            raise FileNotFoundError(f"{_shard(folder, run)}: must have been recorded; record again")
     with _opened(_shard(folder, 0), stamp) as first:
         branches = json.loads(first.metadata()["branches"])
     with replacing(folder / _INDEX) as file:

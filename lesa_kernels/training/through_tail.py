@@ -24,7 +24,7 @@ from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.sources import Call, Source, watch
 from lesa_kernels.training.closed_form import resolved
 from lesa_kernels.training.damped import DampedFit
-from lesa_kernels.training.players import Enough, batches, euler, play, reference_latents
+from lesa_kernels.training.players import Enough, Reference, batches, euler, play, reference_run
 from lesa_kernels.training.progress import progress_bar
 
 Objective = Literal["latents", "output"]
@@ -49,14 +49,20 @@ def derivatives(
 
     Returns:
         [*output], and as many derivatives [*output].
+
+    Raises:
+        ValueError: when the tail detaches the feature.
     """
     _load_rules()
     output, slopes = None, []
     for direction in directions:
-        with forward_ad.dual_level():
+        # A compiled graph would drop the derivative.
+        with torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
             dual = forward_ad.unpack_dual(tail(forward_ad.make_dual(feature, direction)))
+            if dual.tangent is None:
+                raise ValueError("call.tail must be differentiable in forward mode, this one loses the derivative")
             output = dual.primal
-            slopes.append(torch.zeros_like(output) if dual.tangent is None else dual.tangent)
+            slopes.append(dual.tangent)
     return tail(feature) if output is None else output, slopes
 
 
@@ -75,6 +81,11 @@ class Segment:
     full_step: int
     steps: tuple[int, ...]
     end: int
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"steps {self.full_step + 1} to {self.end - 1}"
 
 
 def segments(schedule: Schedule) -> list[Segment]:
@@ -112,7 +123,7 @@ class _Walk:
         rows: coefficients; the segment's are the fit's candidate.
         segment: which one.
         directions: step -> the sources to differentiate in.
-        reference: latents that the segment should end in.
+        reference: of the unaccelerated runs, whose latents the segment should end in.
         receive: takes the columns, in the order of steps and sources, and the residual.
     """
 
@@ -123,7 +134,7 @@ class _Walk:
         rows: _Rows,
         segment: Segment,
         directions: Callable[[int], Sequence[int]],
-        reference: Tensor,
+        reference: Reference,
         receive: Callable[[list[Tensor], Tensor], None],
     ) -> None:
         self._sigmas = sigmas
@@ -146,7 +157,7 @@ class _Walk:
         else:
             output = self._forecast(call, call.tail)
         if output is not None and call.step == len(self._sigmas) - 2:
-            self._finish(euler(call, output, self._sigmas))
+            self._finish(euler(call, output, self._sigmas, self._reference.sign))
         return output
 
     def _forecast(self, call: Call, tail: Callable[[Tensor], Tensor]) -> Tensor:
@@ -156,12 +167,12 @@ class _Walk:
             return tail(feature)
         wanted = self._directions(call.step)
         output, slopes = derivatives(tail, feature, [self._full[source] for source in wanted])
-        length = self._sigmas[call.step + 1] - self._sigmas[call.step]
+        length = self._reference.sign * (self._sigmas[call.step + 1] - self._sigmas[call.step])
         self._columns += [length * slope for slope in slopes]
         return output
 
     def _finish(self, latents: Tensor) -> None:
-        self._receive(self._columns, latents - self._reference.to(latents))
+        self._receive(self._columns, latents - self._reference.latents[self._segment.end].to(latents))
         raise Enough
 
 
@@ -213,7 +224,9 @@ def fit_through_tail(
         The predictor.
 
     Raises:
-        ValueError: when an argument is out of range, or the source has no runs, no tail, or several calls a step.
+        ValueError: when an argument is out of range, or the source has no runs, no tail, several calls a step, or
+            other steps than Euler's.
+        FloatingPointError: when latents or outputs are not finite; names the steps.
     """
     if objective not in ("latents", "output"):
         raise ValueError(f'objective must be "latents" or "output", got {objective!r}')
@@ -236,10 +249,10 @@ def _fit_latents(source: Source, schedule: Schedule, rows: _Rows, rounds: int, b
     with progress_bar(progress) as bar:
         ends = [segment.end for segment in todo]
         recording = bar.track(parts, description="sampling unaccelerated runs")
-        references = [reference_latents(source, runs, ends)[0] for runs in recording]
+        references = [reference_run(source, runs, ends) for runs in recording]
         for segment in bar.track(todo, description="fitting segment by segment"):
             keys = rows.keys(segment.steps)
-            fit = DampedFit(rows.vector(keys))
+            fit = DampedFit(rows.vector(keys), name=segment.name)
             for _ in range(rounds):
                 rows.assign(keys, fit.candidate)
                 collect_segment(source, schedule, rows.values, segment, parts, references, fit)
@@ -255,7 +268,7 @@ def collect_segment(
     rows: Mapping[int, dict[int, float]],
     segment: Segment,
     parts: Sequence[Sequence[int]],
-    references: Sequence[Mapping[int, Tensor]],
+    references: Sequence[Reference],
     fit: DampedFit,
     directions: Callable[[int], Sequence[int]] | None = None,
 ) -> None:
@@ -267,7 +280,7 @@ def collect_segment(
         rows: coefficients by step and source.
         segment: which one.
         parts: the batches.
-        references: of each batch the latents that the segment should end in, by step.
+        references: of each batch, with the latents that the segment should end in.
         fit: takes the sums.
         directions: step -> sources to differentiate in; None for those of its row.
     """
@@ -279,7 +292,7 @@ def collect_segment(
             _Rows(dict(rows)),
             segment,
             own,
-            reference[segment.end],
+            reference,
             lambda columns, residual, key=key: fit.add(key, columns, residual),  # type: ignore[misc]
         )
         play(source, runs, walk)
@@ -287,13 +300,18 @@ def collect_segment(
 
 def _fit_outputs(source: Source, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool) -> None:
     parts = batches(source, batch)
-    fits = {step: DampedFit(rows.vector(rows.keys([step]))) for step in rows.values}
+    fits = {step: DampedFit(rows.vector(rows.keys([step])), name=f"step {step}") for step in rows.values}
     full: dict[int, Tensor] = {}
+    latest = -1
 
     def player(key: int, call: Call) -> Tensor | None:
+        nonlocal latest
         feature, output = watch(call)
         if output is None or call.tail is None:
             raise ValueError("source must play a model with its tail; this one holds features only")
+        if call.step == latest:
+            raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
+        latest = call.step
         if call.step in schedule.full_steps:
             full[call.step] = feature
         elif not fits[call.step].finished:

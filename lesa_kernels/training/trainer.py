@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -157,6 +157,7 @@ class _Training:
             "sigmas": list(self._source.sigmas),
             "the number of runs of source": len(self._source),
             "source.model": getattr(self._source, "model", None),
+            "source.identity": getattr(self._source, "identity", None),
             "config": asdict(self._config),
             "predictor": {
                 branch: {
@@ -193,8 +194,7 @@ class _Training:
         self._seconds = checkpoint.seconds
         for learner in self._learners.values():
             learner.predictor.trained_sigmas = self._source.sigmas
-            if hasattr(learner.predictor, "trained_schedule"):
-                cast(Any, learner.predictor).trained_schedule = learner.schedule
+            learner.predictor.trained_schedule = learner.schedule
 
     def save(self, folder: Path, description: str) -> None:
         """Write the state after the last complete batch, and the reports."""

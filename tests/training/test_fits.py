@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from lesa_kernels.training import fit_features, fit_lesa, fit_through_tail, segm
 from lesa_kernels.training.damped import DampedFit, gram_of
 from lesa_kernels.training.expert import Expert
 from lesa_kernels.training.kan_gains import set_gains
-from lesa_kernels.training.players import Following, batches, reference_latents
+from lesa_kernels.training.players import Following, batches, reference_run
 from lesa_kernels.training.through_tail import derivatives
 
 STEPS, RUNS, WIDTH = 12, 6, 8
@@ -40,7 +42,10 @@ class _Flow(torch.nn.Module):
         return torch.nn.functional.layer_norm(feature, (WIDTH,)) @ self.out * (1 + SIGMAS[step]) - feature
 
 
-def _source(count: int = RUNS, seed: int = 0, calls: list[int] | None = None) -> Sampled:
+def _source(
+    count: int = RUNS, seed: int = 0, calls: list[int] | None = None, sign: float = 1.0, branch: str = ONLY_BRANCH
+) -> Sampled:
+    """Return runs of a flow; with the sign -1 its model returns the negative of what the steps take."""
     model = _Flow()
     noise = torch.randn(count, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -52,10 +57,13 @@ def _source(count: int = RUNS, seed: int = 0, calls: list[int] | None = None) ->
     def loop(runs: Sequence[int], player: Player) -> None:
         latents = noise[list(runs)]
         for step in range(STEPS):
-            tail = partial(model.tail, step=step)
-            output = player(Call(step, partial(blocks, latents, step), tail, latents))
+
+            def tail(feature: Tensor, step: int = step) -> Tensor:
+                return sign * model.tail(feature, step)
+
+            output = player(Call(step, partial(blocks, latents, step), tail, latents, branch))
             assert output is not None
-            latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * output
+            latents = latents + sign * (SIGMAS[step + 1] - SIGMAS[step]) * output
 
     return Sampled(loop, count, SIGMAS)
 
@@ -65,7 +73,7 @@ def _error(forecaster: lesa.Forecaster, seed: int = 1) -> float:
     following = Following({ONLY_BRANCH: forecaster.plan(SIGMAS, SCHEDULE)}, SIGMAS)
     source.play(range(RUNS), following)
     assert following.final is not None
-    reference = reference_latents(source, range(RUNS), [STEPS])[0][STEPS]
+    reference = reference_run(source, range(RUNS), [STEPS]).latents[STEPS]
     return ((following.final - reference).norm() / reference.norm()).item()
 
 
@@ -195,10 +203,95 @@ def test_fits_through_the_tail_beat_their_start_on_other_noise(objective: str) -
     assert _error(found) < 0.95 * _error(lesa.TaylorSeer(2)), objective
 
 
+@pytest.mark.parametrize("objective", ["latents", "output"])
+def test_a_pipeline_that_takes_the_negative_of_the_output_is_fitted_alike(objective: Any) -> None:
+    plain, negative = (
+        fit_through_tail(_source(sign=sign), SCHEDULE, objective=objective, batch=RUNS, progress=False)
+        for sign in (1.0, -1.0)
+    )
+    assert torch.allclose(plain.coefficients, negative.coefficients, atol=1e-4, equal_nan=True)
+
+
+def _elsewhere() -> Sampled:
+    """Return runs whose latents take half of each step."""
+    noise, model = torch.randn(RUNS, 5, WIDTH, generator=torch.Generator().manual_seed(0)), _Flow()
+
+    def loop(runs: Sequence[int], player: Player) -> None:
+        latents = noise[list(runs)]
+        for step in range(STEPS):
+            output = player(Call(step, partial(model.blocks, latents, step), partial(model.tail, step=step), latents))
+            assert output is not None
+            latents = latents + 0.5 * (SIGMAS[step + 1] - SIGMAS[step]) * output
+
+    return Sampled(loop, RUNS, SIGMAS)
+
+
+def test_steps_other_than_eulers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"source must step as Euler does.*got latents that went 100 % elsewhere"):
+        fit_through_tail(_elsewhere(), SCHEDULE, batch=RUNS, progress=False)
+
+
+def test_a_tail_that_loses_the_derivative_is_refused() -> None:
+    feature = torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"call\.tail must be differentiable in forward mode"):
+        derivatives(lambda feature: feature.detach() * 2, feature, [feature])
+
+
+def test_a_compiled_tail_keeps_its_derivative() -> None:
+    def tail(feature: Tensor) -> Tensor:
+        return feature.square()
+
+    feature, direction = torch.randn(2, 3), torch.randn(2, 3)
+    compiled = torch.compile(tail, backend="eager")
+    with torch.no_grad():
+        compiled(feature)
+        output, (slope,) = derivatives(compiled, feature, [direction])
+    torch.testing.assert_close((output, slope), (feature.square(), 2 * feature * direction))
+
+
+def test_guidance_with_several_calls_a_step_is_refused_by_both_objectives() -> None:
+    single = _source()
+
+    def loop(runs: Sequence[int], player: Player) -> None:
+        def twice(call: Call) -> Tensor | None:
+            player(call)
+            return player(replace(call, branch="uncond"))
+
+        single.play(runs, twice)
+
+    for objective in ("latents", "output"):
+        with pytest.raises(ValueError, match="source must call its model once a step"):
+            fit_through_tail(Sampled(loop, RUNS, SIGMAS), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
+
+
 def test_batches_do_not_change_the_fit() -> None:
     whole = fit_through_tail(_source(), SCHEDULE, batch=RUNS, progress=False)
     parts = fit_through_tail(_source(), SCHEDULE, batch=4, progress=False)
     assert torch.allclose(whole.coefficients, parts.coefficients, atol=1e-4, equal_nan=True)
+
+
+def test_a_fit_of_runs_that_are_not_finite_says_so() -> None:
+    fit = DampedFit(torch.ones(1, dtype=torch.float64))
+    fit.add(0, [torch.ones(1, 3)], torch.tensor([[1.0, torch.nan, 1.0]]))
+    with pytest.raises(FloatingPointError, match="must stay finite where the fit of these steps starts"):
+        fit.close_round()
+
+
+def test_a_candidate_that_is_not_finite_is_dropped() -> None:
+    fit = DampedFit(torch.ones(1, dtype=torch.float64))
+    for value in (1.0, torch.inf):
+        fit.add(0, [torch.ones(1, 3)], torch.full((1, 3), value))
+        fit.close_round()
+    assert fit.best.item() == 1.0 and fit.error == pytest.approx(1.0)
+    assert 0.5 < fit.candidate.item() < 1.0
+
+
+def test_directions_that_change_nothing_leave_the_start() -> None:
+    fit = DampedFit(torch.ones(2, dtype=torch.float64))
+    fit.add(0, [torch.zeros(1, 3)] * 2, torch.ones(1, 3))
+    fit.close_round()
+    assert fit.finished
+    assert torch.linalg.eigvalsh(fit.damped_gram).min() > 0
 
 
 def test_the_fit_of_a_segment_runs_no_blocks_behind_it() -> None:
@@ -239,6 +332,9 @@ def test_an_expert_finds_what_it_can_make() -> None:
     made = found.nearest(target, root @ root.T + torch.eye(15).double())
     assert (made - target).norm() < 0.03 * target.norm(), "but for the preference for small weights"
     assert torch.equal(found.compose(found.weights, found.gains), made)
+    found.nearest(-target, torch.eye(15).double())
+    found.choose(made)
+    assert torch.equal(found.compose(found.weights, found.gains), made), "of the best round, not of the last"
 
 
 def test_an_expert_keeps_its_weights_small_where_features_are_alike() -> None:
@@ -278,6 +374,8 @@ def test_lesa_that_does_not_suit_the_schedule_is_refused() -> None:
         fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8), fitted, _source(), progress=False)
     with pytest.raises(ValueError, match="rounds must be at least 2"):
         fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8), fitted, _source(), rounds=1, progress=False)
+    with pytest.raises(TypeError, match=r"of predictor must be float32, got torch\.float64"):
+        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8).double(), fitted, _source(), progress=False)
 
 
 def test_wrong_arguments_are_named() -> None:
