@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import lesa_kernels as lesa
 from lesa_kernels.cli import app
 from lesa_kernels.demo.pipeline import DigitsPipeline
+from lesa_kernels.training.checkpoint import FILE
 
 DIGITS = ["--model", "digits", "--steps", "12", "--runs", "4", "--batch", "4"]
 
@@ -74,6 +75,14 @@ def test_a_placement_is_refined_by_fits(tmp_path: Path) -> None:
     refused = run(tmp_path / "other", "--method", "tuned", "--refine", "3")
     assert refused.exit_code == 2
     assert "--refine" in refused.output
+
+
+def test_a_fit_does_not_take_the_place_of_a_training(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"")
+    refused = run(tmp_path, "--method", "features", "--calls", "4")
+    assert refused.exit_code == 2
+    assert "holds a training; take another folder" in " ".join(refused.output.replace("│", " ").split())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:

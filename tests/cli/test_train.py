@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra: demo)")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
 
+from torch.cuda._utils import _get_device_index
 from typer.testing import CliRunner
 
 import lesa_kernels as lesa
@@ -181,7 +183,7 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model", "digits", "--interval", "3", "--calls", "6"], "--interval and --calls both say"),
+        (["--model", "digits", "--interval", "3", "--calls", "6"], "--decibels say which steps are full: give one"),
         (["--model", "digits", "--calls", "60"], "num_full must be at most 50"),
         (["--model", "digits", "--interval", "1"], "schedule must leave a step to forecast"),
         (["--model", "digits", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
@@ -202,6 +204,22 @@ def test_bad_input_is_told_in_a_line(
     Path("cats.txt").write_text("a cat\n")
     Path("empty.txt").write_text(" \n")
     assert expected in message(run("--out", "out", *arguments))
+
+
+def test_a_gpu_is_named_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_command = importlib.import_module("lesa_kernels.cli.train")
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # What torch.cuda.set_device does first, which refuses "cuda".
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    assert [train_command._device(name) for name in (None, "cuda", "cuda:1", "cpu")] == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:1",
+        "cpu",
+    ]
+    assert chosen == [0, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,23 @@ def test_a_saved_pipeline_is_loaded_and_prompts_may_be_classes(tmp_path: Path) -
 def test_calls_without_a_context_are_told_apart_by_their_number() -> None:
     source = PipelineSource(odd_pipeline(), ["one"], steps=3, true_cfg=2.0, contexts=False)
     assert source.branches == (ONLY_BRANCH, "cond 2")
+
+
+def test_the_identity_tells_prompts_arguments_and_seed_apart() -> None:
+    pipe = CASES["flux"]().pipe
+    make = partial(PipelineSource, pipe, steps=STEPS)
+    image = torch.zeros(1, 3)
+    sources = [
+        make(["a", "b"]),
+        make(["ab", ""]),
+        make(["a", "b"], seed=1),
+        make(["a", "b"], guidance_scale=5.0),
+        make([{"prompt_embeds": image}]),
+        make([{"prompt_embeds": image + 1}]),
+        make([{"prompt_embeds": image.bfloat16()}]),
+    ]
+    assert len({source.identity for source in sources}) == len(sources)
+    assert make(["a", "b"]).identity == sources[0].identity
 
 
 def test_the_name_of_the_model_tells_what_the_features_are_of() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lesa_kernels as lesa
-from lesa_kernels.sources import Call, Player, Recorded, Sampled
+from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
 from lesa_kernels.training import Judge, Judged, plan_for_budget, search_placement
 
 STEPS = 20
@@ -87,7 +87,7 @@ def test_budgets() -> None:
         plan_for_budget(_judge(), _taylor, calls=20)
 
 
-def _source() -> Sampled:
+def _source(branch: str = ONLY_BRANCH) -> Sampled:
     """dx/dsigma = feature, which is cubic in sigma and differs from run to run."""
 
     def loop(runs: Sequence[int], player: Player) -> None:
@@ -95,7 +95,7 @@ def _source() -> Sampled:
         scale = torch.tensor([1.0 + run for run in runs])[:, None]
         for step in range(STEPS):
             feature = scale * SIGMAS[step] ** 3 * torch.arange(1.0, 5.0)
-            output = player(Call(step, lambda feature=feature: feature, lambda feature: feature, latents))  # type: ignore[misc]
+            output = player(Call(step, lambda feature=feature: feature, lambda feature: feature, latents, branch))  # type: ignore[misc]
             assert output is not None
             latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * output
 
@@ -121,6 +121,15 @@ def test_the_judge_measures_the_final_latents_and_the_times() -> None:
     # All three runs have the same relative error but for the constant they start from.
     error = [scale * (finals[1] - finals[0]).norm() / (1 + scale * finals[0]).norm() for scale in (1, 2, 3)]
     assert rough.decibels == pytest.approx(-20 * torch.stack(error).log10().mean().item(), abs=1e-3)
+
+
+def test_the_judge_follows_the_branch_that_there_is() -> None:
+    schedule = lesa.Schedule.explicit(STEPS, (0, 1, 2, 3, 10))
+    known, other = (
+        Judge(_source(branch), progress=False)(lesa.Reuse(), schedule) for branch in ("cond", "cond_uncond")
+    )
+    assert other.decibels == known.decibels < 60
+    assert other.forecast_seconds > 0
 
 
 def test_a_judge_needs_a_model() -> None:

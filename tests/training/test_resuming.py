@@ -31,7 +31,7 @@ from small_training import (
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Schedule
-from lesa_kernels.training import Recorded, TrainingConfig, TrainingResult, train
+from lesa_kernels.training import FeatureStore, Recorded, TrainingConfig, TrainingResult, train
 from lesa_kernels.training.checkpoint import FILE, Checkpoint
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
@@ -128,6 +128,21 @@ def test_another_training_is_refused(tmp_path: Path, change: dict[str, Any], mes
     with pytest.raises(ValueError, match=message):
         train(**(arguments | change), out=tmp_path, progress=False)
     assert before == {file: (tmp_path / file).read_bytes() for file in WRITTEN}
+
+
+def test_other_runs_of_as_many_are_refused(tmp_path: Path) -> None:
+    class Named(Recorded):
+        identity = "prompts of yesterday"
+
+    source = Named(trajectories(2), SIGMAS)
+    train(small_predictor(), source, SCHEDULE, SHORT, out=tmp_path / "out", progress=False)
+    stored = FeatureStore.record(tmp_path / "store", source, model="small", progress=False)
+    assert stored.identity == source.identity
+    source.identity = "prompts of today"
+    with pytest.raises(ValueError, match=r"source\.identity was prompts of yesterday, now prompts of today"):
+        train(small_predictor(), source, SCHEDULE, SHORT, out=tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="identity is prompts of yesterday, wanted prompts of today"):
+        FeatureStore.record(tmp_path / "store", source, model="small", progress=False)
 
 
 def test_features_of_another_model_are_refused(tmp_path: Path) -> None:

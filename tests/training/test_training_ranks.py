@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -93,7 +94,14 @@ def recording_rank(folder: Path) -> dict[str, Any]:
     return {"runs": len(store)}
 
 
-WORKS: tuple[Work, ...] = (training_rank, resumed_rank, bad_rank, refused_rank, recording_rank)
+def late_recording_rank(folder: Path) -> dict[str, Any]:
+    """Record a store together, of which one process has done its share before the other begins."""
+    if dist.get_rank() == 1:
+        time.sleep(1.0)
+    return {"runs": len(FeatureStore.record(folder, runs(4), model="small", progress=False))}
+
+
+WORKS: tuple[Work, ...] = (training_rank, resumed_rank, bad_rank, refused_rank, recording_rank, late_recording_rank)
 
 
 def _rank(rank: int, folder: Path) -> None:
@@ -169,6 +177,10 @@ def test_ranks_record_together(folder: Path) -> None:
     train(alone, runs(3), SCHEDULE, progress=False)
     train(together, FeatureStore(folder / "recording_rank"), SCHEDULE, progress=False)
     assert equal(alone, together)
+
+
+def test_a_process_that_is_late_records_its_own_share(folder: Path) -> None:
+    assert [rank["runs"] for rank in done(folder, late_recording_rank)] == [4, 4]
 
 
 def test_processes_that_do_not_know_each_other_are_refused() -> None:
