@@ -244,12 +244,14 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def draw(found: Sequence[Line], path: Path) -> None:
     """Draw PSNR against calls, a panel a data set: each method at its best placement, with the spread over models."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     names = sorted({line.data for line in found})
     figure = Figure(figsize=(5.5 * len(names), 5.0), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     methods = sorted({line.method for line in found})
+    colors = colormaps["tab20"]
     for panel, data in zip(panels, names, strict=True):
         for index, method in enumerate(methods):
             best: dict[int, Line] = {}
@@ -262,11 +264,14 @@ def draw(found: Sequence[Line], path: Path) -> None:
             middle = [best[count].psnr for count in calls]
             spread = [[best[c].psnr - best[c].lowest for c in calls], [best[c].highest - best[c].psnr for c in calls]]
             style = {"linewidth": 2.5, "zorder": 3} if method in (TAIL, LESA_TAIL) else {"linewidth": 1.0}
-            panel.errorbar(calls, middle, spread, marker="o", capsize=3, color=f"C{index}", label=method, **style)
+            panel.errorbar(
+                calls, middle, spread, marker="o", capsize=3, color=colors(index % colors.N), label=method, **style
+            )
         panel.set(title=data, xlabel="calls of the blocks (of 50 steps)", ylabel="PSNR against all 50 calls, dB")
+        panel.set_xticks(sorted({line.calls for line in found if line.data == data}))
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(names), fontsize=7)
     figure.suptitle("each method at its best placement; bars: lowest and highest of the trained models", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
