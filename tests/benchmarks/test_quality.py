@@ -95,6 +95,16 @@ def test_lines_hold_mean_and_spread() -> None:
     assert (line.psnr, line.lowest, line.highest, line.converged, line.models) == (41.5, 40.0, 43.0, 40.5, 2)
 
 
+def test_a_report_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results.save([_row(methods.TAIL, 0, 40.0)], tmp_path / "rows.csv")
+    (tmp_path / "page.md").write_text(f"before {pages.mark(quality.COMMAND)} old {pages.END} after")
+    monkeypatch.setattr(quality, "compare", lambda *_: pytest.fail("measured"))
+    plot = tmp_path / "plot.png"
+    quality.main(models=tmp_path, out=tmp_path / "rows.csv", plot=plot, report=True, page=tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert f"| {methods.TAIL} | 40.0 (40.0 to 40.0) |" in text and "old" not in text
+
+
 def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [replace(_row(methods.TAIL, seed, 40.0), calls=calls) for seed in (0, 1, 2) for calls in (10, 8, 6)]
     results.save(rows, tmp_path / "rows.csv")
