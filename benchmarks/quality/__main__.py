@@ -54,7 +54,7 @@ def compare(
                 torch=here.torch,
                 commit=here.commit,
                 date=here.date,
-                command=here.command,
+                command=f"python -m benchmarks.quality --data {data.name} --seed {seed} --calls {calls}",
             )
         )
     return rows
