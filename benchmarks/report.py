@@ -55,7 +55,7 @@ def markdown(rows: Sequence[Measurement]) -> str:
 
 def _line(found: Sequence[Measurement]) -> str:
     ours, *others = found
-    times = [f"{row.variant} {row.median_s / ours.median_s:.2g}x" for row in others if row.variant != COPY]
+    times = [f"{row.variant} {_times(row.median_s / ours.median_s)}x" for row in others if row.variant != COPY]
     cells = [
         f"`{ours.op}`, {ours.size}",
         f"{1e3 * ours.median_s:.3g}",
@@ -64,6 +64,10 @@ def _line(found: Sequence[Measurement]) -> str:
         "; ".join(times),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def draw(rows: Sequence[Measurement], path: Path) -> None:
