@@ -58,7 +58,7 @@ bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)
 	@$(BIN)/python -m benchmarks.hooks
 
-quality: setup ## Compare what all methods make of digits; trains six small models the first time (an hour)
+quality: setup ## Compare what all methods make of digits; trains small models the first time (hours)
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
 
 gpu-check: ## Build, test and measure on the GPU here, with the packages of PYTHON and no network; writes a report
