@@ -14,10 +14,10 @@ from rich.console import Console
 import lesa_kernels
 from benchmarks import harness, results, targets
 from benchmarks.clock import clock_for
+from benchmarks.results import RESULTS
 from benchmarks.suite import suite
 
 LOG_WIDTH = 120
-RESULTS = Path(__file__).parent / "results.csv"
 
 
 def main(

@@ -11,10 +11,9 @@ import typer
 from benchmarks import results
 from benchmarks.harness import COPY
 from benchmarks.pages import renewed
-from benchmarks.results import Measurement
+from benchmarks.results import RESULTS, Measurement
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results.csv"
 COMMAND = "python -m benchmarks.report"
 Key = tuple[str, int, str, str]
 

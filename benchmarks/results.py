@@ -17,6 +17,9 @@ from rich.table import Table
 
 from lesa_kernels.machine import device_name
 
+RESULTS = Path(__file__).parent / "results.csv"
+"""The committed results."""
+
 
 class Origin(NamedTuple):
     """What all rows of a run share."""

@@ -41,6 +41,10 @@ Player: TypeAlias = Callable[[Call], "Tensor | None"]
 """Answers a call with the model's output (`call.tail` of a feature), or None where there is no tail."""
 
 
+class Enough(Exception):
+    """Raised by a player that has seen what it wanted of a run; whoever had it played catches it."""
+
+
 class Source(Protocol):
     """Runs to learn from. Playing the same runs twice gives the same calls."""
 

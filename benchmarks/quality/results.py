@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.quality.methods import BASHFORTH, LESA, LESA_TAIL, LESA_TUNED, TAIL, TAYLOR, UNIFORM
+from lesa_kernels.training.files import replacing
 
 MAIN = (LESA_TAIL, TAIL, TAYLOR, BASHFORTH, LESA_TUNED, LESA)
 
@@ -67,12 +68,10 @@ def load(file: Path) -> list[Row]:
 def save(rows: Sequence[Row], file: Path) -> None:
     """Write all rows at once, so that a run that is stopped leaves whole comparisons."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with unfinished.open("w", newline="") as lines:
+    with replacing(file) as unfinished, unfinished.open("w", newline="") as lines:
         writer = csv.DictWriter(lines, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    unfinished.replace(file)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lesa_kernels.integrations.adapters import find_adapter
 from lesa_kernels.integrations.api import bare_models, given_models, is_pipeline
 from lesa_kernels.integrations.clock import Clock
-from lesa_kernels.sources import Call, Player, watch
+from lesa_kernels.sources import Call, Enough, Player, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
 _OF_EACH_PROMPT = "negative_prompt"
@@ -93,7 +93,7 @@ class PipelineSource:
         """
 
         def stop(call: Call) -> Tensor:
-            raise _Enough
+            raise Enough
 
         self._probe(stop)
         sigmas = self._hook.sigmas
@@ -112,7 +112,7 @@ class PipelineSource:
 
         def look(call: Call) -> Tensor | None:
             if call.step:
-                raise _Enough
+                raise Enough
             found.append(call.branch)
             return watch(call)[1]
 
@@ -153,7 +153,7 @@ class PipelineSource:
 
     def _probe(self, player: Player) -> None:
         """Begin to play the first run."""
-        with suppress(_Enough):
+        with suppress(Enough):
             self._play([0], player)
 
     def _play(self, runs: Sequence[int], player: Player) -> None:
@@ -169,10 +169,6 @@ class PipelineSource:
                 if hasattr(self._pipe, "maybe_free_model_hooks"):
                     self._pipe.maybe_free_model_hooks()
                 raise
-
-
-class _Enough(Exception):
-    """Ends a run of which all is known that was asked for."""
 
 
 def _check_pipeline(pipe: Any) -> None:

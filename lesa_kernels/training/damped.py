@@ -47,7 +47,6 @@ class DampedFit:
         self.best = start.clone()
         self.candidate = start.clone()
         self.error = math.inf
-        self.first_error = math.inf
         self.finished = False
         self._nearest = nearest
         self._name = name
@@ -95,9 +94,7 @@ class DampedFit:
                 f"runs must stay finite where the fit of {self._name} starts: latents, outputs or slopes are not"
             )
         if error < self.error:
-            if math.isinf(self.error):
-                self.first_error = error
-            else:
+            if math.isfinite(self.error):
                 self.finished = error > (1 - _WORTHWHILE) * self.error
                 self._damping *= _LESS
             self.best, self.error, self._kept = self.candidate, error, sums

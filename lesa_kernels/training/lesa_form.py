@@ -117,12 +117,7 @@ class _Form:
         self.parts = batches(source, batch)
         self._references: list[Reference] = []
         self._known = {full: {full: 1.0} for full in self._schedule.full_steps}
-        self._aims: dict[int, dict[int, float]] = {}
-        for step in range(self._schedule.num_steps):
-            if step not in self._known:
-                sources = fitted.sources(step)
-                values = fitted.coefficients[step][fitted.window - len(sources) :].tolist()
-                self._aims[step] = dict(zip(sources, values, strict=True))
+        self._aim = fitted.rows(fitted.trained_sigmas)
 
     def record(self, parts: Iterable[Sequence[int]]) -> None:
         """Sample unaccelerated runs and keep where the segments should end."""
@@ -146,8 +141,10 @@ class _Form:
         given = self._given(segment)
         before = range(segment.full_step - window + 1, segment.full_step + 1)
         expert = Expert(torch.stack([self._vector(self._known[step], given) for step in before]), len(segment.steps))
-        aims = torch.cat([self._vector(self._aims[step], given) for step in segment.steps])
-        free = DampedFit(aims, name=segment.name)
+        aims = [self._aim(step, given) for step in segment.steps]
+        if None in aims:
+            raise ValueError(f"fitted must forecast all of {segment.name}, it has no coefficients for one of them")
+        free = DampedFit(torch.cat([self._vector(aim.terms, given) for aim in aims if aim]), name=segment.name)
         self._measure(free, segment)
         fit = DampedFit(expert.nearest(free.best, free.damped_gram), expert.nearest, segment.name)
         for _ in range(rounds - 1):

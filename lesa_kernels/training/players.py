@@ -11,14 +11,10 @@ from torch import Tensor
 
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
-from lesa_kernels.sources import Call, Player, Source, watch
+from lesa_kernels.sources import Call, Enough, Player, Source, watch
 
 # Of the way that the latents went; rounding to bfloat16 in every step makes up a hundredth.
 _EULER_TOLERANCE = 0.05
-
-
-class Enough(Exception):
-    """Raised by a player that has seen what it wanted of a run."""
 
 
 def play(source: Source, runs: Sequence[int], player: Player) -> None:

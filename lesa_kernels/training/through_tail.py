@@ -21,10 +21,10 @@ from torch import Tensor
 from lesa_kernels.plan import Row
 from lesa_kernels.predictors import Forecaster, LinearPredictor, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.sources import Call, Source, watch
+from lesa_kernels.sources import Call, Enough, Source, watch
 from lesa_kernels.training.closed_form import resolved
 from lesa_kernels.training.damped import DampedFit
-from lesa_kernels.training.players import Enough, Reference, batches, euler, play, reference_run
+from lesa_kernels.training.players import Reference, batches, euler, play, reference_run
 from lesa_kernels.training.progress import progress_bar
 
 Objective = Literal["latents", "output"]
@@ -122,7 +122,6 @@ class _Walk:
         schedule: of the full steps.
         rows: coefficients; the segment's are the fit's candidate.
         segment: which one.
-        directions: step -> the sources to differentiate in.
         reference: of the unaccelerated runs, whose latents the segment should end in.
         receive: takes the columns, in the order of steps and sources, and the residual.
     """
@@ -131,9 +130,8 @@ class _Walk:
         self,
         sigmas: Sequence[float],
         schedule: Schedule,
-        rows: _Rows,
+        rows: Mapping[int, Mapping[int, float]],
         segment: Segment,
-        directions: Callable[[int], Sequence[int]],
         reference: Reference,
         receive: Callable[[list[Tensor], Tensor], None],
     ) -> None:
@@ -141,7 +139,6 @@ class _Walk:
         self._schedule = schedule
         self._rows = rows
         self._segment = segment
-        self._directions = directions
         self._reference = reference
         self._receive = receive
         self._full: dict[int, Tensor] = {}
@@ -161,12 +158,12 @@ class _Walk:
         return output
 
     def _forecast(self, call: Call, tail: Callable[[Tensor], Tensor]) -> Tensor:
-        row = self._rows.values[call.step]
-        feature = combine([self._full[source] for source in row], list(row.values()))
+        row = self._rows[call.step]
+        history = [self._full[source] for source in row]
+        feature = combine(history, list(row.values()))
         if call.step not in self._segment.steps:
             return tail(feature)
-        wanted = self._directions(call.step)
-        output, slopes = derivatives(tail, feature, [self._full[source] for source in wanted])
+        output, slopes = derivatives(tail, feature, history)
         length = self._reference.sign * (self._sigmas[call.step + 1] - self._sigmas[call.step])
         self._columns += [length * slope for slope in slopes]
         return output
@@ -265,33 +262,29 @@ def _fit_latents(source: Source, schedule: Schedule, rows: _Rows, rounds: int, b
 def collect_segment(
     source: Source,
     schedule: Schedule,
-    rows: Mapping[int, dict[int, float]],
+    rows: Mapping[int, Mapping[int, float]],
     segment: Segment,
     parts: Sequence[Sequence[int]],
     references: Sequence[Reference],
     fit: DampedFit,
-    directions: Callable[[int], Sequence[int]] | None = None,
 ) -> None:
     """Play all runs up to the end of a segment and add its derivatives to a fit.
 
     Args:
         source: of the runs.
         schedule: of the full steps.
-        rows: coefficients by step and source.
+        rows: coefficients by step and source; those of the segment are differentiated in.
         segment: which one.
         parts: the batches.
         references: of each batch, with the latents that the segment should end in.
         fit: takes the sums.
-        directions: step -> sources to differentiate in; None for those of its row.
     """
-    own = directions or (lambda step: list(rows[step]))
     for key, (runs, reference) in enumerate(zip(parts, references, strict=True)):
         walk = _Walk(
             source.sigmas,
             schedule,
-            _Rows(dict(rows)),
+            rows,
             segment,
-            own,
             reference,
             lambda columns, residual, key=key: fit.add(key, columns, residual),  # type: ignore[misc]
         )

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from tiny_flux import CHANNELS, TinyPipeline, tiny_pipeline
+from tiny_models import MODELS
 from tiny_pipelines import flux, hunyuan_video, noise, quiet, qwen_image, wan
 from torch import Tensor, nn
 
@@ -84,21 +85,7 @@ def wan_case() -> Case:
 
 
 def z_image_case() -> Case:
-    torch.manual_seed(7)
-    transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=8,
-        axes_dims=[4, 6, 6],
-        axes_lens=[256, 32, 32],
-    ).eval()
-    for parameter in transformer.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+    transformer = MODELS["z_image"].model()
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = diffusers.ZImagePipeline(scheduler, vae.eval(), None, None, transformer)
