@@ -227,6 +227,141 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
     ring[slot].copy_(feature)
 
 
+def forecast_norm(
+    ring: Tensor,
+    coefficients: Tensor,
+    offsets: Tensor,
+    read: Sequence[int],
+    write: Sequence[int],
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+) -> Tensor:
+    """One forecast of K slots of a ring, and of it the adaptive layer norm that models have next, in one pass.
+
+    Over the channels of each token: (h - mean) / sqrt(variance + eps) * (1 + scale) + shift, of the unrounded forecast
+    h; the variance is the biased one. K = 1 with the coefficient 1 is the norm of a feature that is there. Equals
+    diffusers' `AdaLayerNormContinuous` without affine parameters, rounded once instead of after each operation.
+
+    Args:
+        ring: [slots, batch, ..., channels], contiguous. Written in place where `write` says so.
+        coefficients: [1, K], float32 or the ring's dtype.
+        offsets: [1], likewise.
+        read: K slots, repeats allowed.
+        write: one slot, which may be among those read, to keep the plain forecast in; none to keep nothing.
+        scale: [batch, channels], float32 or the ring's dtype, any strides.
+        shift: [batch, channels], likewise.
+        eps: added to the variance.
+
+    Returns:
+        A fresh contiguous tensor [batch, ..., channels] of the ring's dtype.
+
+    Raises:
+        ValueError: for a wrong shape, count, slot, layout or device.
+        TypeError: for a wrong dtype.
+    """
+    contract.check_forecast_norm(ring, coefficients, offsets, read, write, scale, shift)
+    dtype = contract.arithmetic_dtype(ring.dtype)
+    feature = _mix([ring[slot] for slot in read], coefficients[0].to(dtype), offsets[0].to(dtype))
+    for slot in write:
+        ring[slot].copy_(feature)
+    per_batch = (ring.shape[1], *[1] * (ring.dim() - 3), ring.shape[-1])
+    centered = feature - feature.mean(-1, keepdim=True)
+    normed = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    return (normed * (1 + scale.to(dtype).view(per_batch)) + shift.to(dtype).view(per_batch)).to(ring.dtype)
+
+
+# A row of smaller values than this counts as zero: its scale would be subnormal, the inverse of that infinite.
+SMALLEST_SCALED = 2.0**-100
+
+
+def scale_rows(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round features to int8 or float8_e4m3fn, each row (the last dimension) by a scale of its own.
+
+    Element = rounded(x * (limit / m)), to nearest even; scale = m / limit: m is the largest magnitude of the row, the
+    limit 127 or 448. A row with m < 2^-100 becomes zero. A row with an infinity or a NaN gets elements 0 and the scale
+    NaN, so that it reads as NaN.
+
+    Args:
+        features: [..., channels], float32.
+        dtype: int8 or float8_e4m3fn.
+
+    Returns:
+        The elements [..., channels], and the scales [...], float32.
+    """
+    limit = contract.SCALED_LIMITS[dtype]
+    if features.shape[-1] == 0:
+        return features.to(dtype), features.new_zeros(features.shape[:-1])
+    largest = features.abs().amax(-1, keepdim=True)
+    usable = largest.isfinite() & (largest >= SMALLEST_SCALED)
+    rounded = torch.where(usable, features * (limit / largest), 0.0).clamp(-limit, limit)
+    if dtype == torch.int8:
+        rounded = rounded.round()
+    scales = torch.where(usable, largest / limit, torch.where(largest.isfinite(), 0.0, torch.nan))
+    return rounded.to(dtype), scales.squeeze(-1)
+
+
+def unscaled(elements: Tensor, scales: Tensor) -> Tensor:
+    """Return features [..., channels], float32, from what `scale_rows` made of them."""
+    return elements.float() * scales.unsqueeze(-1)
+
+
+def push_scaled(ring: Tensor, scales: Tensor, feature: Tensor, slot: int) -> None:
+    """Keep a feature in a slot of a scaled ring, as `scale_rows` rounds it.
+
+    Args:
+        ring: [slots, ..., channels], int8 or float8_e4m3fn, contiguous. Written in place.
+        scales: [slots, ...], float32, contiguous: one scale for each row of channels. Written in place.
+        feature: [..., channels], float32, float16 or bfloat16, contiguous.
+        slot: which slot.
+
+    Raises:
+        ValueError: for a wrong shape, slot, layout or device.
+        TypeError: for a wrong dtype.
+    """
+    contract.check_push_scaled(ring, scales, feature, slot)
+    elements, row_scales = scale_rows(feature.float(), ring.dtype)
+    ring[slot].copy_(elements)
+    scales[slot].copy_(row_scales)
+
+
+def forecast_scaled_into(
+    ring: Tensor,
+    scales: Tensor,
+    out: Tensor,
+    coefficients: Tensor,
+    offsets: Tensor,
+    read: Sequence[int],
+    write: Sequence[int],
+) -> None:
+    """M forecasts of K slots of a scaled ring: into `out`, and those that are kept into slots of the ring as well.
+
+    A forecast is rounded from the float32 sum, once to `out`'s dtype and once as `scale_rows` does. Every read of a row
+    precedes its writes.
+
+    Args:
+        ring: [slots, ..., channels], int8 or float8_e4m3fn, contiguous. Written in place.
+        scales: [slots, ...], float32, contiguous. Written in place.
+        out: [M, ..., channels], float32, float16 or bfloat16, contiguous. Written in place.
+        coefficients: [M, K], float32 or out's dtype.
+        offsets: [M], likewise.
+        read: K slots, repeats allowed.
+        write: for each row a slot, distinct ones, which may be among those read; -1 where the forecast is not kept.
+
+    Raises:
+        ValueError: for a wrong shape, count, slot, layout or device.
+        TypeError: for a wrong dtype.
+    """
+    contract.check_forecast_scaled_into(ring, scales, out, coefficients, offsets, read, write)
+    history = [unscaled(ring[slot], scales[slot]) for slot in read]
+    for m, row in enumerate(forecast(history, coefficients.float(), offsets.float())):
+        out[m].copy_(row)
+        if write[m] >= 0:
+            elements, row_scales = scale_rows(row, ring.dtype)
+            ring[write[m]].copy_(elements)
+            scales[write[m]].copy_(row_scales)
+
+
 def gram(features: Sequence[Tensor]) -> Tensor:
     """Sums of the products of all pairs of K features and the constant 1: what a least-squares fit needs of them.
 
