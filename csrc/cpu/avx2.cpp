@@ -4,6 +4,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cstring>
+
 // As in avx512.cpp: nothing but this namespace is compiled for AVX2.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -16,7 +18,8 @@ namespace lesa::cpu::avx2 {
 
 using Floats = __m256;
 using Doubles = __m256d;
-inline constexpr int kSumRegisters = 8;
+inline constexpr int kSumRegisters = 12;
+inline constexpr int kVectors = 4;
 
 inline Floats fill(float value) { return _mm256_set1_ps(value); }
 inline Doubles fill(double value) { return _mm256_set1_pd(value); }

@@ -21,7 +21,7 @@ Tensor predict(const std::vector<Tensor>& history, const Tensor& weight, const T
   for_feature(out.scalar_type(), [&]<typename T>() {
     const auto w = read_parameter<T>(weight, 1, static_cast<std::int64_t>(history.size()));
     const accumulate_t<T> b = read_scalar<T>(bias), scale = read_scalar<T>(gain);
-    const Rows<T> map{w.data(), &b, static_cast<int>(history.size()), 1, past_cache<T>(pass, 1)};
+    const Rows<T> map{w.data(), &b, static_cast<int>(history.size()), 1, pass.past_cache()};
     const auto loop = chosen().of<T>().predict;
     parallel_walk(pass.geometry(), pass.streams(), 1,
                   [&](void* const* pointers, std::int64_t count) { loop(map, scale, pointers + 1, pointers, count); });

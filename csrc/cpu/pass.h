@@ -2,6 +2,8 @@
 #pragma once
 
 #include <array>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "contract.h"
@@ -35,6 +37,9 @@ class Pass {
   const Geometry& geometry() const { return geometry_; }
   std::span<const Stream> streams() const { return {streams_.data(), count_}; }
 
+  // Whether the outputs are to be stored past the cache.
+  bool past_cache() const { return geometry_.numel * bytes_per_element(streams()) >= kPastCacheBytes; }
+
  private:
   std::size_t count_ = 0;
   Geometry geometry_;
@@ -49,6 +54,12 @@ void for_feature(ScalarType dtype, Body&& body) {
   for_dtype<float, float16, bfloat16, double>(dtype, body);
 }
 
+// Every NaN is the same: a float32 one may have bits that rounding to bfloat16 would carry into its sign.
+template <typename A>
+A canonical(A value) {
+  return std::isnan(value) ? std::numeric_limits<A>::quiet_NaN() : value;
+}
+
 template <typename T>
 std::vector<accumulate_t<T>> read_parameter(const Tensor& tensor, std::int64_t rows, std::int64_t columns) {
   const auto parameter = parameter_of<T>(tensor);
@@ -56,7 +67,7 @@ std::vector<accumulate_t<T>> read_parameter(const Tensor& tensor, std::int64_t r
   values.reserve(rows * columns);
   for (std::int64_t m = 0; m < rows; ++m) {
     for (std::int64_t k = 0; k < columns; ++k) {
-      values.push_back(parameter.at(m, k));
+      values.push_back(canonical(parameter.at(m, k)));
     }
   }
   return values;
@@ -64,12 +75,7 @@ std::vector<accumulate_t<T>> read_parameter(const Tensor& tensor, std::int64_t r
 
 template <typename T>
 accumulate_t<T> read_scalar(const Tensor& tensor) {
-  return parameter_of<T>(tensor).at(0, 0);
-}
-
-template <typename T>
-bool past_cache(const Pass& pass, std::int64_t rows) {
-  return pass.geometry().numel * rows * static_cast<std::int64_t>(sizeof(T)) >= kPastCacheBytes;
+  return canonical(parameter_of<T>(tensor).at(0, 0));
 }
 
 // Runs M rows over a pass of M outputs and K inputs.
@@ -86,8 +92,7 @@ void run_forecast(const Pass& pass, const Tensor& coefficients, const Tensor& of
   const std::int64_t rows = coefficients.size(0), inputs = coefficients.size(1);
   const auto c = read_parameter<T>(coefficients, rows, inputs);
   const auto d = read_parameter<T>(offsets, 1, rows);
-  run_forecast<T>(pass,
-                  {c.data(), d.data(), static_cast<int>(inputs), static_cast<int>(rows), past_cache<T>(pass, rows)});
+  run_forecast<T>(pass, {c.data(), d.data(), static_cast<int>(inputs), static_cast<int>(rows), pass.past_cache()});
 }
 
 }  // namespace lesa::cpu

@@ -79,7 +79,7 @@ std::vector<Tensor> history_gradients(const Tensor& grad, std::span<const accumu
   pass.add(grad);
   pass.lay_out("predict_backward", shape_of(grad));
   const int rows = static_cast<int>(weight.size());
-  run_forecast<T>(pass, {factors.data(), zeros.data(), 1, rows, past_cache<T>(pass, rows)});
+  run_forecast<T>(pass, {factors.data(), zeros.data(), 1, rows, pass.past_cache()});
   return gradients;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <span>
 
 #include "geometry.h"
@@ -18,9 +19,8 @@ inline constexpr int kMaxStreams = 128;
 // thread, and not so little that a busy machine loses much by waiting for that thread.
 inline constexpr std::int64_t kGrainBytes = 1024 * 1024;
 
-// Outputs from this many bytes on are stored past the cache, which saves reading them first: forecast_into of 6 rows of
-// 8 FLUX features (bfloat16, one thread, AMD EPYC Zen 5) became 1.2 to 1.6 times faster, one row of 24 MiB gained
-// nothing.
+// A pass that moves this many bytes stores its outputs past the cache, which saves reading them first and leaves the
+// cache alone; nothing of such a pass would still be there when it ends (docs/performance.md).
 inline constexpr std::int64_t kPastCacheBytes = 64 * 1024 * 1024;
 
 // Threads take multiples of so many elements, which keeps their vectors whole and their cache lines apart.
@@ -56,6 +56,11 @@ struct Row {
     return stream.data + offset * stream.bytes;
   }
 };
+
+inline std::int64_t bytes_per_element(std::span<const Stream> streams) {
+  return std::accumulate(streams.begin(), streams.end(), std::int64_t{0},
+                         [](std::int64_t sum, const Stream& stream) { return sum + stream.bytes; });
+}
 
 // Moves elements one by one: from a strided row into a buffer, or back.
 template <typename Word, bool kGather>
@@ -162,11 +167,7 @@ void walk(const Geometry& geometry, std::span<const Stream> streams, std::size_t
 // is enough to move.
 template <typename Part>
 void parallel_blocks(std::span<const Stream> streams, std::int64_t blocks, std::int64_t elements, const Part& part) {
-  std::int64_t bytes = 0;
-  for (const Stream& stream : streams) {
-    bytes += stream.bytes * elements;
-  }
-  const std::int64_t grain = std::max<std::int64_t>(kGrainBytes / bytes, 1);
+  const std::int64_t grain = std::max<std::int64_t>(kGrainBytes / (bytes_per_element(streams) * elements), 1);
   if (blocks <= grain) {
     part(0, blocks);
   } else {

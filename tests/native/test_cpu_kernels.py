@@ -194,6 +194,20 @@ def test_large_outputs_go_past_the_cache_and_are_the_same(isa: str, rows: int, d
             assert torch.equal(part[:rows], want)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_a_nan_of_any_bits_stays_a_nan(isa: str, rows: int) -> None:
+    bits = torch.tensor([0x7FFF, 0x7F81, 0x7FC0, 0x7F80, 0x3F80], dtype=torch.int16).repeat(60)
+    feature = torch.cat([bits, bits | torch.tensor(-0x8000, dtype=torch.int16)]).view(torch.bfloat16)
+    ones, zeros = torch.ones(rows, 1), torch.zeros(rows)
+    for row in ops.forecast([feature], ones, zeros):
+        assert torch.equal(row.isnan(), feature.isnan()) and torch.equal(row.isinf(), feature.isinf())
+    strange = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    for nan in strange.split(1):
+        for parameters in ((nan.expand(rows, 1), zeros), (ones, nan.expand(rows))):
+            assert all(row.isnan().all() for row in ops.forecast([feature], *parameters))
+        assert ops.predict([feature], nan, zeros[:1], ones[0]).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_gradients_on_every_instruction_set(isa: str, layout: Layout, dtype: torch.dtype) -> None:
