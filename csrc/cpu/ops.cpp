@@ -11,7 +11,7 @@ namespace {
 
 Tensor predict(const std::vector<Tensor>& history, const Tensor& weight, const Tensor& bias, const Tensor& gain) {
   check_predict("predict", history, weight, bias, gain);
-  Tensor out = fresh_like(history[0]);
+  Tensor out = fresh_pages_like(history[0]);
   Pass pass;
   pass.add(out);
   for (const Tensor& feature : history) {
@@ -35,7 +35,7 @@ std::vector<Tensor> forecast(const std::vector<Tensor>& history, const Tensor& c
   std::vector<Tensor> outputs;
   Pass pass;
   for (std::int64_t m = 0; m < coefficients.size(0); ++m) {
-    outputs.push_back(fresh_like(history[0]));
+    outputs.push_back(fresh_pages_like(history[0]));
     pass.add(outputs.back());
   }
   for (const Tensor& feature : history) {

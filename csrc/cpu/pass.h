@@ -1,8 +1,13 @@
 // What the ops on the CPU share: the tensors of a pass, parameters as the loops take them, and linear forecasts.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -13,6 +18,9 @@
 namespace lesa::cpu {
 
 static_assert(kMaxHistory == kMaxInputs && kMaxForecasts == kMaxRows && kMaxHistory + kMaxForecasts == kMaxStreams);
+
+// Outputs from this size on are worth a system call; the C library keeps smaller memory for the next call.
+inline constexpr std::uintptr_t kHugeBytes = 8 * 1024 * 1024;
 
 // The tensors of one elementwise pass in the order in which the loops take them: outputs first.
 class Pass {
@@ -47,6 +55,23 @@ class Pass {
   std::array<Operand, kMaxStreams> operands_;
   std::array<Stream, kMaxStreams> streams_;
 };
+
+// As fresh_like, and asks for huge pages: an allocator hands out large memory as fresh pages each time, and faulting
+// them in 4 KiB at a time takes longer than a forecast (docs/performance.md). Where there are none, this changes
+// nothing.
+inline Tensor fresh_pages_like(const Tensor& like) {
+  Tensor out = fresh_like(like);
+#if defined(__linux__)
+  constexpr std::uintptr_t kHuge = 2 * 1024 * 1024;
+  const auto begin = reinterpret_cast<std::uintptr_t>(out.data_ptr());
+  const std::uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const std::uintptr_t last = (begin + out.numel() * out.element_size()) / kHuge * kHuge;
+  if (last >= first + kHugeBytes) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
 
 // Calls body.operator()<T>() for the features' type; the checks have admitted no other.
 template <typename Body>

@@ -73,7 +73,7 @@ std::vector<Tensor> history_gradients(const Tensor& grad, std::span<const accumu
   Pass pass;
   for (std::size_t k = 0; k < weight.size(); ++k) {
     factors.push_back(gain * weight[k] + (k + 1 == weight.size() ? 1 : 0));
-    gradients.push_back(fresh_like(grad));
+    gradients.push_back(fresh_pages_like(grad));
     pass.add(gradients.back());
   }
   pass.add(grad);
