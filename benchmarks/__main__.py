@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,9 @@ from rich.console import Console
 import lesa_kernels
 from benchmarks import harness, results, targets
 from benchmarks.clock import clock_for
+from benchmarks.compare import ROOT, Worker, checked_out, compare, table
 from benchmarks.results import RESULTS
-from benchmarks.suite import suite
+from benchmarks.suite import missing, suite, sweeps
 
 LOG_WIDTH = 120
 
@@ -25,20 +27,36 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds; each takes one sample of every variant.", min=3)] = 15,
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
     seconds: Annotated[float, typer.Option(help="Start no further case after this time.")] = float("inf"),
+    sweep: Annotated[bool, typer.Option(help="The cases of the plots instead: elements, inputs, rows.")] = False,
+    baseline: Annotated[str | None, typer.Option(help="Compare this commit with another one, in one run.")] = None,
     save: Annotated[bool, typer.Option(help="Append the rows to the results.")] = False,
     out: Annotated[Path, typer.Option(help="The file of the results.")] = RESULTS,
 ) -> None:
-    """Check, then time every op against what a user would run instead."""
+    """Check, then time every op against what a user would run instead.
+
+    With --baseline: against another commit, which is checked out and built below build/.
+    """
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     clock = clock_for(torch.device(device))
     if clock.device.index is not None:
         torch.cuda.set_device(clock.device)
     origin = results.origin(clock.device)
-    entries = [entry for entry in suite(clock.device) if not op or entry.op in op]
-    if not entries:
-        raise typer.BadParameter(f"--op must name an op of the benchmark, got {', '.join(op or ())}")
+    if sweep and baseline is not None:
+        raise typer.BadParameter("--sweep and --baseline exclude each other")
+    every = sweeps() if sweep else suite(clock.device)
+    chosen = [number for number, entry in enumerate(every) if not op or entry.op in op]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(entry.op for entry in every))
+        raise typer.BadParameter(f"--op must name an op of the benchmark ({names}), got {', '.join(op or ())}")
+    lacking = {package for number in chosen if (package := missing(every[number]))}
+    for package in sorted(lacking):
+        console.print(f"what needs {package} is left out: it is not installed")
+    entries = [every[number] for number in chosen if not missing(every[number])]
     console.print(str(lesa_kernels.status()))
     console.print(f"{origin.device}, torch {origin.torch}, {origin.commit}")
+    if baseline is not None:
+        _compare(console, baseline, device, chosen, repeats)
+        return
     torch.manual_seed(0)
     begin, measured = time.monotonic(), []
     for number, entry in enumerate(entries):
@@ -55,9 +73,25 @@ def main(
         if save:
             results.save(rows, out)
     wanted = targets.targets() if clock.device.type == "cuda" else targets.cpu_targets()
-    console.print(targets.table(targets.judge(measured, wanted)))
+    verdicts = [verdict for verdict in targets.judge(measured, wanted) if verdict.measured is not None]
+    if verdicts:
+        console.print(targets.table(verdicts))
     if save:
-        console.print(f"appended to {out.name}")
+        console.print(
+            f"appended to {out.name}; python -m benchmarks.report makes the README's table and the plots of it"
+        )
+
+
+def _compare(console: Console, revision: str, device: str, chosen: Sequence[int], repeats: int) -> None:
+    try:
+        tree = checked_out(revision, console)
+        with Worker(tree, device) as base, Worker(ROOT, device) as here:
+            for number in chosen:
+                with console.status(f"case {number + 1}"):
+                    title, rows = compare(base, here, number, repeats)
+                console.print(f"{title}: {rows}" if isinstance(rows, str) else table(title, rows))
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 if __name__ == "__main__":

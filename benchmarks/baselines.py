@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -77,6 +78,40 @@ def published_l1(history: Sequence[Tensor], target: Tensor, weight: Tensor, bias
     return functional.l1_loss(published_eager(history, weight, bias, gain), target)
 
 
+def published_taylor_update(previous: Sequence[Tensor], feature: Tensor, distance: float, order: int) -> list[Tensor]:
+    """What TaylorSeer's authors' script does on a full step: a loop over the orders, each a difference of two tensors.
+
+    Args:
+        previous: the derivatives of the full step before, [*feature] each, of order 0 on.
+        feature: [*feature].
+        distance: between the two full steps, in steps.
+        order: the highest that is kept.
+
+    Returns:
+        At most order + 1 derivatives.
+    """
+    derivatives = [feature]
+    for i in range(min(order, len(previous))):
+        derivatives.append((derivatives[i] - previous[i]) / distance)
+    return derivatives
+
+
+def published_taylor_forecast(derivatives: Sequence[Tensor], distance: float) -> Tensor:
+    """What it does on every other step: the Taylor polynomial, added up term by term.
+
+    Args:
+        derivatives: of order 0 on, [*feature] each.
+        distance: from the last full step, in steps.
+
+    Returns:
+        [*feature].
+    """
+    output = torch.zeros_like(derivatives[0])
+    for i, derivative in enumerate(derivatives):
+        output = output + (1 / math.factorial(i)) * derivative * distance**i
+    return output
+
+
 def gram_by_matrix(features: Sequence[Tensor]) -> Tensor:
     """All products at once: the features and ones as rows of a float64 matrix, times its transpose.
 
@@ -108,7 +143,9 @@ def gram_by_dots(features: Sequence[Tensor]) -> Tensor:
 
 
 def kan_eager(x: Tensor, layers: Sequence[KANLinear]) -> Tensor:
-    """KAN layers in a row in plain torch, all bases evaluated, differentiated by autograd.
+    """KAN layers in a row in plain torch, differentiated by autograd: efficient-kan's formulation.
+
+    All bases of all inputs are evaluated by whole-tensor steps of the recursion and enter one matrix product.
 
     Args:
         x: [rows, I].

@@ -5,27 +5,51 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import folded_rows, folded_sum, published_eager
+from benchmarks.baselines import (
+    folded_rows,
+    folded_sum,
+    kan_eager,
+    published_eager,
+    published_taylor_forecast,
+    published_taylor_update,
+)
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import COPY, Case, Variant, sets_needed
 from lesa_kernels import reference
+from lesa_kernels.predictors.kan import KAN, KANLinear
+from lesa_kernels.predictors.taylor import taylor_weights
 from lesa_kernels.reference import TOLERANCES, Tolerance
 
 EAGER = "published eager form"
 COMPILED = "torch.compile of the folded sum"
 COMPILED_ROWS = "torch.compile of the folded rows"
+TAYLOR_LOOP = "TaylorSeer as its authors loop"
+ADDITION = "torch.add of two of the features"
+ALL_THREADS = "lesa::forecast_into, all threads"
+ONE_THREAD = "lesa::forecast_into, one thread"
 CAPTURED = ", captured"
+KAN_WIDTHS = (51, 256, 256, 1)
 
-SIZES = {
+# The models' features at these resolutions; a video has 129 frames, so 33 latent ones.
+SIZES: dict[str, tuple[int, ...]] = {
     "FLUX 1024x1024": (1, 4096, 3072),
     "Qwen-Image 1328x1328": (1, 6889, 3072),
+    "HunyuanVideo 720p, model output": (1, 16, 33, 90, 160),
+    "HunyuanVideo 720p, hidden": (1, 33 * 45 * 80, 3072),
     "digits, batch 20": (20, 49, 128),
+    "8 x 8": (8, 8),
+    "512 x 512 elements": (512, 512),
 }
+# Independent random numbers in a feature; a larger one repeats them, as making them would take longer than measuring.
+POOL = 2**22
+# Elements at each end of an output that are checked.
+CHECKED = 2**22
 
 
 def implementations(device: torch.device) -> dict[str, Any]:
@@ -56,7 +80,30 @@ def random_features(
     shape: Sequence[int], count: int, dtype: torch.dtype, sets: int, device: torch.device
 ) -> list[list[Tensor]]:
     """Return input sets of `count` random features each."""
-    return [[torch.randn(*shape, device=device).to(dtype) for _ in range(count)] for _ in range(sets)]
+    elements = math.prod(shape)
+    if elements <= POOL:
+        return [[torch.randn(*shape, device=device).to(dtype) for _ in range(count)] for _ in range(sets)]
+    pool = torch.randn(POOL, device=device).to(dtype)
+    repeats = -(-elements // POOL)
+
+    def feature(number: int) -> Tensor:
+        return pool.roll(1009 * number).repeat(repeats)[:elements].view(*shape)
+
+    return [[feature(index * count + k) for k in range(count)] for index in range(sets)]
+
+
+def ends(output: Tensor) -> Tensor:
+    """Return the elements of an output that are checked: all of a small one."""
+    flat = output.reshape(-1)
+    return flat if flat.numel() <= 2 * CHECKED else torch.cat([flat[:CHECKED], flat[-CHECKED:]])
+
+
+def size_of(shape: Sequence[int]) -> str:
+    """Return the name of a size, which is made where it has none."""
+    known = {shape: name for name, shape in SIZES.items()}
+    name = known.get(tuple(shape), " x ".join(map(str, shape)) + " elements")
+    SIZES.setdefault(name, tuple(shape))
+    return name
 
 
 def copy_variant(moved_bytes: int, sets: int, device: torch.device) -> Variant:
@@ -95,14 +142,26 @@ def with_captured(variants: Sequence[Variant], sets: int, device: torch.device) 
 
 @torch.inference_mode()
 def predict_case(
-    size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16, small: bool = False
+    size: str,
+    clock: Clock,
+    count: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    small: bool = False,
+    published: bool = True,
 ) -> Case:
-    """One forecast of K features; `small` adds captured graphs."""
+    """One forecast of K features.
+
+    `small` adds captured graphs and, to tell what a call costs apart from its work, an addition. `published` adds the
+    authors' form, which at video sizes wants more memory than machines have.
+    """
     shape, device = SIZES[size], clock.device
     moved = (count + 1) * math.prod(shape) * dtype.itemsize
     sets = sets_needed(moved, clock.cache_bytes())
     history = random_features(shape, count, dtype, sets, device)
-    weight, bias, gain = (torch.randn(length, device=device) for length in (count, 1, 1))
+    weight, bias = (torch.randn(length, device=device) for length in (count, 1))
+    layers = [layer for layer in KAN(KAN_WIDTHS).to(device).layers if isinstance(layer, KANLinear)]
+    level = 2 * torch.rand(1, KAN_WIDTHS[0], device=device) - 1
+    gain = kan_eager(level, layers).reshape(1)
     coefficients, offset = gain * weight, (gain * bias).reshape(())
     coefficients[-1] += 1
     compiled: Callable[..., Tensor] = torch.compile(folded_sum, fullgraph=True, dynamic=False)
@@ -114,14 +173,22 @@ def predict_case(
     def served(ops: Any) -> Run:
         return lambda turn: [ops.predict(at(turn), weight, bias, gain)]
 
+    def with_network(turn: int) -> list[Tensor]:
+        return [published_eager(at(turn), weight, bias, kan_eager(level, layers).reshape(1))]
+
     variants = [
         *(Variant(f"{name}predict", served(ops), exact) for name, ops in implementations(device).items()),
         Variant(COMPILED, lambda turn: [compiled(at(turn), coefficients, offset)], exact),
-        Variant(EAGER, lambda turn: [published_eager(at(turn), weight, bias, gain)], half_rounded(dtype)),
     ]
+    if published:
+        variants += [
+            Variant(EAGER, lambda turn: [published_eager(at(turn), weight, bias, gain)], half_rounded(dtype)),
+            Variant(f"{EAGER} with its KAN", with_network, half_rounded(dtype)),
+        ]
     if small:
+        variants.append(Variant(ADDITION, lambda turn: [torch.add(*at(turn)[:2])], None))
         variants = with_captured(variants, sets, device)
-    wide = [tensor.to(wider(dtype)) for tensor in (*at(0), weight, bias, gain)]
+    wide = [tensor.to(wider(dtype)) for tensor in (*map(ends, at(0)), weight, bias, gain)]
     return Case(
         "predict",
         f"{size}, K={count}, {dtype_name(dtype)}",
@@ -129,18 +196,28 @@ def predict_case(
         [reference.predict(wide[:count], *wide[count:])],
         [reference.predict([tensor.abs() for tensor in wide[:count]], *(tensor.abs() for tensor in wide[count:]))],
         [*variants, copy_variant(moved, sets, device)],
+        checked=ends,
     )
 
 
 @torch.inference_mode()
 def forecast_case(
-    size: str, clock: Clock, count: int = 8, rows: int = 6, dtype: torch.dtype = torch.bfloat16, small: bool = False
+    size: str,
+    clock: Clock,
+    count: int = 8,
+    rows: int = 6,
+    dtype: torch.dtype = torch.bfloat16,
+    small: bool = False,
+    published: bool = True,
 ) -> Case:
-    """A segment: M forecasts of K features in one pass, against M single ones; `small` adds captured graphs."""
+    """A segment: M forecasts of K features in one pass, against M single ones, into memory that is there or fresh.
+
+    `small` and `published` as in `predict_case`.
+    """
     shape, device = SIZES[size], clock.device
     moved = (count + rows) * math.prod(shape) * dtype.itemsize
     sets = sets_needed(moved, clock.cache_bytes())
-    rings = [torch.randn(count + rows, *shape, device=device).to(dtype) for _ in range(sets)]
+    rings = [torch.stack(features) for features in random_features(shape, count + rows, dtype, sets, device)]
     coefficients, offsets = torch.randn(rows, count, device=device), torch.randn(rows, device=device)
     compiled: Callable[..., list[Tensor]] = torch.compile(folded_rows, fullgraph=True, dynamic=False)
     read, write = list(range(count)), list(range(count, count + rows))
@@ -164,6 +241,13 @@ def forecast_case(
     def fresh(ops: Any) -> Run:
         return lambda turn: ops.forecast(at(turn), coefficients, offsets)
 
+    def one_by_one(turn: int) -> list[Tensor]:
+        for m in range(rows):
+            torch.ops.lesa.forecast_into(
+                rings[turn % sets], coefficients[m : m + 1], offsets[m : m + 1], read, [count + m]
+            )
+        return written[turn % sets]
+
     def singles(predict: Callable[..., Tensor]) -> Run:
         return lambda turn: [predict(at(turn), *parameters) for parameters in single]
 
@@ -171,13 +255,15 @@ def forecast_case(
     variants = [
         *(Variant(f"{name}forecast_into", into(ops), exact) for name, ops in kernels),
         *(Variant(f"{name}forecast", fresh(ops), exact) for name, ops in kernels),
+        Variant(f"{rows} x lesa::forecast_into of one", one_by_one, exact),
         Variant(f"{rows} x lesa::predict", singles(torch.ops.lesa.predict), exact),
         Variant(COMPILED_ROWS, lambda turn: compiled(at(turn), coefficients, offsets), exact),
-        Variant(f"{rows} x {EAGER}", singles(published_eager), half_rounded(dtype)),
     ]
+    if published:
+        variants.append(Variant(f"{rows} x {EAGER}", singles(published_eager), half_rounded(dtype)))
     if small:
         variants = with_captured(variants, sets, device)
-    features = [feature.to(wider(dtype)) for feature in at(0)]
+    features = [ends(feature).to(wider(dtype)) for feature in at(0)]
     matrix, shifts = coefficients.to(wider(dtype)), offsets.to(wider(dtype))
     return Case(
         "forecast",
@@ -186,6 +272,91 @@ def forecast_case(
         reference.forecast(features, matrix, shifts),
         reference.forecast([feature.abs() for feature in features], matrix.abs(), shifts.abs()),
         [*variants, copy_variant(moved, sets, device)],
+        checked=ends,
+    )
+
+
+@torch.inference_mode()
+def taylor_case(size: str, clock: Clock, rows: int = 6, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """TaylorSeer's whole segment: the feature of a full step, and M forecasts of order 2 from it."""
+    order, interval = 2, rows + 1
+    shape, device = SIZES[size], clock.device
+    # The feature is read and kept; three are read for the forecasts.
+    moved = (2 + order + 1 + rows) * math.prod(shape) * dtype.itemsize
+    sets = sets_needed(moved, clock.cache_bytes())
+    features = random_features(shape, order + 1, dtype, sets, device)
+    rings = [torch.stack([*fulls[:order], *[fulls[0]] * (rows + 1)]) for fulls in features]
+    known = [published_taylor_update([oldest], middle, interval, order) for oldest, middle, _ in features]
+    nodes = [0.0, float(interval), 2.0 * interval]
+    weights = [taylor_weights(nodes, nodes[-1] + distance) for distance in range(1, interval)]
+    coefficients, offsets = torch.tensor(weights, device=device), torch.zeros(rows, device=device)
+    read, write = list(range(order + 1)), list(range(order + 1, order + 1 + rows))
+
+    def of(ops: Any) -> Run:
+        def run(turn: int) -> list[Tensor]:
+            ring = rings[turn % sets]
+            ops.push(ring, features[turn % sets][-1], order)
+            ops.forecast_into(ring, coefficients, offsets, read, write)
+            return list(ring[order + 1 :])
+
+        return run
+
+    def published(turn: int) -> list[Tensor]:
+        derivatives = published_taylor_update(known[turn % sets], features[turn % sets][-1], interval, order)
+        return [published_taylor_forecast(derivatives, distance) for distance in range(1, interval)]
+
+    wide = [ends(feature).to(wider(dtype)) for feature in features[0]]
+    matrix, zeros = coefficients.to(wider(dtype)), offsets.to(wider(dtype))
+    return Case(
+        "TaylorSeer segment",
+        f"{size}, order {order}, M={rows}, {dtype_name(dtype)}",
+        moved,
+        reference.forecast(wide, matrix, zeros),
+        reference.forecast([feature.abs() for feature in wide], matrix.abs(), zeros),
+        [
+            *(
+                Variant(f"{name}push, forecast_into", of(ops), TOLERANCES[dtype])
+                for name, ops in implementations(device).items()
+            ),
+            Variant(TAYLOR_LOOP, published, half_rounded(dtype)),
+            copy_variant(moved, sets, device),
+        ],
+        checked=ends,
+    )
+
+
+@torch.inference_mode()
+def threads_case(
+    size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16, cold: bool = True
+) -> Case:
+    """One forecast on one thread, and on all; with `cold` the inputs come from memory, else from the last cache."""
+    shape, device = SIZES[size], clock.device
+    moved = (count + 1) * math.prod(shape) * dtype.itemsize
+    sets = sets_needed(moved, clock.cache_bytes() if cold else 0)
+    rings = [torch.stack(features) for features in random_features(shape, count + 1, dtype, sets, device)]
+    coefficients, offsets = torch.randn(1, count, device=device), torch.randn(1, device=device)
+    read = list(range(count))
+
+    def run(turn: int) -> list[Tensor]:
+        torch.ops.lesa.forecast_into(rings[turn % sets], coefficients, offsets, read, [count])
+        return [rings[turn % sets][count]]
+
+    wide = [ends(feature).to(wider(dtype)) for feature in rings[0][:count]]
+    matrix, shifts = coefficients.to(wider(dtype)), offsets.to(wider(dtype))
+    copy = copy_variant(moved, sets, device)
+    return Case(
+        "threads",
+        f"{size}, K={count}, {dtype_name(dtype)}, {'from memory' if cold else 'in the cache'}",
+        moved,
+        reference.forecast(wide, matrix, shifts),
+        reference.forecast([feature.abs() for feature in wide], matrix.abs(), shifts.abs()),
+        [
+            Variant(ALL_THREADS, run, TOLERANCES[dtype]),
+            Variant(ONE_THREAD, run, TOLERANCES[dtype], threads=1),
+            copy,
+            replace(copy, name=f"{COPY}, one thread", threads=1),
+        ],
+        checked=ends,
     )
 
 

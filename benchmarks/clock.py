@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,8 +39,8 @@ class Clock(Protocol):
     def cache_bytes(self) -> int:
         """Return the size of the largest cache between the device and its memory."""
 
-    def extra_bytes(self, run: Run) -> int | None:
-        """Return the most memory that a call holds beyond its inputs; None where the device does not tell."""
+    def extra_bytes(self, run: Run) -> int:
+        """Return the most memory that a call holds beyond its inputs."""
 
 
 class CpuClock:
@@ -66,8 +69,35 @@ class CpuClock:
                 sizes.append(int(match[1]) * (2**10 if match[2] == "K" else MEBIBYTE))
         return max(sizes, default=32 * MEBIBYTE)
 
-    def extra_bytes(self, run: Run) -> None:
-        """Return None: the CPU's allocator keeps no account."""
+    def extra_bytes(self, run: Run) -> int:
+        """Return the peak of torch's allocations during a call; the result counts, what the C++ heap holds does not."""
+        with (
+            _without_messages(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        ):
+            result = run(0)
+        held = peak = 0
+        results: Any = profile.profiler
+        for event in results.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        del result
+        return peak
+
+
+@contextmanager
+def _without_messages() -> Generator[None, None, None]:
+    """Keep to itself what the profiler writes to the error stream, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class CudaClock:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +28,13 @@ class Variant:
         name: what it is called.
         run: computes the outputs of input set i, a list of tensors.
         tolerance: how far its outputs may lie from the reference; None for a copy, which computes nothing.
+        threads: that torch uses meanwhile; None leaves them.
     """
 
     name: str
     run: Run
     tolerance: Tolerance | None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,22 @@ class Case:
     Args:
         op: name of the op.
         size: name of the size, with what else distinguishes the case.
-        moved_bytes: bytes that must be read and written at least.
+        moved_bytes: bytes that must be read and written at least; None where these do not limit it.
         reference: the outputs of input set 0, in a wider dtype.
         scale: for each output the magnitude that relative errors refer to, of a shape that broadcasts.
-        variants: to be timed, the copy among them; the first one is ours.
+        variants: to be timed, where bytes count a copy among them; the first one is ours.
         context: what the variants run under.
+        checked: which part of an output the reference is for.
     """
 
     op: str
     size: str
-    moved_bytes: int
+    moved_bytes: int | None
     reference: Sequence[Tensor]
     scale: Sequence[Tensor]
     variants: Sequence[Variant]
     context: Callable[[], AbstractContextManager[object]] = torch.inference_mode
+    checked: Callable[[Tensor], Tensor] = lambda output: output
 
     @property
     def title(self) -> str:
@@ -79,7 +83,7 @@ def check(case: Case) -> None:
             continue
         outputs = variant.run(0)
         for number, (got, want, scale) in enumerate(zip(outputs, case.reference, case.scale, strict=True)):
-            error = (got.to(want.dtype) - want).abs()
+            error = (case.checked(got).to(want.dtype) - want).abs()
             allowed = variant.tolerance.absolute + variant.tolerance.relative * scale
             # A NaN compares false.
             if not bool((error <= allowed).all()):
@@ -107,45 +111,73 @@ def measure(case: Case, clock: Clock, repeats: int, origin: Origin) -> list[Meas
     with case.context():
         check(case)
         extra = {variant.name: clock.extra_bytes(variant.run) for variant in case.variants}
-        calls = {variant.name: _calls(variant, clock) for variant in case.variants}
+        calls = calls_of(case, clock)
         deadline = time.perf_counter() + clock.warm_seconds
-        _round(case, clock, calls, 0)
+        one_round(case, clock, calls, 0)
         while time.perf_counter() < deadline:
-            _round(case, clock, calls, 0)
-        rounds = [_round(case, clock, calls, turn) for turn in range(1, repeats + 1)]
-    copy = statistics.median(times[COPY] for times in rounds)
-    return [
-        _row(case, variant.name, [times[variant.name] for times in rounds], copy, extra[variant.name], origin)
-        for variant in case.variants
-    ]
+            one_round(case, clock, calls, 0)
+        rounds = [one_round(case, clock, calls, turn) for turn in range(1, repeats + 1)]
+    return rows_of(case, rounds, extra, origin)
 
 
-def _calls(variant: Variant, clock: Clock) -> int:
-    """How many calls fill a sample; the check has set up whatever the first call sets up."""
-    return max(1, min(MOST_CALLS, round(clock.sample_seconds / clock.sample(variant.run, 1, 1))))
+def rows_of(case: Case, rounds: Sequence[dict[str, float]], extra: dict[str, int], origin: Origin) -> list[Measurement]:
+    """Make the rows of a case from what its variants took, in seconds, in each round."""
+    copies = [times[COPY] for times in rounds if COPY in times]
+    copy = statistics.median(copies) if copies else None
+    names = [variant.name for variant in case.variants]
+    return [_row(case, name, [times[name] for times in rounds], copy, extra[name], origin) for name in names]
 
 
-def _round(case: Case, clock: Clock, calls: dict[str, int], turn: int) -> dict[str, float]:
+def calls_of(case: Case, clock: Clock) -> dict[str, int]:
+    """Return how many calls of each variant fill a sample; the check has set up whatever the first call sets up."""
+    seconds = {variant.name: clock.sample(variant.run, 1, 1) for variant in case.variants}
+    return {name: max(1, min(MOST_CALLS, round(clock.sample_seconds / one))) for name, one in seconds.items()}
+
+
+def one_round(case: Case, clock: Clock, calls: dict[str, int], turn: int) -> dict[str, float]:
     """Take one sample of every variant; the order rotates with the turn."""
     start = turn % len(case.variants)
     order = [*case.variants[start:], *case.variants[:start]]
-    return {variant.name: clock.sample(variant.run, turn, calls[variant.name]) for variant in order}
+    times = {}
+    for variant in order:
+        with _threads(variant.threads):
+            times[variant.name] = clock.sample(variant.run, turn, calls[variant.name])
+    return times
+
+
+@contextmanager
+def _threads(count: int | None) -> Generator[None, None, None]:
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median, the 20 % and the 80 % quantile, the last two as samples that were taken."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return statistics.median(values), ordered[int(0.2 * last)], ordered[-(-8 * last // 10)]
 
 
 def _row(
-    case: Case, name: str, values: list[float], copy: float, extra_bytes: int | None, origin: Origin
+    case: Case, name: str, values: list[float], copy: float | None, extra_bytes: int | None, origin: Origin
 ) -> Measurement:
-    ordered = sorted(values)
-    median = statistics.median(values)
+    median, p20, p80 = quantiles(values)
     return Measurement(
         op=case.op,
         size=case.size,
         variant=name,
         median_s=median,
-        p20_s=ordered[int(0.2 * (len(ordered) - 1))],
-        p80_s=ordered[-(-8 * (len(ordered) - 1) // 10)],
-        gb_per_s=case.moved_bytes / median / 1e9,
-        share_of_copy=copy / median,
+        p20_s=p20,
+        p80_s=p80,
+        gb_per_s=None if case.moved_bytes is None else case.moved_bytes / median / 1e9,
+        share_of_copy=None if copy is None else copy / median,
         extra_bytes=extra_bytes,
         **origin._asdict(),
     )

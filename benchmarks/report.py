@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: the README's table and a picture, made of the committed results."""
+"""`python -m benchmarks.report`: tables for README and docs/performance.md and the plots, of the committed results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,20 @@ from benchmarks.pages import renewed
 from benchmarks.results import RESULTS, Measurement
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/performance.md"
 COMMAND = "python -m benchmarks.report"
 Key = tuple[str, int, str, str]
+SWEEPS = {"elements": "elements of a feature", "inputs": "K, features that are read", "rows": "M, forecasts"}
+"""The cases of the plots of time, and what each varies."""
+HEADLINES = (
+    "FLUX 1024x1024, K=8",
+    "FLUX 1024x1024, order 2",
+    "Qwen-Image 1328x1328, K=8",
+    "8 x 8",
+    "51-256-256-1, 1 rows",
+    "digits model",
+)
+"""The sizes that the README shows, by their beginnings."""
 
 
 def newest(rows: Sequence[Measurement]) -> dict[Key, list[Measurement]]:
@@ -30,9 +42,14 @@ def newest(rows: Sequence[Measurement]) -> dict[Key, list[Measurement]]:
     return {key: list(found.values()) for key, found in cases.items()}
 
 
+def is_headline(size: str) -> bool:
+    """Whether the README shows a size."""
+    return size.startswith(HEADLINES)
+
+
 def markdown(rows: Sequence[Measurement]) -> str:
     """Lay out the newest runs as tables, one for each machine; a case a line."""
-    cases = newest(rows)
+    cases = {key: found for key, found in newest(rows).items() if key[2] not in SWEEPS}
     parts = []
     for device, threads in dict.fromkeys((device, threads) for device, threads, *_ in cases):
         own = [found for key, found in cases.items() if key[:2] == (device, threads)]
@@ -58,8 +75,8 @@ def _line(found: Sequence[Measurement]) -> str:
     cells = [
         f"`{ours.op}`, {ours.size}",
         f"{1e3 * ours.median_s:.3g}",
-        f"{ours.gb_per_s:.3g}",
-        f"{100 * ours.share_of_copy:.0f} %",
+        "" if ours.gb_per_s is None else f"{ours.gb_per_s:.3g}",
+        "" if ours.share_of_copy is None else f"{100 * ours.share_of_copy:.0f} %",
         "; ".join(times),
     ]
     return f"| {' | '.join(cells)} |"
@@ -73,7 +90,9 @@ def draw(rows: Sequence[Measurement], path: Path) -> None:
     """Draw for each case of the newest runs which share of a copy's bandwidth the variants reach."""
     from matplotlib.figure import Figure
 
-    cases = newest(rows)
+    cases = {
+        key: found for key, found in newest(rows).items() if key[2] not in SWEEPS and found[0].share_of_copy is not None
+    }
     bars = sum(len(found) for found in cases.values())
     figure = Figure(figsize=(9.0, 1.5 + 0.22 * bars + 0.3 * len(cases)), layout="constrained")
     axes = figure.subplots()
@@ -83,7 +102,7 @@ def draw(rows: Sequence[Measurement], path: Path) -> None:
         for index, row in enumerate(found):
             position += 1.0
             color = "black" if row.variant == COPY else "C0" if index == 0 else "0.7"
-            axes.barh(position, max(100 * row.share_of_copy, 0.01), color=color)
+            axes.barh(position, 100 * (row.share_of_copy or 0.0), color=color)
             places.append(position)
             names.append(f"{row.variant}, {1e3 * row.median_s:.3g} ms")
         position += 1.6
@@ -95,16 +114,64 @@ def draw(rows: Sequence[Measurement], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_sweeps(rows: Sequence[Measurement], path: Path) -> None:
+    """Draw the time of the newest sweeps against what each varies, one panel each, for the machine measured last."""
+    from matplotlib.figure import Figure
+
+    cases = {key: found for key, found in newest(rows).items() if key[2] in SWEEPS}
+    machine = list(cases)[-1][:2]
+    figure = Figure(figsize=(13.0, 4.2), layout="constrained")
+    for axes, (op, label) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
+        lines: dict[str, list[tuple[int, Measurement]]] = {}
+        for key, found in cases.items():
+            if key[:2] == machine and key[2] == op:
+                for row in found:
+                    lines.setdefault(row.variant, []).append((_varied(op, row.size), row))
+        for name, points in lines.items():
+            points.sort(key=lambda point: point[0])
+            places = [place for place, _ in points]
+            style = {"color": "black", "linestyle": "--"} if name == COPY else {}
+            axes.plot(places, [1e3 * row.median_s for _, row in points], marker=".", label=name, **style)
+            axes.fill_between(
+                places, [1e3 * row.p20_s for _, row in points], [1e3 * row.p80_s for _, row in points], alpha=0.15
+            )
+        if op == "elements":
+            axes.set(xscale="log", yscale="log")
+        else:
+            axes.set_ylim(bottom=0)
+        fixed = next(iter(lines.values()))[-1][1].size.split(", ") if lines else []
+        same = [part for part in fixed if not part.startswith(_LETTERS[op])]
+        axes.set(xlabel=label, ylabel="ms", title=", ".join(same[1:] if op == "elements" else same))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(f"{machine[0]}, {machine[1]} threads; medians, 20 % to 80 % of the samples shaded")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+_LETTERS = {"elements": "N", "inputs": "K=", "rows": "M="}
+
+
+def _varied(op: str, size: str) -> int:
+    """Read what a sweep varies from the name of a size."""
+    if op == "elements":
+        return int(size.split(" ")[0])
+    return next(int(part.split("=")[1]) for part in size.split(", ") if part.startswith(_LETTERS[op]))
+
+
 def main(
     source: Annotated[Path, typer.Option(help="The file of the results.")] = RESULTS,
     readme: Annotated[Path, typer.Option(help="The text that holds the table.")] = ROOT / "README.md",
-    picture: Annotated[Path, typer.Option(help="The picture.")] = ROOT / "docs/performance/bandwidth.png",
+    page: Annotated[Path, typer.Option(help="The text that holds the table of all cases.")] = PAGE,
+    pictures: Annotated[Path, typer.Option(help="The folder of the plots.")] = ROOT / "docs/performance",
 ) -> None:
-    """Write the README's table and the picture."""
+    """Write the tables and the plots."""
     rows = results.load(source)
-    readme.write_text(renewed(readme.read_text(encoding="utf-8"), COMMAND, markdown(rows)), encoding="utf-8")
-    draw(rows, picture)
-    typer.echo(f"table: {readme}, picture: {picture}")
+    for text, shown in ((readme, [row for row in rows if is_headline(row.size)]), (page, rows)):
+        text.write_text(renewed(text.read_text(encoding="utf-8"), COMMAND, markdown(shown)), encoding="utf-8")
+    draw(rows, pictures / "bandwidth.png")
+    draw_sweeps(rows, pictures / "time.png")
+    typer.echo(f"tables: {readme}, {page}; plots: {pictures}")
 
 
 if __name__ == "__main__":

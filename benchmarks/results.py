@@ -27,6 +27,7 @@ class Origin(NamedTuple):
     device: str
     threads: int
     torch: str
+    cuda: str
     commit: str
     date: str
     command: str
@@ -34,7 +35,26 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of the results. Seconds are per call; `extra_bytes` is the peak memory beyond the inputs, if known."""
+    """One row of the results. Seconds are per call; None where a number has no meaning or is not known.
+
+    Args:
+        op: the case's.
+        size: the case's.
+        variant: who computed it.
+        median_s: of the samples.
+        p20_s: their 20 % quantile.
+        p80_s: their 80 % quantile.
+        gb_per_s: the bytes that must be moved at least, per second.
+        share_of_copy: time that a copy of as many bytes took in the same run, divided by this one.
+        extra_bytes: peak memory of a call beyond its inputs, what it returns included.
+        device: name of the processor or GPU.
+        threads: of the host.
+        torch: version.
+        cuda: version that torch was built with, empty for none.
+        commit: of this repository.
+        date: of the run.
+        command: that made it.
+    """
 
     op: str
     size: str
@@ -42,12 +62,13 @@ class Measurement:
     median_s: float
     p20_s: float
     p80_s: float
-    gb_per_s: float
-    share_of_copy: float
+    gb_per_s: float | None
+    share_of_copy: float | None
     extra_bytes: int | None
     device: str
     threads: int
     torch: str
+    cuda: str
     commit: str
     date: str
     command: str
@@ -62,6 +83,7 @@ def origin(device: torch.device) -> Origin:
         device=device_name(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
+        cuda=torch.version.cuda or "",
         commit=commit(),
         date=datetime.now(timezone.utc).date().isoformat(),
         command=" ".join(["python -m benchmarks", *sys.argv[1:]]),
@@ -79,10 +101,10 @@ def commit() -> str:
 
 
 def table(rows: Sequence[Measurement]) -> Table:
-    """Lay out the rows of one case; the last column is the time as a multiple of the first row's."""
+    """Lay out the rows of one case; `x ours` is the time as a multiple of the first row's."""
     out = Table(title=f"{rows[0].op} at {rows[0].size}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     out.add_column("variant")
-    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours"):
+    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours", "extra MB"):
         out.add_column(name, justify="right", no_wrap=True)
     own = rows[0].median_s
     for row in rows:
@@ -91,9 +113,10 @@ def table(rows: Sequence[Measurement]) -> Table:
         out.add_row(
             row.variant,
             *numbers,
-            f"{row.gb_per_s:.1f}",
-            f"{100 * row.share_of_copy:.0f} %",
+            "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",
+            "" if row.share_of_copy is None else f"{100 * row.share_of_copy:.0f} %",
             f"{row.median_s / own:.2f}",
+            "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}",
         )
     return out
 
@@ -126,7 +149,8 @@ def load(path: Path) -> list[Measurement]:
 
 
 def _parsed(row: dict[str, str]) -> Measurement:
-    values: dict[str, Any] = {name: row[name] for name in COLUMNS if name in row}
-    values |= {name: float(row[name]) for name in ("median_s", "p20_s", "p80_s", "gb_per_s", "share_of_copy")}
+    values: dict[str, Any] = {name: row.get(name, "") for name in COLUMNS}
+    values |= {name: float(row[name]) for name in ("median_s", "p20_s", "p80_s")}
+    values |= {name: float(row[name]) if row[name] else None for name in ("gb_per_s", "share_of_copy")}
     extra = row.get("extra_bytes")
     return Measurement(**{**values, "threads": int(row["threads"]), "extra_bytes": int(extra) if extra else None})

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from benchmarks.baselines import gram_by_dots, gram_by_matrix, kan_eager, published_eager, published_l1
 from benchmarks.cases import (
+    KAN_WIDTHS,
     SIZES,
     copy_variant,
     dtype_name,
@@ -28,7 +29,6 @@ from lesa_kernels.ops import predict_l1_loss
 from lesa_kernels.predictors.kan import KAN, KANLinear
 from lesa_kernels.reference import Tolerance
 
-KAN_WIDTHS = (51, 256, 256, 1)
 EAGER_STEP = "eager forward and backward"
 COMPILED_STEP = "torch.compile of the eager form"
 

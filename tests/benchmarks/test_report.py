@@ -11,14 +11,16 @@ from benchmarks import pages, report, results
 from benchmarks.harness import COPY
 
 ROW = results.Measurement(
-    "predict", "4", "lesa::predict", 2e-3, 1e-3, 3e-3, 50.0, 0.5, None, "a device", 2, "2.13", "abc", "date", "run"
+    "predict", "4", "lesa::predict", 2e-3, 1e-3, 3e-3, 50.0, 0.5, None, "a device", 2, "2.13", "", "abc", "date", "run"
 )
 CASE = [ROW, replace(ROW, variant="eager", median_s=2e-2), replace(ROW, variant=COPY, median_s=1e-3, share_of_copy=1.0)]
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    made = pages.renewed(text, report.COMMAND, report.markdown(results.load(report.RESULTS)))
+@pytest.mark.parametrize("page", [report.ROOT / "README.md", report.PAGE], ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
+    text, rows = page.read_text(encoding="utf-8"), results.load(report.RESULTS)
+    shown = rows if page == report.PAGE else [row for row in rows if report.is_headline(row.size)]
+    made = pages.renewed(text, report.COMMAND, report.markdown(shown))
     assert text == made, "run python -m benchmarks.report"
 
 
@@ -45,10 +47,25 @@ def test_a_text_without_marks_is_refused() -> None:
     assert pages.renewed(f"a{begin}b{pages.END}c", "x", "table").splitlines()[2] == "table"
 
 
-def test_the_command_writes_both(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{pages.mark(report.COMMAND)}\nold\n{pages.END}\nafter\n")
-    results.save(CASE, tmp_path / "rows.csv")
-    report.main(tmp_path / "rows.csv", readme, tmp_path / "new" / "picture.png")
-    assert "eager 10x" in readme.read_text() and "old" not in readme.read_text()
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+def test_the_command_writes_tables_and_plots(tmp_path: Path) -> None:
+    texts = [tmp_path / "readme.md", tmp_path / "page.md"]
+    for text in texts:
+        text.write_text(f"before\n{pages.mark(report.COMMAND)}\nold\n{pages.END}\nafter\n")
+    shown = [replace(row, size="FLUX 1024x1024, K=8") for row in CASE]
+    swept = [
+        replace(row, op=op, size=size)
+        for op, size in (
+            ("elements", "64 elements, K=8, M=1, bfloat16"),
+            ("elements", "256 elements, K=8, M=1, bfloat16"),
+            ("inputs", "FLUX 1024x1024, K=4, M=1, bfloat16"),
+            ("rows", "FLUX 1024x1024, K=8, M=6, bfloat16"),
+        )
+        for row in CASE
+    ]
+    results.save([*CASE, *shown, *swept], tmp_path / "rows.csv")
+    report.main(tmp_path / "rows.csv", *texts, tmp_path / "new")
+    readme, page = (text.read_text() for text in texts)
+    assert "old" not in readme + page and "elements" not in readme + page
+    assert readme.count("eager 10x") == 1 and page.count("eager 10x") == 2
+    for name in ("bandwidth.png", "time.png"):
+        assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")

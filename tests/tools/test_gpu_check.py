@@ -190,7 +190,7 @@ def test_stages_can_be_chosen_and_old_results_do_not_survive(check: Check, tmp_p
 def test_the_report_says_which_targets_were_met(tmp_path: Path) -> None:
     first, second, *_ = targets.targets()
     common = {"p20_s": 1.0, "p80_s": 1.0, "gb_per_s": 1.0, "share_of_copy": 1.0, "extra_bytes": None, "device": "d"}
-    origin = {"threads": 1, "torch": "2", "commit": "c", "date": "d", "command": "x"}
+    origin = {"threads": 1, "torch": "2", "cuda": "12.8", "commit": "c", "date": "d", "command": "x"}
     medians = {first.ours: 1.0, first.against: first.at_least, second.against: second.at_least / 2}
     rows = [
         Measurement(op=first.op, size=first.size, variant=name, median_s=seconds, **common, **origin)  # type: ignore[arg-type]

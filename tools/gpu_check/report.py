@@ -35,8 +35,8 @@ def _target_rows(verdicts: Sequence[targets.Verdict]) -> list[list[str]]:
         [
             f"{verdict.target.op}, {verdict.target.size}",
             f"{verdict.target.against} / {verdict.target.ours}",
-            f">= {verdict.target.at_least:g}",
-            "" if verdict.ratio is None else f"{verdict.ratio:.3f}",
+            verdict.target.wanted,
+            "" if verdict.measured is None else f"{verdict.measured:.3f}",
             verdict.word,
         ]
         for verdict in verdicts

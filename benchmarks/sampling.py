@@ -1,0 +1,54 @@
+"""A whole sampling run of the digits model, plain and accelerated: what the kernels and the hooks are for."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+import lesa_kernels as lesa
+from benchmarks.clock import Clock
+from benchmarks.harness import Case, Variant
+from lesa_kernels.demo.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
+from lesa_kernels.predictors import Forecaster
+from lesa_kernels.reference import Tolerance
+from lesa_kernels.schedule import Schedule
+
+STEPS = 50
+CALLS = 10
+ACCELERATED, PLAIN, HOOKED = f"lesa.enable, {CALLS} of {STEPS} calls", "all calls", "all calls, through lesa.enable"
+
+# Pixels lie between -1 and 1. Forecasts change a picture a little; the same calls give the same picture.
+NEAR, SAME = Tolerance(0.0, 0.5), Tolerance(0.0, 1e-4)
+
+
+@torch.no_grad()
+def sampling_case(images: int, clock: Clock, steps: int = STEPS) -> Case:
+    """Sample digits with all calls of the transformer's blocks, and with a fifth of them (TaylorSeer in sigma)."""
+    model = load_model(device=clock.device)
+    noise = initial_noise(images, seed=0, device=clock.device)
+    labels = torch.arange(images, device=clock.device) % NUM_CLASSES
+
+    def run(forecaster: Forecaster | None, full: tuple[int, ...]) -> list[Tensor]:
+        driver = scheduler()
+        schedule = Schedule.explicit(steps, full)
+        hooked = nullcontext() if forecaster is None else lesa.enabled(model, forecaster, schedule, scheduler=driver)
+        with hooked:
+            return [sample(model, noise, labels, num_steps=steps, scheduler=driver)]
+
+    every = tuple(range(steps))
+    fifth = Schedule.uniform_in_sigma(set_up(scheduler(), steps).tolist(), CALLS).full_steps
+    return Case(
+        "sampling run",
+        f"digits model, {images} images, {steps} steps",
+        None,
+        [sample(model, noise, labels, num_steps=steps).double()],
+        [torch.ones((), device=clock.device)],
+        [
+            Variant(ACCELERATED, lambda turn: run(lesa.TaylorSeer(2), fifth), NEAR),
+            Variant(PLAIN, lambda turn: run(None, every), SAME),
+            Variant(HOOKED, lambda turn: run(lesa.TaylorSeer(2), every), SAME),
+        ],
+        context=torch.no_grad,
+    )
