@@ -9,11 +9,14 @@ import typer
 from rich.console import Console
 
 from lesa_kernels.backends import status as kernel_status
+from lesa_kernels.cli.bench import bench
 from lesa_kernels.cli.checks import check_device, check_modules
 from lesa_kernels.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Forecast a diffusion transformer's features.")
 app.command()(train)
+# Its options are those of the benchmarks, which are not part of the package.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
 
 
 @app.command()
