@@ -8,7 +8,6 @@ from pathlib import Path
 
 import typer
 
-
 ROOT = Path(__file__).parents[2]
 
 

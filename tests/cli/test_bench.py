@@ -22,6 +22,6 @@ def test_its_options_are_those_of_the_benchmarks(tmp_path: Path) -> None:
 
 
 def test_without_a_checkout_it_says_where_to_find_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lesa_kernels.cli.bench.ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules["lesa_kernels.cli.bench"], "ROOT", tmp_path)
     result = CliRunner().invoke(app, ["bench"])
     assert result.exit_code == 2 and "clone it and run `make bench`" in result.output
