@@ -84,7 +84,7 @@ def main(
 
 def _compare(console: Console, revision: str, device: str, chosen: Sequence[int], repeats: int) -> None:
     try:
-        tree = checked_out(revision, console)
+        tree = checked_out(revision, torch.device(device).type, console)
         with Worker(tree, device) as base, Worker(ROOT, device) as here:
             for number in chosen:
                 with console.status(f"case {number + 1}"):

@@ -29,8 +29,8 @@ class Compared(NamedTuple):
     here: list[float]
 
 
-def checked_out(revision: str, console: Console) -> Path:
-    """Return a checkout of a commit with its libraries built; it is kept for the next time.
+def checked_out(revision: str, kind: str, console: Console) -> Path:
+    """Return a checkout of a commit with its library for a kind of device built; it is kept for the next time.
 
     Raises:
         ValueError: when git knows no such commit.
@@ -40,20 +40,21 @@ def checked_out(revision: str, console: Console) -> Path:
     if found.returncode:
         raise ValueError(f"--baseline must name a commit, got {revision}")
     commit = found.stdout.strip()
-    tree, built = BUILD / commit[:12], BUILD / f"{commit[:12]}.built"
+    tree, built = BUILD / commit[:12], BUILD / f"{commit[:12]}.{kind}"
     if built.exists():
         return tree
     console.print(f"building {revision} ({commit[:12]}) in {tree.relative_to(ROOT)} ...")
     if not tree.exists():
         tree.parent.mkdir(parents=True, exist_ok=True)
         _must(_run(["git", "worktree", "add", "--detach", str(tree), commit], ROOT), "checked out")
-    _must(_run([sys.executable, "setup.py", "build_ext", "--inplace"], tree), "built")
+    _must(_run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, LESA_BUILD=kind), "built")
     built.touch()
     return tree
 
 
-def _run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def _run(command: Sequence[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
 def _must(result: subprocess.CompletedProcess[str], what: str) -> None:

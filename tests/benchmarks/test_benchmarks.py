@@ -309,4 +309,4 @@ def test_two_commits_are_compared_in_one_run(tmp_path: Path, monkeypatch: pytest
 
 def test_a_commit_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="--baseline must name a commit, got nothing-like-it"):
-        compare.checked_out("nothing-like-it", Console())
+        compare.checked_out("nothing-like-it", "cpu", Console())
