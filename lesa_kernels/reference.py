@@ -293,11 +293,12 @@ def scale_rows(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if features.shape[-1] == 0:
         return features.to(dtype), features.new_zeros(features.shape[:-1])
     largest = features.abs().amax(-1, keepdim=True)
+    limits = torch.full_like(largest, limit)  # torch divides by a number, and a number by a tensor, in two roundings
     usable = largest.isfinite() & (largest >= SMALLEST_SCALED)
-    rounded = torch.where(usable, features * (limit / largest), 0.0).clamp(-limit, limit)
+    rounded = torch.where(usable, features * (limits / largest), 0.0).clamp(-limit, limit)
     if dtype == torch.int8:
         rounded = rounded.round()
-    scales = torch.where(usable, largest / limit, torch.where(largest.isfinite(), 0.0, torch.nan))
+    scales = torch.where(usable, largest / limits, torch.where(largest.isfinite(), 0.0, torch.nan))
     return rounded.to(dtype), scales.squeeze(-1)
 
 
