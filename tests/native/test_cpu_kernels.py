@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from cpu_library import ISAS, facts, native, needs_library
 from torch import Tensor
 
-import lesa_kernels
 from lesa_kernels import reference
-from lesa_kernels.backends import libraries
 
-LIBRARY = next(library for library in lesa_kernels.status().libraries if library.name == "_cpu")
-pytestmark = pytest.mark.skipif(not LIBRARY.loaded, reason=f"_cpu: {LIBRARY.reason}")
+pytestmark = needs_library
 
-ISAS = ["avx512", "avx2", "baseline"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SIZES = [0, 1, 7, 63, 1000, 4097]
 COUNTS = [1, 2, 3, 4, 8, 17, 64]
 ops = torch.ops.lesa
 Layout = Callable[[tuple[int, ...], torch.dtype], Tensor]
-
-
-def _native() -> ctypes.CDLL:
-    native = ctypes.CDLL(str(libraries.PACKAGE / "_cpu.so"))
-    native.lesa_cpu_info.restype = ctypes.c_char_p
-    return native
-
-
-def _facts() -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(_native().lesa_cpu_info())
-    return facts
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test with one instruction set."""
-    native = _native()
-    if native.lesa_cpu_set_isa(request.param.encode()):
-        pytest.skip(f"this processor lacks {request.param}, it has {', '.join(_facts()['supported'])}")
-    yield request.param
-    native.lesa_cpu_set_isa(b"auto")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restore the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -111,12 +76,11 @@ def _predict_scale(history: Sequence[Tensor], parameters: Sequence[Tensor]) -> T
 
 
 def test_the_library_names_its_build_and_the_widest_set_it_runs(isa: str) -> None:
-    facts = _facts()
-    assert facts["compiler"] and facts["compiled"] == ISAS
-    assert facts["chosen"] == isa and facts["vector_bits"] == {"avx512": 512, "avx2": 256, "baseline": 128}[isa]
-    native = _native()
-    assert native.lesa_cpu_set_isa(b"sse9") == 1 and _facts() == facts
-    assert native.lesa_cpu_set_isa(b"auto") == 0 and _facts()["chosen"] == facts["supported"][0]
+    before = facts()
+    assert before["compiler"] and before["compiled"] == ISAS
+    assert before["chosen"] == isa and before["vector_bits"] == {"avx512": 512, "avx2": 256, "baseline": 128}[isa]
+    assert native().lesa_cpu_set_isa(b"sse9") == 1 and facts() == before
+    assert native().lesa_cpu_set_isa(b"auto") == 0 and facts()["chosen"] == before["supported"][0]
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -179,7 +143,7 @@ def test_slots_that_are_read_and_written(isa: str, layout: Layout, rows: int, dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [8, 9])
 def test_large_outputs_go_past_the_cache_and_are_the_same(isa: str, rows: int, dtype: torch.dtype) -> None:
-    size = 64 * (_facts()["past_cache_bytes"] // (64 * rows * dtype.itemsize) + 1) + 9
+    size = 64 * (facts()["past_cache_bytes"] // (64 * rows * dtype.itemsize) + 1) + 9
     memory = torch.empty((rows + 2) * (size + 55) + 3, dtype=dtype)
     coefficients, offsets = _parameters(rows, 2, dtype)
     read, write = [rows, rows + 1], list(range(rows))
