@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -176,14 +176,6 @@ def falling(sigmas: Sequence[float]) -> tuple[float, ...]:
     return levels
 
 
-@dataclass
-class _Draft:
-    """A segment before slots are assigned: the full step, and launches as (steps, inputs, coefficients, offsets)."""
-
-    full_step: int
-    launches: list[tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]]
-
-
 def compile_plan(
     sigmas: Sequence[float],
     schedule: Schedule | ScheduleRule,
@@ -226,8 +218,7 @@ def compile_plan(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     full, rows = _resolve_rows(steps, resolved, rule, first_step)
-    drafts = _compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS))
-    segments, num_slots = _assign_slots(drafts)
+    segments, num_slots = _assign_slots(_compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS)))
     return Plan(levels, segments, num_slots, sum(len(row.terms) for row in rows.values()), first_step)
 
 
@@ -252,22 +243,18 @@ def _resolve_rows(steps: int, schedule: Schedule, rule: RowRule, first_step: int
     return full, rows
 
 
-def _compose(full: Sequence[int], rows: dict[int, Row], steps: int, chunk: int) -> list[_Draft]:
-    """Express each launch's rows over the features that are resident when it runs."""
-    drafts = []
+def _compose(full: Sequence[int], rows: dict[int, Row], steps: int, chunk: int) -> list[Segment]:
+    """Express each launch's rows over the features that are resident when it runs. No slots are assigned yet."""
+    segments = []
     for position, full_step in enumerate(full):
         end = full[position + 1] if position + 1 < len(full) else steps
         forecasts = range(full_step + 1, end)
-        draft = _Draft(full_step, [])
-        for start in range(0, len(forecasts), chunk):
-            draft.launches.append(_compose_launch(forecasts[start : start + chunk], rows))
-        drafts.append(draft)
-    return drafts
+        chunks = [forecasts[start : start + chunk] for start in range(0, len(forecasts), chunk)]
+        segments.append(Segment(full_step, None, tuple(_compose_launch(each, rows) for each in chunks)))
+    return segments
 
 
-def _compose_launch(
-    steps: Sequence[int], rows: dict[int, Row]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]:
+def _compose_launch(steps: Sequence[int], rows: dict[int, Row]) -> Launch:
     """Substitute the launch's own forecasts into later rows, so that every row reads resident features only."""
     composed: dict[int, Row] = {}
     for step in steps:
@@ -283,19 +270,20 @@ def _compose_launch(
     if len(inputs) > MAX_INPUTS:
         raise ValueError(f"a launch reads at most {MAX_INPUTS} features, got {len(inputs)} for steps {list(steps)}")
     coefficients = tuple(tuple(composed[step].terms.get(source, 0.0) for source in inputs) for step in steps)
-    return tuple(steps), inputs, coefficients, tuple(composed[step].offset for step in steps)
+    offsets = tuple(composed[step].offset for step in steps)
+    return Launch(tuple(steps), inputs, (), (), coefficients, offsets)
 
 
-def _last_uses(drafts: Iterable[_Draft]) -> dict[int, int]:
+def _last_uses(segments: Iterable[Segment]) -> dict[int, int]:
     """Return the last event at which each feature is needed; pushes and launches are numbered as they happen."""
     last: dict[int, int] = {}
     event = 0
-    for draft in drafts:
+    for segment in segments:
         event += 1
-        for steps, inputs, _, _ in draft.launches:
+        for launch in segment.launches:
             # A forecast is handed out between its own launch and the next event.
-            last.update(dict.fromkeys(steps, event))
-            last.update(dict.fromkeys(inputs, event))
+            last.update(dict.fromkeys(launch.steps, event))
+            last.update(dict.fromkeys(launch.inputs, event))
             event += 1
     return last
 
@@ -333,21 +321,21 @@ class _Slots:
         return [step for step in self._held if last[step] < event]
 
 
-def _assign_slots(drafts: Sequence[_Draft]) -> tuple[tuple[Segment, ...], int]:
+def _assign_slots(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
     """Assign slots by liveness. An output may take the slot of an input of the same launch that nothing needs later."""
-    last, slots, event = _last_uses(drafts), _Slots(), 0
-    segments = []
-    for draft in drafts:
+    last, slots, event = _last_uses(segments), _Slots(), 0
+    placed = []
+    for segment in segments:
         slots.release(slots.expired(last, event))
-        slot = slots.take(draft.full_step) if draft.full_step in last else None
+        slot = slots.take(segment.full_step) if segment.full_step in last else None
         event += 1
         launches = []
-        for steps, inputs, coefficients, offsets in draft.launches:
+        for launch in segment.launches:
             slots.release(slots.expired(last, event))
-            read = tuple(slots.of(step) for step in inputs)
-            slots.release([step for step in inputs if last[step] == event])
-            write = tuple(slots.take(step) for step in steps)
-            launches.append(Launch(steps, inputs, read, write, coefficients, offsets))
+            read = tuple(slots.of(step) for step in launch.inputs)
+            slots.release([step for step in launch.inputs if last[step] == event])
+            write = tuple(slots.take(step) for step in launch.steps)
+            launches.append(replace(launch, read=read, write=write))
             event += 1
-        segments.append(Segment(draft.full_step, slot, tuple(launches)))
-    return tuple(segments), slots.count
+        placed.append(replace(segment, slot=slot, launches=tuple(launches)))
+    return tuple(placed), slots.count
