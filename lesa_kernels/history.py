@@ -57,6 +57,10 @@ class Ring:
         """Fill the slots `write` with forecasts of the slots `read`; see `torch.ops.lesa.forecast_into`."""
         torch.ops.lesa.forecast_into(self._slots, coefficients, offsets, read, write)
 
+    def handed_out(self, row: int, slot: int) -> Tensor:
+        """Return a forecast [*shape] of the latest launch on the features' device: its row, and the slot of that."""
+        return self[slot]
+
     def __getitem__(self, slot: int) -> Tensor:
         """Return a slot [*shape] on the features' device: a view."""
         return self._slots[slot]

@@ -46,11 +46,11 @@ class Session:
             full: plan.segments[position - 1].full_step if position else None
             for position, full in enumerate(plan.full_steps)
         }
-        self._slots = {
-            step: (segment, launch, slot)
+        self._launches = {
+            step: (segment, launch, row)
             for segment in plan.segments
             for launch in segment.launches
-            for step, slot in zip(launch.steps, launch.write, strict=True)
+            for row, step in enumerate(launch.steps)
         }
         self._full_step: int | None = None
         self._launched: Launch | None = None
@@ -113,18 +113,18 @@ class Session:
             ValueError: when the step is not a forecast step of the plan.
             RuntimeError: when the step is out of order.
         """
-        if step not in self._slots:
+        if step not in self._launches:
             raise ValueError(
                 f"step must be a forecast step of the plan (full steps: {self.plan.full_steps}), got {step}"
             )
-        segment, launch, slot = self._slots[step]
+        segment, launch, row = self._launches[step]
         if segment.full_step != self._full_step or self._ring is None:
             raise RuntimeError(
                 f"step {step} must follow a push of step {segment.full_step}, the last was {self._full_step}"
             )
         if launch is not self._launched:
             self._launch(segment, launch)
-        return self._ring[slot].to(self._feature_dtype)
+        return self._ring.handed_out(row, launch.write[row]).to(self._feature_dtype)
 
     def _launch(self, segment: Segment, launch: Launch) -> None:
         done = -1 if self._launched is None else segment.launches.index(self._launched)
