@@ -16,6 +16,8 @@ MAX_FORECASTS = 64
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SCALED_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Dtypes of a scaled ring, and the magnitude that the largest element of a row takes there."""
+SCALABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of the features that it holds."""
 
 
 def arithmetic_dtype(features: torch.dtype) -> torch.dtype:
@@ -31,8 +33,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _feature_names() -> str:
-    return ", ".join(_name(dtype) for dtype in FEATURE_DTYPES)
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(map(_name, dtypes))
 
 
 def check_feature(op: str, name: str, tensor: Tensor) -> None:
@@ -42,7 +44,7 @@ def check_feature(op: str, name: str, tensor: Tensor) -> None:
         TypeError: for another dtype or layout.
     """
     if tensor.dtype not in FEATURE_DTYPES:
-        raise TypeError(f"lesa::{op}: {name} must have a dtype of {_feature_names()}, got {_name(tensor.dtype)}")
+        raise TypeError(f"lesa::{op}: {name} must have a dtype of {_names(FEATURE_DTYPES)}, got {_name(tensor.dtype)}")
     if tensor.layout != torch.strided:
         raise TypeError(f"lesa::{op}: {name} must be a dense (strided) tensor, got layout {tensor.layout}")
 
@@ -263,10 +265,8 @@ def check_scaled_ring(op: str, ring: Tensor, scales: Tensor) -> None:
 
 def _check_unscaled(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], ring: Tensor) -> None:
     """Check features beside a scaled ring: shape, device, contiguous, of 16 or 32 bits."""
-    allowed = [dtype for dtype in FEATURE_DTYPES if dtype != torch.float64]
-    if tensor.dtype not in allowed:
-        names = ", ".join(map(_name, allowed))
-        raise TypeError(f"lesa::{op}: {name} must have a dtype of {names}, got {_name(tensor.dtype)}")
+    if tensor.dtype not in SCALABLE_DTYPES:
+        raise TypeError(f"lesa::{op}: {name} must have a dtype of {_names(SCALABLE_DTYPES)}, got {_name(tensor.dtype)}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"lesa::{op}: {name} must have shape {shape}, got {_shape(tensor)}")
     check_device(op, name, tensor, "ring", ring)

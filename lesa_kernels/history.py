@@ -1,4 +1,4 @@
-"""The ring: one preallocated tensor that holds the features of a run; nothing is stacked or allocated after it."""
+"""The ring: preallocated memory that holds the features of a run; nothing is stacked or allocated after it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lesa_kernels.contract import SCALABLE_DTYPES
+from lesa_kernels.reference import unscaled
 from lesa_kernels.stopwatch import Stopwatch
 
 
@@ -22,7 +24,7 @@ class Ring:
 
     def __init__(self, num_slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        self._slots = _slots(num_slots, shape, dtype, device)
+        self._slots = _empty((num_slots, *shape), dtype, device)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +82,7 @@ class HostRing(Ring):
         self.device = device
         # Copies between pinned memory and the GPU run beside the host, in the order of the GPU's stream.
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._slots = _slots(num_slots, shape, dtype, torch.device("cpu"), pinned=self._copied is not None)
+        self._slots = _empty((num_slots, *shape), dtype, torch.device("cpu"), pinned=self._copied is not None)
         self.copies = Stopwatch()
         self.forecasts = Stopwatch()
         self.copied_bytes = 0
@@ -112,9 +114,65 @@ class HostRing(Ring):
         self.copied_bytes += self.nbytes // self.num_slots
 
 
-def _slots(
-    num_slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, pinned: bool = False
-) -> Tensor:
+class ScaledRing(Ring):
+    """A ring of int8 or float8; each row (the last dimension) of a feature has a scale. Forecasts lie beside the slots.
+
+    Args:
+        num_slots: how many features it holds.
+        shape: of one feature, at least one dimension.
+        dtype: of the slots, int8 or float8_e4m3fn.
+        device: of the features, where all of it lies too.
+        num_outputs: forecasts that a launch makes at most.
+        feature_dtype: of the features: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: when features have no dimension.
+        TypeError: when they are of another dtype.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        num_outputs: int,
+        feature_dtype: torch.dtype,
+    ) -> None:
+        if feature_dtype not in SCALABLE_DTYPES:
+            raise TypeError(f"feature must be of {SCALABLE_DTYPES} for a history of {dtype}, got {feature_dtype}")
+        if not shape:
+            raise ValueError(f"feature must have at least one dimension for a history of {dtype}, got shape ()")
+        super().__init__(num_slots, shape, dtype, device)
+        self._scales = _empty((num_slots, *shape[:-1]), torch.float32, device)
+        self._outputs = _empty((num_outputs, *shape), feature_dtype, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, with its scales and the forecasts."""
+        return self._slots.nbytes + self._scales.nbytes + self._outputs.nbytes
+
+    def push(self, feature: Tensor, slot: int) -> None:
+        """Round a feature [*shape] into a slot; see `torch.ops.lesa.push_scaled`. Forecasts take on its dtype."""
+        torch.ops.lesa.push_scaled(self._slots, self._scales, feature.detach().contiguous(), slot)
+        if feature.dtype != self._outputs.dtype:
+            self._outputs = _empty(self._outputs.shape, feature.dtype, self.device)
+
+    def forecast(self, coefficients: Tensor, offsets: Tensor, read: Sequence[int], write: Sequence[int]) -> None:
+        """Make forecasts of the slots `read`, kept in the slots `write`; see `torch.ops.lesa.forecast_scaled_into`."""
+        outputs = self._outputs[: len(write)]
+        torch.ops.lesa.forecast_scaled_into(self._slots, self._scales, outputs, coefficients, offsets, read, write)
+
+    def handed_out(self, row: int, slot: int) -> Tensor:
+        """Return a forecast [*shape] of the latest launch: a view, valid until the next launch."""
+        return self._outputs[row]
+
+    def __getitem__(self, slot: int) -> Tensor:
+        """Return a slot [*shape] in float32: a copy."""
+        return unscaled(self._slots[slot], self._scales[slot])
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, pinned: bool = False) -> Tensor:
     # Made under inference_mode, the ring could not be written to by a later run outside of it.
     with torch.inference_mode(False):
-        return torch.empty((num_slots, *shape), dtype=dtype, device=device, pin_memory=pinned)
+        return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)

@@ -19,6 +19,10 @@ from lesa_kernels.schedule import Schedule, ScheduleRule
 # What one launch of `forecast_into` takes.
 MAX_INPUTS = 64
 MAX_OUTPUTS = 64
+# In place of a slot: the forecast is handed out and not kept.
+NOT_KEPT = -1
+# A scaled history holds elements of one byte, and a float32 scale for each row of them.
+_SCALED_ITEMSIZE, _SCALE_ITEMSIZE = 1, 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Launch:
         steps: the M steps whose features it makes.
         inputs: the K steps whose features it reads.
         read: their slots.
-        write: the M slots that it fills.
+        write: the M slots that it fills; in a plan for a scaled history, -1 for a forecast that no later launch reads.
         coefficients: M rows of K, float64.
         offsets: M, float64.
     """
@@ -84,6 +88,7 @@ class Plan:
         num_slots: features that the ring holds at once.
         num_terms: reads that the uncomposed, step-by-step form makes (for the passes that are saved).
         first_step: where the run starts (not 0 for image-to-image).
+        scaled: whether the ring is one of int8 or float8, with its forecasts handed out from beside it.
     """
 
     sigmas: tuple[float, ...]
@@ -91,6 +96,7 @@ class Plan:
     num_slots: int
     num_terms: int
     first_step: int = 0
+    scaled: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -111,13 +117,42 @@ class Plan:
         """Whether a step is full."""
         return step in self.full_steps
 
+    @property
+    def most_outputs(self) -> int:
+        """Forecasts that a launch makes at most."""
+        return max((len(launch.steps) for segment in self.segments for launch in segment.launches), default=0)
+
+    def for_history(self, *, scaled: bool) -> Plan:
+        """Assign the slots for a kind of history.
+
+        Args:
+            scaled: a ring of int8 or float8 hands its forecasts out from a buffer beside it: those that no later launch
+                reads take no slot. Any other ring hands them out from their slots.
+
+        Returns:
+            The plan itself where it is for that kind already, or another.
+        """
+        if scaled == self.scaled:
+            return self
+        segments, num_slots = _assign_slots(self.segments, keep_all=not scaled)
+        return replace(self, segments=segments, num_slots=num_slots, scaled=scaled)
+
     def ring_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes of the ring for features of a shape and a bytes-per-element count."""
-        return self.num_slots * math.prod(shape) * itemsize
+        """Bytes of the ring, and where it is scaled of its scales and of the forecasts beside it.
+
+        Args:
+            shape: of a feature.
+            itemsize: bytes of an element of the ring; where that is scaled, of an element of the features.
+        """
+        elements = math.prod(shape)
+        if not self.scaled:
+            return self.num_slots * elements * itemsize
+        slot = elements * _SCALED_ITEMSIZE + math.prod(shape[:-1]) * _SCALE_ITEMSIZE
+        return self.num_slots * slot + self.most_outputs * elements * itemsize
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Feature-sized reads and writes of all forecasts: (as planned, step by step)."""
+        """Features read and forecasts written, all in all: (as planned, step by step)."""
         launches = [launch for segment in self.segments for launch in segment.launches]
         outputs = sum(len(launch.steps) for launch in launches)
         return sum(len(launch.inputs) for launch in launches) + outputs, self.num_terms + outputs
@@ -127,7 +162,7 @@ class Plan:
 
         Args:
             shape: of a feature, to tell the ring's size in MiB.
-            itemsize: bytes of an element, 2 for bfloat16.
+            itemsize: bytes of an element, 2 for bfloat16; see `ring_bytes`.
 
         Returns:
             The text.
@@ -150,6 +185,8 @@ class Plan:
                     + " ".join(map(str, launch.inputs))
                 )
         ring = f"ring: {self.num_slots} slots"
+        if self.scaled:
+            ring += f" of one byte an element, {self.most_outputs} forecasts beside them"
         if shape is not None:
             size = self.ring_bytes(shape, itemsize) / 2**20
             ring += f", {size:.1f} MiB for features of shape {tuple(shape)} with {itemsize} bytes an element"
@@ -218,7 +255,9 @@ def compile_plan(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     full, rows = _resolve_rows(steps, resolved, rule, first_step)
-    segments, num_slots = _assign_slots(_compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS)))
+    segments, num_slots = _assign_slots(
+        _compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS)), keep_all=True
+    )
     return Plan(levels, segments, num_slots, sum(len(row.terms) for row in rows.values()), first_step)
 
 
@@ -274,15 +313,16 @@ def _compose_launch(steps: Sequence[int], rows: dict[int, Row]) -> Launch:
     return Launch(tuple(steps), inputs, (), (), coefficients, offsets)
 
 
-def _last_uses(segments: Iterable[Segment]) -> dict[int, int]:
-    """Return the last event at which each feature is needed; pushes and launches are numbered as they happen."""
+def _last_uses(segments: Iterable[Segment], *, keep_all: bool) -> dict[int, int]:
+    """Return the last event at which each slot is needed; pushes and launches are numbered as they happen."""
     last: dict[int, int] = {}
     event = 0
     for segment in segments:
         event += 1
         for launch in segment.launches:
-            # A forecast is handed out between its own launch and the next event.
-            last.update(dict.fromkeys(launch.steps, event))
+            if keep_all:
+                # A forecast is handed out between its own launch and the next event.
+                last.update(dict.fromkeys(launch.steps, event))
             last.update(dict.fromkeys(launch.inputs, event))
             event += 1
     return last
@@ -321,9 +361,12 @@ class _Slots:
         return [step for step in self._held if last[step] < event]
 
 
-def _assign_slots(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
-    """Assign slots by liveness. An output may take the slot of an input of the same launch that nothing needs later."""
-    last, slots, event = _last_uses(segments), _Slots(), 0
+def _assign_slots(segments: Sequence[Segment], *, keep_all: bool) -> tuple[tuple[Segment, ...], int]:
+    """Assign slots by liveness. An output may take the slot of an input of the same launch that nothing needs later.
+
+    With `keep_all` every forecast has a slot, without only one that a later launch reads.
+    """
+    last, slots, event = _last_uses(segments, keep_all=keep_all), _Slots(), 0
     placed = []
     for segment in segments:
         slots.release(slots.expired(last, event))
@@ -334,7 +377,7 @@ def _assign_slots(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int
             slots.release(slots.expired(last, event))
             read = tuple(slots.of(step) for step in launch.inputs)
             slots.release([step for step in launch.inputs if last[step] == event])
-            write = tuple(slots.take(step) for step in launch.steps)
+            write = tuple(slots.take(step) if step in last else NOT_KEPT for step in launch.steps)
             launches.append(replace(launch, read=read, write=write))
             event += 1
         placed.append(replace(segment, slot=slot, launches=tuple(launches)))

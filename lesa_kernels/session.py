@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype, check_feature
-from lesa_kernels.history import HostRing, Ring
+from lesa_kernels.contract import FEATURE_DTYPES, SCALED_LIMITS, arithmetic_dtype, check_feature
+from lesa_kernels.history import HostRing, Ring, ScaledRing
 from lesa_kernels.plan import Launch, Plan, Segment
 
 
@@ -17,14 +17,15 @@ class Session:
     plan's first step starts a new run, whatever became of the one before.
 
     Args:
-        plan: what to run.
-        history_dtype: dtype of the ring; None takes that of the features.
+        plan: what to run; for a history of int8 or float8 its slots are assigned anew.
+        history_dtype: dtype of the ring; None takes that of the features. With int8 or float8_e4m3fn each row (the last
+            dimension) of a feature has a scale of its own.
         history_device: None keeps the ring on the device of the features, "cpu" in the host's memory (pinned for CUDA),
             where the forecasts are then computed: a small card needs no room for it, and each step waits for a copy.
 
     Raises:
-        TypeError: when history_dtype is no feature dtype.
-        ValueError: when history_device is neither None nor "cpu".
+        TypeError: when history_dtype is no dtype for a history.
+        ValueError: when history_device is neither None nor "cpu", or "cpu" for a history of int8 or float8.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Session:
         history_device: str | torch.device | None = None,
     ) -> None:
         check_history(history_dtype, history_device)
-        self.plan = plan
+        self.plan = plan = plan.for_history(scaled=history_dtype in SCALED_LIMITS)
         self._history_dtype = history_dtype
         self._on_host = history_device is not None
         self._feature_dtype = torch.float32
@@ -73,8 +74,9 @@ class Session:
             feature: [*feature], any strides. A new run may bring another shape, dtype or device.
 
         Raises:
-            ValueError: when the step is not full, or the feature's shape or device changes within a run.
-            TypeError: when the feature is of no feature dtype or not dense.
+            ValueError: when the step is not full, the feature's shape or device changes within a run, or it has no
+                dimension for a history of int8 or float8.
+            TypeError: when the feature is of no feature dtype, not dense, or float64 for a history of int8 or float8.
             RuntimeError: when the step is out of order.
         """
         check_feature("push", "feature", feature)
@@ -106,8 +108,9 @@ class Session:
             step: a forecast step of the segment whose full step was pushed last.
 
         Returns:
-            [*feature], of the features' dtype and on their device. A view of the ring where that has both: valid until
-            the next push (with a chunked plan: until the next call), and whoever wants to write to it, copies it.
+            [*feature], of the features' dtype and on their device. A view of the ring's memory where that has both:
+            valid until the next push (with a chunked plan: until the next call), and whoever wants to write to it,
+            copies it.
 
         Raises:
             ValueError: when the step is not a forecast step of the plan.
@@ -156,8 +159,13 @@ class Session:
                 f"got {tuple(feature.shape)}, {dtype} on {feature.device}"
             )
         self._ring = None
-        kind = HostRing if self._on_host and lies_elsewhere(feature.device) else Ring
-        self._ring = kind(self.plan.num_slots, feature.shape, dtype, feature.device)
+        wanted = (self.plan.num_slots, feature.shape, dtype, feature.device)
+        if self.plan.scaled:
+            self._ring = ScaledRing(*wanted, self.plan.most_outputs, feature.dtype)
+        elif self._on_host and lies_elsewhere(feature.device):
+            self._ring = HostRing(*wanted)
+        else:
+            self._ring = Ring(*wanted)
         self._rows = {
             launch.steps[0]: _row_tensors(launch, dtype, self._ring.memory)
             for segment in self.plan.segments
@@ -168,10 +176,13 @@ class Session:
 
 def check_history(dtype: torch.dtype | None, device: str | torch.device | None) -> None:
     """Check the options of a history; see `Session` for what it raises."""
-    if dtype is not None and dtype not in FEATURE_DTYPES:
-        raise TypeError(f"history_dtype must be one of {FEATURE_DTYPES}, got {dtype}")
+    allowed = (*FEATURE_DTYPES, *SCALED_LIMITS)
+    if dtype is not None and dtype not in allowed:
+        raise TypeError(f"history_dtype must be one of {allowed}, got {dtype}")
     if device is not None and not (isinstance(device, str | torch.device) and str(device).split(":")[0] == "cpu"):
         raise ValueError(f'history_device must be None (the device of the features) or "cpu", got {device}')
+    if device is not None and dtype in SCALED_LIMITS:
+        raise ValueError(f"history_device must be None for a history of {dtype}, got {device}")
 
 
 def lies_elsewhere(device: torch.device) -> bool:

@@ -269,10 +269,10 @@ class Runs:
                 return run, None
             if objection is not None:
                 run.warn(f"{objection}; it is used all the same, as on_other_sigmas says")
-            run.tally.plan = run.tally.plan or str(plan)
             session = Session(
                 plan, history_dtype=self._options.history_dtype, history_device=self._options.history_device
             )
+            run.tally.plan = run.tally.plan or str(session.plan)
             track = run.tracks[context.name, number] = Track(run, session, layout, step)
         return run, track
 

@@ -51,27 +51,55 @@ def _run(plan: Plan, features: Sequence[Tensor]) -> list[Tensor]:
     return results
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_any_rows_in_any_chunks_give_the_stepwise_result(data: st.DataObject) -> None:
-    steps = data.draw(st.integers(2, 20))
-    full = {0} | data.draw(st.sets(st.integers(0, steps - 1)))
+@st.composite
+def _compiled(draw: st.DrawFn) -> tuple[Plan, RowRule]:
+    """Compile random rows into a plan."""
+    steps = draw(st.integers(2, 20))
+    full = {0} | draw(st.sets(st.integers(0, steps - 1)))
     coefficient = st.floats(-1, 1)
     rows = {
         step: Row(
-            data.draw(st.dictionaries(st.integers(0, step - 1), coefficient, min_size=1, max_size=5)),
-            data.draw(coefficient),
+            draw(st.dictionaries(st.integers(0, step - 1), coefficient, min_size=1, max_size=5)), draw(coefficient)
         )
         for step in range(1, steps)
     }
     forecaster = RandomRows(rows)
     sigmas = SIGMAS[: steps + 1]
-    chunk = data.draw(st.sampled_from([None, 1, 2, 3]))
-    plan = forecaster.plan(sigmas, Schedule.explicit(steps, full), chunk=chunk)
-    features = [torch.randn(3, dtype=torch.float64) for _ in range(steps)]
-    want = _stepwise(forecaster.rows(sigmas), plan, features)
+    chunk = draw(st.sampled_from([None, 1, 2, 3]))
+    return forecaster.plan(sigmas, Schedule.explicit(steps, full), chunk=chunk), forecaster.rows(sigmas)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_compiled())
+def test_any_rows_in_any_chunks_give_the_stepwise_result(compiled: tuple[Plan, RowRule]) -> None:
+    plan, rows = compiled
+    features = [torch.randn(3, dtype=torch.float64) for _ in range(plan.num_steps)]
+    want = _stepwise(rows, plan, features)
     for got, wanted in zip(_run(plan, features), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_compiled())
+def test_a_scaled_history_keeps_what_is_read_later_and_nothing_else(compiled: tuple[Plan, RowRule]) -> None:
+    plain, _ = compiled
+    plan = plain.for_history(scaled=True)
+    launches = [launch for segment in plan.segments for launch in segment.launches]
+    read = {step for launch in launches for step in launch.inputs}
+    lies_in: dict[int, int] = {}
+    for segment in plan.segments:
+        assert (segment.slot is None) == (segment.full_step not in read)
+        if segment.slot is not None:
+            lies_in[segment.slot] = segment.full_step
+        for launch in segment.launches:
+            assert [lies_in[slot] for slot in launch.read] == list(launch.inputs)
+            for step, slot in zip(launch.steps, launch.write, strict=True):
+                assert (slot == -1) == (step not in read)
+                if slot != -1:
+                    lies_in[slot] = step
+    assert plan.num_slots == len(lies_in) <= plain.num_slots
+    assert plan.most_outputs == max((len(launch.steps) for launch in launches), default=0)
+    assert plan.for_history(scaled=True) is plan and plan.for_history(scaled=False) == plain
 
 
 def test_forecasts_of_a_segment_stay_valid_until_the_next_push() -> None:
@@ -215,6 +243,17 @@ def test_a_segment_longer_than_a_launch_is_split() -> None:
     plan = TaylorSeer(1).plan(sigmas, Schedule.explicit(100, [0]))
     assert [len(launch.steps) for launch in plan.segments[0].launches] == [64, 35]
     assert len(_run(plan, [torch.randn(2)] * 100)) == 100
+
+
+def test_a_scaled_plan_in_numbers(flux_sigmas: list[float]) -> None:
+    shape, elements, scales = (1, 4096, 3072), 4096 * 3072, 4 * 4096
+    whole = TaylorSeer(2).plan(flux_sigmas, Schedule.interval(50, 7)).for_history(scaled=True)
+    assert (whole.num_slots, whole.most_outputs) == (3, 6)
+    assert whole.ring_bytes(shape, 2) == 3 * (elements + scales) + 6 * elements * 2
+    assert "ring: 3 slots of one byte an element, 6 forecasts beside them, 180.0 MiB" in whole.describe(shape)
+    lesa = LesaPredictor(num_steps=50, hidden_dim=8).plan(flux_sigmas, Schedule.interval(50, 7), chunk=1)
+    stepwise = lesa.for_history(scaled=True)
+    assert stepwise.ring_bytes(shape, 2) == 8 * (elements + scales) + elements * 2 < 0.63 * lesa.ring_bytes(shape, 2)
 
 
 def test_the_plan_prints_itself(flux_sigmas: list[float]) -> None:

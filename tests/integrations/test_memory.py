@@ -100,7 +100,7 @@ def test_a_history_on_the_host_serves_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"history_dtype": torch.int8}, TypeError, "history_dtype must be one of"),
+        ({"history_dtype": torch.int16}, TypeError, "history_dtype must be one of"),
         ({"history_device": "cuda"}, ValueError, 'history_device must be None .* or "cpu", got cuda'),
         ({"on_other_sigmas": "ignore"}, ValueError, 'on_other_sigmas must be "refuse" or "adapt", got \'ignore\''),
     ],
