@@ -35,6 +35,7 @@ def enable(
     history_dtype: torch.dtype | None = None,
     history_device: str | torch.device | None = None,
     on_other_sigmas: OnOtherSigmas = "refuse",
+    chunk: int | None = None,
 ) -> None:
     """Skip the blocks of a diffusers transformer on most steps and forecast its feature instead.
 
@@ -60,6 +61,8 @@ def enable(
             says by how much. None keeps it beside the model.
         on_other_sigmas: where a predictor knows the sigmas of its training and the run has others: "refuse" runs full
             steps, "adapt" uses the predictor as it is; both warn.
+        chunk: at most this many forecasts are made at once. None makes those of a whole segment, in the fewest passes
+            over memory; 1 holds the least memory.
 
     Raises:
         ValueError: when there is no adapter for the model, nothing or too much tells the steps, a cache of diffusers is
@@ -69,7 +72,7 @@ def enable(
     # diffusers takes seconds to import, and only those who enable need it.
     from lesa_kernels.integrations.hooks import attach, detach
 
-    options = Options(history_dtype, history_device, on_other_sigmas)
+    options = Options(history_dtype, history_device, on_other_sigmas, chunk)
     for model, root in _prepare(target, predictor, schedule, scheduler, sigmas, capture, options):
         detach(model)
         attach(model, root)

@@ -65,11 +65,14 @@ class Options:
     history_dtype: torch.dtype | None = None
     history_device: str | torch.device | None = None
     on_other_sigmas: OnOtherSigmas = "refuse"
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         check_history(self.history_dtype, self.history_device)
         if self.on_other_sigmas not in ("refuse", "adapt"):
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
 
 
 @dataclass
@@ -185,7 +188,11 @@ class Runs:
             predictor = self._predictor(branch)
             placement = schedule or predictor.schedule or default_schedule
             return predictor.plan(
-                sigmas, placement, first_step=first_step, on_other_sigmas=self._options.on_other_sigmas
+                sigmas,
+                placement,
+                first_step=first_step,
+                chunk=self._options.chunk,
+                on_other_sigmas=self._options.on_other_sigmas,
             )
 
         self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make)
