@@ -186,7 +186,7 @@ class Plan:
                 )
         ring = f"ring: {self.num_slots} slots"
         if self.scaled:
-            ring += f" of one byte an element, {self.most_outputs} forecasts beside them"
+            ring += f" of one byte an element, and the forecasts of a launch, at most {self.most_outputs}"
         if shape is not None:
             size = self.ring_bytes(shape, itemsize) / 2**20
             ring += f", {size:.1f} MiB for features of shape {tuple(shape)} with {itemsize} bytes an element"

@@ -250,7 +250,8 @@ def test_a_scaled_plan_in_numbers(flux_sigmas: list[float]) -> None:
     whole = TaylorSeer(2).plan(flux_sigmas, Schedule.interval(50, 7)).for_history(scaled=True)
     assert (whole.num_slots, whole.most_outputs) == (3, 6)
     assert whole.ring_bytes(shape, 2) == 3 * (elements + scales) + 6 * elements * 2
-    assert "ring: 3 slots of one byte an element, 6 forecasts beside them, 180.0 MiB" in whole.describe(shape)
+    ring = "ring: 3 slots of one byte an element, and the forecasts of a launch, at most 6, 180.0 MiB for features"
+    assert ring in whole.describe(shape)
     lesa = LesaPredictor(num_steps=50, hidden_dim=8).plan(flux_sigmas, Schedule.interval(50, 7), chunk=1)
     stepwise = lesa.for_history(scaled=True)
     assert stepwise.ring_bytes(shape, 2) == 8 * (elements + scales) + elements * 2 < 0.63 * lesa.ring_bytes(shape, 2)

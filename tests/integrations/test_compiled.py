@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_flux import NUM_BLOCKS, TinyPipeline, watching
@@ -38,9 +40,9 @@ def sample(model: nn.Module, name: str) -> list[Tensor]:
     return [sample_of(model(**MODELS[name].arguments(step))) for step in range(STEPS)]
 
 
-def accelerated(model: nn.Module, name: str) -> list[Tensor]:
+def accelerated(model: nn.Module, name: str, **options: Any) -> list[Tensor]:
     """What the model gives with hooks and without a compiler."""
-    with enabled(model, TaylorSeer(), SPARSE, sigmas=SIGMAS):
+    with enabled(model, TaylorSeer(), SPARSE, sigmas=SIGMAS, **options):
         return sample(model, name)
 
 
@@ -64,14 +66,15 @@ def test_a_model_compiled_in_place_is_one_graph_for_each_kind_of_step(name: str)
     torch.testing.assert_close(sample(model, name), plain)
 
 
+@pytest.mark.parametrize("options", [{}, {"history_dtype": torch.int8}, {"history_dtype": torch.int8, "chunk": 1}])
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_a_wrapped_model_is_one_graph_for_each_kind_of_step(name: str) -> None:
+def test_a_wrapped_model_is_one_graph_for_each_kind_of_step(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     model = MODELS[name].model()
-    plain, expected = sample(model, name), accelerated(model, name)
+    plain, expected = sample(model, name), accelerated(model, name, **options)
     graphs = Graphs()
     wrapper = torch.compile(model, fullgraph=True, backend=graphs)
-    with enabled(wrapper, TaylorSeer(), SPARSE, sigmas=SIGMAS):
+    with enabled(wrapper, TaylorSeer(), SPARSE, sigmas=SIGMAS, **options):
         torch.testing.assert_close(sample(wrapper, name), expected)
         assert graphs.count == 2
         sample(wrapper, name)

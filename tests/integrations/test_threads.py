@@ -23,12 +23,14 @@ SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
 
 
 @torch.no_grad()
-def test_a_call_of_another_thread_does_not_get_this_threads_forecast() -> None:
+@pytest.mark.parametrize("history_dtype", [None, torch.int8], ids=str)
+def test_a_call_of_another_thread_does_not_get_this_threads_forecast(history_dtype: torch.dtype | None) -> None:
     model = tiny_transformer()
     latents, others = torch.randn(2, 1, 6, 4)
     other_call = call_arguments(others, 0.3, 1)
     plain = model(**other_call).sample
-    lesa.enable(model, lesa.Reuse(), lesa.Schedule.explicit(STEPS, (0, 1, 5)), sigmas=SIGMAS)
+    schedule = lesa.Schedule.explicit(STEPS, (0, 1, 5))
+    lesa.enable(model, lesa.Reuse(), schedule, sigmas=SIGMAS, history_dtype=history_dtype)
     in_tail, answered = threading.Event(), threading.Event()
     first = threading.get_ident()
     results: list[Tensor] = []
