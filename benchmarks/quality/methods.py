@@ -92,7 +92,7 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
         yield by("HiCache 2", placement, HiCache(2), schedule)
         yield Sampled(EULER, placement, schedule.full_steps, setting.solved(schedule, 1))
         yield Sampled(BASHFORTH, placement, schedule.full_steps, setting.solved(schedule, 2))
-        for name, forecaster in _through_tail(setting, schedule):
+        for name, forecaster in through_tail(setting, schedule):
             yield by(name, placement, forecaster, schedule)
         if placement in (PUBLISHED, TAYLORS):
             for name, forecaster in _by_features_or_output(setting, schedule):
@@ -114,7 +114,7 @@ def _own_placement(setting: Setting, starts: list[Schedule], effort: Effort) -> 
     return search_placement(judge, starts, fit, evaluations=effort.coefficients, progress=False).schedule
 
 
-def _through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
+def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
     """Yield what is fitted to the latents, closed loop."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
     tail = fit_through_tail(source, schedule, rounds=3, batch=batch, progress=False)

@@ -1,0 +1,139 @@
+"""`python -m benchmarks.history`: what the dtype of the history does to images, and the memory that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.pages import renewed
+from benchmarks.quality.methods import UNIFORM, through_tail
+from benchmarks.quality.setting import Setting
+from benchmarks.results import origin
+from lesa_kernels.demo.methods import WARM_UNIFORM, WARMUP, psnr
+from lesa_kernels.demo.model import MNIST, load_model, sample, scheduler
+from lesa_kernels.integrations import enabled, summary
+from lesa_kernels.predictors import Forecaster, LesaPredictor, TaylorSeer
+from lesa_kernels.schedule import Schedule
+from lesa_kernels.training import TrainingConfig, train
+
+COMMAND = "python -m benchmarks.history"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
+CALLS = 10
+LEARN = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is sampled with every history.
+
+    Args:
+        method: name of the predictor.
+        placement: where its full steps lie.
+        forecaster: makes the others.
+        schedule: the full steps.
+        chunk: forecasts that are made at once, None for those of a segment.
+    """
+
+    method: str
+    placement: str
+    forecaster: Forecaster
+    schedule: Schedule
+    chunk: int | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A case with each history.
+
+    Args:
+        case: what was sampled.
+        found: (PSNR in dB against all steps in full, bytes of the history) for each of the dtypes.
+    """
+
+    case: Case
+    found: tuple[tuple[float, int], ...]
+
+
+def cases(setting: Setting, calls: int = CALLS, config: TrainingConfig | None = None) -> Iterator[Case]:
+    """Yield the cases; trains and fits on the setting's own runs.
+
+    Args:
+        setting: the model and its noise.
+        calls: of the blocks.
+        config: of LESA's training, None for the tuned one.
+    """
+    uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
+    warm = Schedule.uniform_in_sigma(setting.sigmas, calls, WARMUP)
+    trained = LesaPredictor(setting.steps)
+    train(trained, setting.trajectories, warm, config or TrainingConfig.tuned(), progress=False)
+    named = [
+        ("TaylorSeer 2, sigma", UNIFORM, TaylorSeer(2, "sigma"), uniform),
+        *((name, UNIFORM, fitted, uniform) for name, fitted in through_tail(setting, uniform)),
+        ("LESA, tuned", WARM_UNIFORM, trained, warm),
+    ]
+    for chunk in (None, 1):
+        for each in named:
+            yield Case(*each, chunk)
+
+
+def measure(setting: Setting, case: Case) -> Line:
+    """Sample the unseen noise with each history.
+
+    Raises:
+        RuntimeError: when a run went on without forecasts.
+    """
+    found = []
+    for dtype in DTYPES:
+        driver = scheduler()
+        options = {"scheduler": driver, "history_dtype": dtype, "chunk": case.chunk}
+        with enabled(setting.model, case.forecaster, case.schedule, **options):
+            images = sample(setting.model, setting.noise, setting.labels, setting.steps, scheduler=driver)
+            run = summary(setting.model)
+        if run.refused is not None:
+            raise RuntimeError(f"{case.method} with a history of {dtype}: {run.refused}")
+        found.append((psnr(images, setting.reference)[0], run.history_bytes))
+    return Line(case, tuple(found))
+
+
+def markdown(lines: Sequence[Line], samples: int) -> str:
+    """Lay out the lines as a table."""
+    here = origin(torch.device("cpu"))
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    head = ["predictor", "placed", "at once", *names]
+    rows = [
+        [line.case.method, line.case.placement, "a segment" if line.case.chunk is None else str(line.case.chunk)]
+        + [f"{quality:.2f} dB, {size / 2**20:.1f} MiB" for quality, size in line.found]
+        for line in lines
+    ]
+    full = len(lines[0].case.schedule.full_steps)
+    return "\n".join(
+        [
+            f"PSNR of {samples} unseen samples against those with all steps in full, and memory of the history; {full} "
+            f"full steps of {lines[0].case.schedule.num_steps}, features in float32; "
+            f"{here.device}, torch {here.torch}, {here.commit}, {here.date}:",
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)),
+        ]
+    )
+
+
+def main(
+    samples: Annotated[int, typer.Option(help="Unseen samples to judge on.", min=1)] = 64,
+    page: Annotated[Path | None, typer.Option(help="The page whose table is made anew.")] = None,
+) -> None:
+    """Compare the histories on the committed digits model, at ten full steps."""
+    torch.manual_seed(0)
+    setting = Setting(load_model(), MNIST, learn=LEARN, samples=samples)
+    made = markdown([measure(setting, case) for case in cases(setting)], samples)
+    typer.echo(made)
+    if page is not None:
+        page.write_text(renewed(page.read_text(encoding="utf-8"), COMMAND, made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

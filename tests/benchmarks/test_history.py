@@ -1,0 +1,56 @@
+"""The comparison of histories: every case with every dtype, memory that falls, a table on a page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import history, pages
+from benchmarks.quality.setting import Setting
+from lesa_kernels.demo.model import SMALL_DIGITS, build_model
+from lesa_kernels.integrations import LesaWarning
+from lesa_kernels.predictors import Reuse
+from lesa_kernels.schedule import Schedule
+from lesa_kernels.training import TrainingConfig
+
+
+@pytest.fixture
+def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """A small model without training; what takes long to fit is replaced."""
+    monkeypatch.setattr(history, "through_tail", lambda *_: [("fitted", Reuse())])
+    torch.manual_seed(0)
+    return Setting(build_model(SMALL_DIGITS).eval(), SMALL_DIGITS, learn=2, samples=2, steps=12)
+
+
+def test_a_smaller_dtype_takes_less_memory(setting: Setting) -> None:
+    lines = [history.measure(setting, case) for case in history.cases(setting, 5, TrainingConfig(1, 1))]
+    assert [line.case.chunk for line in lines] == [None] * 3 + [1] * 3
+    for line in lines:
+        sizes = dict(zip(history.DTYPES, (size for _, size in line.found), strict=True))
+        assert sizes[torch.float32] == 2 * sizes[torch.float16] == 2 * sizes[torch.bfloat16]
+        assert sizes[torch.int8] == sizes[torch.float8_e4m3fn] < sizes[torch.float32]
+        assert all(quality > 30 for quality, _ in line.found)
+
+
+def test_a_run_without_forecasts_is_no_result(setting: Setting) -> None:
+    case = replace(next(history.cases(setting, 5, TrainingConfig(1, 0))), schedule=Schedule.explicit(11, [0]))
+    with (
+        pytest.warns(LesaWarning),
+        pytest.raises(RuntimeError, match="TaylorSeer 2, sigma with a history of torch.float32"),
+    ):
+        history.measure(setting, case)
+
+
+def test_the_table_goes_to_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before {pages.mark(history.COMMAND)} old {pages.END} after")
+    case = next(history.cases(setting, 5, TrainingConfig(1, 0)))
+    monkeypatch.setattr(history, "cases", lambda _: [case])
+    monkeypatch.setattr(history, "measure", lambda _, each: history.Line(each, ((40.0, 2**20),) * 5))
+    history.main(samples=2, page=page)
+    text = page.read_text()
+    assert "old" not in text and text.count("| 40.00 dB, 1.0 MiB") == 5
+    assert "| TaylorSeer 2, sigma | uniform in sigma | a segment | 40.00 dB, 1.0 MiB |" in text
