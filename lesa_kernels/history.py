@@ -63,6 +63,22 @@ class Ring:
         """Return a forecast [*shape] of the latest launch on the features' device: its row, and the slot of that."""
         return self[slot]
 
+    def forecast_norm(
+        self,
+        coefficients: Tensor,
+        offsets: Tensor,
+        read: Sequence[int],
+        write: Sequence[int],
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """Return the norm of a forecast of the slots `read`; see `torch.ops.lesa.forecast_norm`."""
+        normed: Tensor = torch.ops.lesa.forecast_norm(
+            self._slots, coefficients, offsets, read, write, scale, shift, eps
+        )
+        return normed
+
     def __getitem__(self, slot: int) -> Tensor:
         """Return a slot [*shape] on the features' device: a view."""
         return self._slots[slot]

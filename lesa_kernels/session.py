@@ -42,6 +42,8 @@ class Session:
         self._feature_dtype = torch.float32
         self._ring: Ring | None = None
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        # The row that reads one feature and changes nothing.
+        self._as_it_is: tuple[Tensor, ...] = ()
         self._segments: dict[int, Segment] = {segment.full_step: segment for segment in plan.segments}
         self._previous = {
             full: plan.segments[position - 1].full_step if position else None
@@ -53,18 +55,27 @@ class Session:
             for launch in segment.launches
             for row, step in enumerate(launch.steps)
         }
+        # Forecasts that a later launch reads; the others need not be kept.
+        self._read_later = {step for segment in plan.segments for each in segment.launches for step in each.inputs}
         self._full_step: int | None = None
         self._launched: Launch | None = None
+        # The launch whose forecasts lie in their slots: the last, unless that one left nothing but the norm of its own.
+        self._resident: Launch | None = None
 
     @property
     def ring(self) -> Ring | None:
         """The ring, None before the first push."""
         return self._ring
 
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """Dtype of the features, which forecasts have too; float32 before the first push."""
+        return self._feature_dtype
+
     def reset(self) -> None:
         """Forget the run; the ring's memory is kept."""
         self._full_step = None
-        self._launched = None
+        self._launched = self._resident = None
 
     def push(self, step: int, feature: Tensor) -> None:
         """Hand in the feature of a full step; it is copied.
@@ -97,7 +108,7 @@ class Session:
         if segment.slot is not None:
             ring.push(feature, segment.slot)
         self._full_step = step
-        self._launched = None
+        self._launched = self._resident = None
 
     def forecast(self, step: int) -> Tensor:
         """Return the feature of a forecast step.
@@ -116,6 +127,61 @@ class Session:
             ValueError: when the step is not a forecast step of the plan.
             RuntimeError: when the step is out of order.
         """
+        ring, launch, row = self._due(step)
+        if launch is not self._resident:
+            ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
+            self._launched = self._resident = launch
+        return ring.handed_out(row, launch.write[row]).to(self._feature_dtype)
+
+    def forecast_norm(self, step: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        """Return the feature of a forecast step after the adaptive layer norm that a model has next.
+
+        A step that is alone in its launch takes one pass, which keeps the plain feature only if a later launch reads
+        it; the ring must have the features' dtype and device for that. Otherwise the feature is computed as `forecast`
+        does, and its norm takes one pass more. Not differentiable.
+
+        Args:
+            step: as in `forecast`, which may be called for the same step before or after.
+            scale: [batch, channels], or [1, channels] for all; float32 or the features' dtype.
+            shift: likewise.
+            eps: added to the variance.
+
+        Returns:
+            A fresh tensor [batch, ..., channels] of the features' dtype, on their device; see
+            `torch.ops.lesa.forecast_norm`.
+
+        Raises:
+            ValueError: when the step is not a forecast step of the plan, or scale or shift has a wrong shape or device.
+            TypeError: when scale or shift is of another dtype.
+            RuntimeError: when the step is out of order.
+        """
+        ring, launch, _ = self._due(step)
+        scale, shift = _for_each(scale, ring.shape), _for_each(shift, ring.shape)
+        if launch is self._resident or not self._fuses(launch):
+            feature = self.forecast(step).unsqueeze(0)
+            normed: Tensor = torch.ops.lesa.forecast_norm(feature, *self._as_it_is, [0], [], scale, shift, eps)
+            return normed
+        kept = launch.write if step in self._read_later else ()
+        normed = ring.forecast_norm(*self._rows[step], launch.read, kept, scale, shift, eps)
+        self._launched, self._resident = launch, launch if kept else None
+        return normed
+
+    def prepare(self, step: int) -> None:
+        """Do what can be done for `forecast_norm` before scale and shift are known: all but a pass that does both.
+
+        Args:
+            step: as in `forecast`.
+
+        Raises:
+            ValueError: when the step is not a forecast step of the plan.
+            RuntimeError: when the step is out of order.
+        """
+        _, launch, _ = self._due(step)
+        if not self._fuses(launch):
+            self.forecast(step)
+
+    def _due(self, step: int) -> tuple[Ring, Launch, int]:
+        """Return the ring, the launch of a forecast step and its row; raise what `forecast` does."""
         if step not in self._launches:
             raise ValueError(
                 f"step must be a forecast step of the plan (full steps: {self.plan.full_steps}), got {step}"
@@ -126,18 +192,19 @@ class Session:
                 f"step {step} must follow a push of step {segment.full_step}, the last was {self._full_step}"
             )
         if launch is not self._launched:
-            self._launch(segment, launch)
-        return self._ring.handed_out(row, launch.write[row]).to(self._feature_dtype)
+            done = -1 if self._launched is None else segment.launches.index(self._launched)
+            if segment.launches.index(launch) != done + 1:
+                raise RuntimeError(f"step {launch.steps[0]} must be asked for in its turn: chunks run once, in order")
+        return self._ring, launch, row
 
-    def _launch(self, segment: Segment, launch: Launch) -> None:
-        done = -1 if self._launched is None else segment.launches.index(self._launched)
-        if segment.launches.index(launch) != done + 1:
-            raise RuntimeError(f"step {launch.steps[0]} must be asked for in its turn: chunks run once, in order")
+    def _fuses(self, launch: Launch) -> bool:
+        """Whether one pass can compute the forecast of a launch and its norm."""
         ring = self._ring
-        if ring is None:
-            raise RuntimeError("no feature was pushed")
-        ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
-        self._launched = launch
+        return (
+            len(launch.steps) == 1
+            and ring is not None
+            and (ring.dtype, ring.memory) == (self._feature_dtype, ring.device)
+        )
 
     def _unfinished(self) -> int | None:
         """Return the first step of the current segment whose launch did not run."""
@@ -171,6 +238,7 @@ class Session:
             for segment in self.plan.segments
             for launch in segment.launches
         }
+        self._as_it_is = (torch.ones(1, 1, device=feature.device), torch.zeros(1, device=feature.device))
         return self._ring
 
 
@@ -188,6 +256,11 @@ def check_history(dtype: torch.dtype | None, device: str | torch.device | None) 
 def lies_elsewhere(device: torch.device) -> bool:
     """Whether the host's memory is not the memory of a device."""
     return device.type != "cpu"
+
+
+def _for_each(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a parameter [1, channels] as that of each feature of a batch, any other as it is."""
+    return parameter.expand(shape[0], *parameter.shape[1:]) if parameter.shape[:1] == (1,) and shape else parameter
 
 
 def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,9 @@ class ModelRootHook(BypassHook):
     @uncompiled(recursive=False)
     def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
         """See `BypassHook.answer`."""
-        track = self.runs.enter(self.contexts.context, stand_in(latents), getattr(module, "is_cache_enabled", False))
+        latents = stand_in(latents)
+        fuses = self.fuses(module, latents.device)
+        track = self.runs.enter(self.contexts.context, latents, getattr(module, "is_cache_enabled", False), fuses)
         if track is None:
             output = call()
         elif track.is_full:
