@@ -156,7 +156,8 @@ class Session:
             RuntimeError: when the step is out of order.
         """
         ring, launch, _ = self._due(step)
-        scale, shift = _for_each(scale, ring.shape), _for_each(shift, ring.shape)
+        shape = ring.shape
+        scale, shift = _for_each(scale, shape), _for_each(shift, shape)
         if launch is self._resident or not self._fuses(launch):
             feature = self.forecast(step).unsqueeze(0)
             normed: Tensor = torch.ops.lesa.forecast_norm(feature, *self._as_it_is, [0], [], scale, shift, eps)
@@ -256,7 +257,9 @@ def lies_elsewhere(device: torch.device) -> bool:
 
 def _for_each(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a parameter [1, channels] as that of each feature of a batch, any other as it is."""
-    return parameter.expand(shape[0], *parameter.shape[1:]) if parameter.shape[:1] == (1,) and shape else parameter
+    if parameter.shape[:1] != (1,) or shape[:1] in ((), (1,)):
+        return parameter
+    return parameter.expand(shape[0], *parameter.shape[1:])
 
 
 def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -169,11 +169,9 @@ class BypassHook(ModelHook):
         output = call()
         return output, read_output(output) if self._captures_output else self.tap.captured
 
-    def fuses(self, module: nn.Module, device: torch.device) -> bool:
+    def fuses(self, module: nn.Module, latents: Tensor) -> bool:
         """Whether the present call takes a `Forecast` in place of a feature; a compiler fuses norms itself."""
-        if self._compiled or not isinstance(self._skip, NormTail):
-            return False
-        return self._skip.fuses(module.get_submodule(self.adapter.capture), device)
+        return not self._compiled and isinstance(self._skip, NormTail) and self._skip.fuses(module, latents)
 
     @uncompiled(recursive=False)
     def inject(self, feature: Tensor | Forecast, module: nn.Module, call: Callable[[], Any]) -> Any:

@@ -40,8 +40,8 @@ class ModelRootHook(BypassHook):
     def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
         """See `BypassHook.answer`."""
         latents = stand_in(latents)
-        fuses = self.fuses(module, latents.device)
-        track = self.runs.enter(self.contexts.context, latents, getattr(module, "is_cache_enabled", False), fuses)
+        foreign_cache = getattr(module, "is_cache_enabled", False)
+        track = self.runs.enter(self.contexts.context, latents, foreign_cache, self.fuses(module, latents))
         if track is None:
             output = call()
         elif track.is_full:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,13 +16,14 @@ from torch.nn.modules import module as hooks_of_all_modules
 from lesa_kernels.integrations.runs import Forecast
 from lesa_kernels.integrations.tap import Tap
 
-# Types of devices on which one pass was measured to be faster than the modules, with torch's names for their kernels.
-_FASTER_ON = {"cpu": "CPU"}
+# Type of device -> torch's name for its kernels, and from how many elements on one pass was measured to be faster than
+# the modules (2 cores of an AMD EPYC, bfloat16 and float32; below, what the Python code costs shows).
+_FASTER = {"cpu": ("CPU", 65536)}
 
 
 @dataclass(frozen=True)
 class NormTail:
-    """The `skip` of an adapter whose feature goes into an `AdaLayerNormContinuous`, by way of `normed`.
+    """The `skip` of an adapter whose feature goes, by way of `normed`, into `norm_out`, an `AdaLayerNormContinuous`.
 
     Args:
         skip: as in `Adapter`; it also takes a `Forecast` for the feature, where `fuses` says so.
@@ -33,24 +35,30 @@ class NormTail:
         """See `Adapter`."""
         return self.skip(model, feature, **arguments)
 
-    def fuses(self, norm: nn.Module, device: torch.device) -> bool:
-        """Whether the norm of a forecast may take the place of the present call of a module.
+    @staticmethod
+    def fuses(model: nn.Module, latents: Tensor) -> bool:
+        """Whether the norm of a forecast may take the place of the next call of `norm_out`.
+
+        It must be diffusers' own without affine parameters, nobody may listen at it or at the layer norm within, and
+        there must be enough to compute.
 
         Args:
-            norm: the module; it must be diffusers' own without affine parameters, and nobody may listen at it or at the
-                layer norm within.
-            device: of the feature.
+            model: a transformer.
+            latents: [batch, tokens, ...], on the device of the feature.
         """
+        outer: Any = model.norm_out
+        if type(outer) is not AdaLayerNormContinuous:
+            return False
+        inner = outer.norm
         return (
-            _has_kernel(device.type)
-            and type(norm) is AdaLayerNormContinuous
-            and type(norm.norm) is nn.LayerNorm
-            and not norm.norm.elementwise_affine
-            and len(norm.norm.normalized_shape) == 1
-            and _is_bare(norm)
-            and _is_bare(norm.norm)
+            type(inner) is nn.LayerNorm
+            and not inner.elementwise_affine
+            and len(inner.normalized_shape) == 1
+            and math.prod(latents.shape[:2]) * inner.normalized_shape[0] >= _smallest(latents.device.type)
+            and _is_bare(outer)
+            and _is_bare(inner)
             and not hooks_of_all_modules._has_any_global_hook()
-            and not torch.is_autocast_enabled(device.type)
+            and not torch.is_autocast_enabled(latents.device.type)
         )
 
 
@@ -83,6 +91,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 @lru_cache
-def _has_kernel(device_type: str) -> bool:
-    key = _FASTER_ON.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("lesa::forecast_norm", key)
+def _smallest(device_type: str) -> float:
+    """Return from how many elements on one pass is faster than the modules; infinity where it is not."""
+    key, elements = _FASTER.get(device_type, ("", 0))
+    return elements if key and torch._C._dispatch_has_kernel_for_dispatch_key("lesa::forecast_norm", key) else math.inf

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_flux import NUM_BLOCKS, TinyPipeline, tiny_pipeline, watching
+from tiny_flux import NUM_BLOCKS, TinyPipeline, add_lora, tiny_pipeline, watching
 from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule, TaylorSeer
@@ -17,15 +17,6 @@ STEPS = 10
 FULL = (0, 1, 5)
 SPARSE = Schedule.explicit(STEPS, FULL)
 ALL = Schedule.explicit(STEPS, range(STEPS))
-# In the blocks, at the capture point and behind it.
-TARGETS = ["to_q", "to_v", "linear", "proj_out"]
-
-
-def add_lora(pipe: TinyPipeline, name: str) -> None:
-    peft = pytest.importorskip("peft", reason="diffusers' LoRA needs peft")
-    torch.manual_seed(5)
-    config = peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=TARGETS)
-    pipe.transformer.add_adapter(config, adapter_name=name)
 
 
 @pytest.mark.parametrize("lora_first", [True, False])

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
@@ -15,6 +16,8 @@ CHANNELS = 4
 TEXT_TOKENS = 3
 WIDTH = 32
 NUM_BLOCKS = 3
+# In the blocks, at the capture point and behind it.
+LORA_TARGETS = ["to_q", "to_v", "linear", "proj_out"]
 
 
 def tiny_transformer() -> FluxTransformer2DModel:
@@ -126,3 +129,11 @@ def watching(model: FluxTransformer2DModel) -> Iterator[Watch]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def add_lora(pipe: TinyPipeline, name: str) -> None:
+    """Give the transformer an adapter of random weights."""
+    peft = pytest.importorskip("peft", reason="diffusers' LoRA needs peft")
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=LORA_TARGETS)
+    pipe.transformer.add_adapter(config, adapter_name=name)
