@@ -348,7 +348,7 @@ def test_a_forecast_that_fails_costs_no_image(
 def test_small_features_and_devices_without_a_measurement_are_left_to_the_modules(pipe: TinyPipeline) -> None:
     assert norms._smallest("cuda") == norms._smallest("mps") == math.inf
     served = {each.op: each.kernel for each in lesa.status().kernels if each.device == "CPU"}
-    assert norms._smallest("cpu") == (65536 if "C++" in served["forecast_norm"] else math.inf)
+    assert norms._smallest("cpu") == (262144 if "C++" in served["forecast_norm"] else math.inf)
     lesa.enable(pipe, TaylorSeer(1), SPARSE)
     with plain():
         expected = pipe(STEPS)
@@ -361,5 +361,5 @@ def test_large_features_are_fused_where_that_was_measured() -> None:
     model = nn.Module()
     model.norm_out = AdaLayerNormContinuous(3072, 8, elementwise_affine=False, eps=1e-6)
     assert norms.NormTail.fuses(model, latents)
-    assert not norms.NormTail.fuses(model, latents[:, :16])
+    assert not norms.NormTail.fuses(model, latents[:, :64])
     assert not norms.NormTail.fuses(model, latents.to("meta"))
