@@ -153,7 +153,7 @@ class Session:
         Raises:
             ValueError: when the step is not a forecast step of the plan, or scale or shift has a wrong shape or device.
             TypeError: when scale or shift is of another dtype.
-            RuntimeError: when the step is out of order.
+            RuntimeError: when the step is out of order, and from compiled kernels in place of the other two.
         """
         ring, launch, _ = self._due(step)
         shape = ring.shape
