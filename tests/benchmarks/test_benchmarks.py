@@ -15,10 +15,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, harness, results, suite, targets
+from benchmarks import cases, compare, harness, results, suite, targets, tokens
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.clock import CpuClock, Run, clock_for
 from benchmarks.sweeps import elements_case, rows_case
+from benchmarks.tokens import norm_case, scaled_case
 from benchmarks.training import gram_case, kan_by_ops, kan_case, predict_l1_case, training_step_case
 from lesa_kernels.predictors.kan import KAN
 from lesa_kernels.reference import Tolerance
@@ -47,6 +48,8 @@ class Scripted(SmallCache):
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.SIZES, "tiny", (3, 5))
+    monkeypatch.setitem(cases.SIZES, "tokens", (2, 5, 3))
+    monkeypatch.setattr(tokens, "CHECKED_TOKENS", 2)
     monkeypatch.setitem(cases.SIZES, "long", (9, 5))
     monkeypatch.setattr(cases, "POOL", 20)
     monkeypatch.setattr(cases, "CHECKED", 20)
@@ -58,6 +61,10 @@ MAKERS: dict[str, Make] = {
     "predict, larger than its pool": lambda clock: cases.predict_case("long", clock, count=2, published=False),
     "predict, float32": lambda clock: cases.predict_case("tiny", clock, count=3, dtype=torch.float32),
     "forecast, float16": lambda clock: cases.forecast_case("tiny", clock, count=3, rows=2, dtype=torch.float16),
+    "forecast_norm": lambda clock: norm_case("tokens", clock, count=3),
+    "forecast_norm, of one": lambda clock: norm_case("tokens", clock, count=1, dtype=torch.float32),
+    "int8": lambda clock: scaled_case("tokens", clock, torch.int8, count=3, rows=2, keep=True),
+    "float8": lambda clock: scaled_case("tokens", clock, torch.float8_e4m3fn, count=2),
     "TaylorSeer segment": lambda clock: cases.taylor_case("tiny", clock, rows=2),
     "threads": lambda clock: cases.threads_case("tiny", clock, count=3, cold=False),
     "elements": lambda clock: elements_case(64, clock),
@@ -215,7 +222,7 @@ def test_every_target_names_variants_that_the_suite_measures(
     device: str, wanted: Callable[[], Iterator[targets.Target]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for size in cases.SIZES:
-        monkeypatch.setitem(cases.SIZES, size, (3, 5))
+        monkeypatch.setitem(cases.SIZES, size, (1, 3, 5))
     monkeypatch.setattr(cases, "implementations", lambda device: {"lesa::": torch.ops.lesa})
     measurable = set()
     for entry in suite.suite(torch.device(device)):

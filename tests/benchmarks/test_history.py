@@ -39,7 +39,7 @@ def test_a_run_without_forecasts_is_no_result(setting: Setting) -> None:
     case = replace(next(history.cases(setting, 5, TrainingConfig(1, 0))), schedule=Schedule.explicit(11, [0]))
     with (
         pytest.warns(LesaWarning),
-        pytest.raises(RuntimeError, match="TaylorSeer 2, sigma with a history of torch.float32"),
+        pytest.raises(RuntimeError, match=r"TaylorSeer 2, sigma with a history of torch\.float32"),
     ):
         history.measure(setting, case)
 
