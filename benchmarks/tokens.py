@@ -81,8 +81,9 @@ def norm_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torc
         return [models_norm(ring[-1 if count > 1 else 0], scale, shift)]
 
     ring = torch.stack([some_tokens(slot) for slot in rings[0][:count]]).to(wider(dtype))
-    modulation = [tensor.to(ring.dtype) for tensor in (scale, shift)]
-    want = reference.forecast_norm(ring, coefficients, offsets, read, [], *modulation, EPS)
+    want = reference.forecast_norm(
+        ring, coefficients, offsets, read, [], scale.to(ring.dtype), shift.to(ring.dtype), EPS
+    )
     kernels = implementations(device).items()
     return Case(
         "forecast_norm",
