@@ -113,8 +113,14 @@ constexpr float16 narrow<float16>(float value) {
 // The elements of a scaled ring take what row_scale made fit: magnitudes of at most kScaledLimit and a rounding error.
 template <>
 constexpr std::int8_t narrow<std::int8_t>(float value) {
+#if defined(__CUDA_ARCH__)  // nvcc would fuse the addition below with the product that the caller passes
+  std::int32_t result;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(result) : "f"(value));
+  return static_cast<std::int8_t>(result);
+#else
   // Adding 1.5 * 2^23 leaves the integer, rounded, in the low bits of the sum.
   return static_cast<std::int8_t>(std::bit_cast<std::int32_t>(value + 0x1.8p23f) - 0x4b400000);
+#endif
 }
 
 template <>
