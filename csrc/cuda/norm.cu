@@ -54,10 +54,55 @@ bool takes_vectors(const Parameter<T>& parameter) {
   return parameter.column_stride == 1 && is_aligned(parameter.data) && row_bytes % kVectorBytes == 0;
 }
 
+// The forecast of a member's vectors from `start` on, in a row whose first element stands at `place`.
+template <typename T, int kWidth, int kMembers>
+__device__ void forecast_part(const NormTask<T>& task, const float* coefficients, float offset, std::int64_t place,
+                              std::int64_t start, Vector<float, kWidth> (&values)[Share<kWidth, kMembers>::kTurns]) {
+  using Row = Share<kWidth, kMembers>;
+  constexpr int kGroup = std::max(kRowLoads / Row::kTurns, 1);
+#pragma unroll
+  for (int turn = 0; turn < Row::kTurns; ++turn) {
+    values[turn] = {};
+  }
+#pragma unroll 1
+  for (int first = 0; first < task.num_inputs; first += kGroup) {
+    Vector<T, kWidth> group[kGroup][Row::kTurns];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+#pragma unroll
+      for (int turn = 0; turn < Row::kTurns; ++turn) {
+        const std::int64_t column = Row::column(start, turn);
+        group[j][turn] = {};
+        if (first + j < task.num_inputs && column < task.rows.channels) {
+          group[j][turn] = load<T, kWidth>(task.inputs[first + j] + place + column);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      if (first + j < task.num_inputs) {
+#pragma unroll
+        for (int turn = 0; turn < Row::kTurns; ++turn) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            values[turn][e] = add_term(values[turn][e], coefficients[first + j], widen(group[j][turn][e]));
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int turn = 0; turn < Row::kTurns; ++turn) {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      values[turn][e] += offset;
+    }
+  }
+}
+
 template <typename T, int kWidth, int kMembers>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) norm_kernel(const __grid_constant__ NormTask<T> task) {
   using Row = Share<kWidth, kMembers>;
-  constexpr int kGroup = std::max(kRowLoads / Row::kTurns, 1);
   __shared__ float coefficients[kMostInputs];
 
   for (int k = threadIdx.x; k < task.num_inputs; k += kThreads) {
@@ -71,47 +116,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) norm_kernel(const _
   for (std::int64_t row = Team<kMembers>::first_row(); row < task.rows.count; row += Team<kMembers>::row_step()) {
     const std::int64_t place = row * channels, entry = row / task.rows_per_entry;
     const auto forecast = [&](std::int64_t start, Vector<float, kWidth>(&values)[Row::kTurns]) {
-#pragma unroll
-      for (int turn = 0; turn < Row::kTurns; ++turn) {
-        values[turn] = {};
-      }
-#pragma unroll 1
-      for (int first = 0; first < task.num_inputs; first += kGroup) {
-        Vector<T, kWidth> group[kGroup][Row::kTurns];
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-          for (int turn = 0; turn < Row::kTurns; ++turn) {
-            const std::int64_t column = Row::column(start, turn);
-            group[j][turn] = {};
-            if (first + j < task.num_inputs && column < channels) {
-              group[j][turn] = load<T, kWidth>(task.inputs[first + j] + place + column);
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-          if (first + j < task.num_inputs) {
-            const float coefficient = coefficients[first + j];
-#pragma unroll
-            for (int turn = 0; turn < Row::kTurns; ++turn) {
-#pragma unroll
-              for (int e = 0; e < kWidth; ++e) {
-                values[turn][e] = add_term(values[turn][e], coefficient, widen(group[j][turn][e]));
-              }
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int turn = 0; turn < Row::kTurns; ++turn) {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          values[turn][e] += offset;
-        }
-      }
+      forecast_part<T, kWidth, kMembers>(task, coefficients, offset, place, start, values);
     };
-
     Row share;
     share.channels = channels;
     float sum = 0.0f;

@@ -108,10 +108,66 @@ struct ScaledTask {
   bool keeps;  // any forecast
 };
 
+// One vector of every input, in registers; inputs that do not exist are zeros, or left out eight at a time.
+template <typename Q, int kWidth>
+struct History {
+  static constexpr int kInputs = kHeldFloats / kWidth;
+
+  int used;
+  float features[kInputs][kWidth];
+
+  __device__ void read(const ScaledSlot<Q>* slots, std::int64_t row, std::int64_t place) {
+#pragma unroll
+    for (int first = 0; first < kInputs; first += kExactInputs) {
+      if (first < used) {
+        Vector<Q, kWidth> elements[kExactInputs];
+        float scales[kExactInputs];
+#pragma unroll
+        for (int j = 0; j < kExactInputs; ++j) {
+          elements[j] = {};
+          scales[j] = 0.0f;
+          if (first + j < used) {
+            elements[j] = load<Q, kWidth>(slots[first + j].elements + place);
+            scales[j] = slots[first + j].scales[row];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kExactInputs; ++j) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            features[first + j][e] = widen(elements[j][e]) * scales[j];
+          }
+        }
+      }
+    }
+  }
+
+  __device__ Vector<float, kWidth> forecast(const float* coefficients, float offset) const {
+    Vector<float, kWidth> sums{};
+#pragma unroll
+    for (int first = 0; first < kInputs; first += kExactInputs) {
+      if (first < used) {
+#pragma unroll
+        for (int k = first; k < first + kExactInputs; ++k) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            sums[e] = add_term(sums[e], coefficients[k], features[k][e]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      sums[e] += offset;
+    }
+    return sums;
+  }
+};
+
 template <typename Q, typename T, int kWidth, int kMembers>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     forecast_scaled_kernel(const __grid_constant__ ScaledTask<Q, T> task) {
-  constexpr int kInputs = kHeldFloats / kWidth;
+  constexpr int kInputs = History<Q, kWidth>::kInputs;
   constexpr int kSpan = kMembers * kWidth;
   constexpr int kEach = kMostOutputs / kWarpThreads;  // forecasts whose scales a lane looks after
   alignas(16) __shared__ float coefficients[kMostOutputs * kInputs];
@@ -129,60 +185,16 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const int member = Team<kMembers>::member(), lane = member % kWarpThreads;
   const std::int64_t channels = task.rows.channels;
   for (std::int64_t row = Team<kMembers>::first_row(); row < task.rows.count; row += Team<kMembers>::row_step()) {
-    float features[kInputs][kWidth];
-    const auto read = [&](std::int64_t column) {
-#pragma unroll
-      for (int first = 0; first < kInputs; first += kExactInputs) {
-        if (first < task.num_inputs) {
-          Vector<Q, kWidth> elements[kExactInputs];
-          float of_row[kExactInputs];
-#pragma unroll
-          for (int j = 0; j < kExactInputs; ++j) {
-            elements[j] = {};
-            of_row[j] = 0.0f;
-            if (first + j < task.num_inputs) {
-              const auto& [data, scales_of_rows] = task.inputs[first + j];
-              elements[j] = load<Q, kWidth>(data + row * channels + column);
-              of_row[j] = scales_of_rows[row];
-            }
-          }
-#pragma unroll
-          for (int j = 0; j < kExactInputs; ++j) {
-#pragma unroll
-            for (int e = 0; e < kWidth; ++e) {
-              features[first + j][e] = widen(elements[j][e]) * of_row[j];
-            }
-          }
-        }
-      }
-    };
-    const auto forecast = [&](int m) {
-      Vector<float, kWidth> sums{};
-#pragma unroll
-      for (int first = 0; first < kInputs; first += kExactInputs) {
-        if (first < task.num_inputs) {
-#pragma unroll
-          for (int k = first; k < first + kExactInputs; ++k) {
-#pragma unroll
-            for (int e = 0; e < kWidth; ++e) {
-              sums[e] = add_term(sums[e], coefficients[m * kInputs + k], features[k][e]);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        sums[e] += offsets[m];
-      }
-      return sums;
-    };
+    History<Q, kWidth> history;
+    history.used = task.num_inputs;
+    const auto forecast = [&](int m) { return history.forecast(coefficients + m * kInputs, offsets[m]); };
 
     // The loops over a row are those of whole warps: lanes without a channel take part in shuffles.
     std::uint32_t largest[kEach] = {};
     for (std::int64_t start = 0; start < channels; start += kSpan) {
       const std::int64_t column = start + member * kWidth;
       if (column < channels) {
-        read(column);
+        history.read(task.inputs, row, row * channels + column);
       }
 #pragma unroll 1
       for (int m = 0; m < task.num_outputs; ++m) {
@@ -213,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     for (std::int64_t start = 0; start < channels; start += kSpan) {
       const std::int64_t column = start + member * kWidth;
       if (column < channels) {
-        read(column);
+        history.read(task.inputs, row, row * channels + column);
       }
 #pragma unroll 1
       for (int m = 0; m < task.num_outputs; ++m) {

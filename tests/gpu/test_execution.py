@@ -46,7 +46,7 @@ def test_no_op_waits_for_the_device(step: Step, ops: Any) -> None:
         step.run(ops)
 
 
-@pytest.mark.parametrize("name", ["push", "forecast_into"])
+@pytest.mark.parametrize("name", ["push", "forecast_into", "push_scaled", "forecast_scaled_into"])
 def test_writing_into_the_ring_allocates_nothing(name: str, dtype: torch.dtype, ops: Any) -> None:
     step = STEPS[name](dtype)
     step.run(ops)

@@ -196,7 +196,7 @@ def test_counts(engine: Engine, scaled: str, history: int, forecasts: int, chann
 @pytest.mark.parametrize("scaled", SCALED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("history", [4, 8, 12])
-@pytest.mark.parametrize("channels", [40, 41, 2056])
+@pytest.mark.parametrize("channels", [40, 41, pytest.param(2056, marks=pytest.mark.exhaustive)])
 def test_forecasts_may_take_the_place_of_inputs(
     engine: Engine, scaled: str, dtype: str, history: int, channels: int
 ) -> None:
@@ -206,7 +206,13 @@ def test_forecasts_may_take_the_place_of_inputs(
 
 
 @pytest.mark.parametrize("scaled", SCALED)
-@pytest.mark.parametrize("channels", [40, 41, 2056])
+@pytest.mark.parametrize("channels", [600, 2056, 70])
+def test_forecasts_of_several_turns_may_take_the_place_of_inputs(engine: Engine, scaled: str, channels: int) -> None:
+    check(engine, problem(scaled, "bfloat16", 2, channels, read=[1, 2, 1], write=[2, 0, -1, 1]))
+
+
+@pytest.mark.parametrize("scaled", SCALED)
+@pytest.mark.parametrize("channels", [40, 41, 600])
 def test_nothing_is_kept(engine: Engine, scaled: str, channels: int) -> None:
     check(engine, problem(scaled, "bfloat16", 19, channels, write=[-1, -1]))
 
@@ -262,7 +268,7 @@ def test_a_nan_is_not_lost_to_a_coefficient_of_zero(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("scaled", SCALED)
-@pytest.mark.parametrize("channels", [64, 2056])
+@pytest.mark.parametrize("channels", [64, 600])
 def test_the_same_input_gives_the_same_bits(engine: Engine, scaled: str, channels: int) -> None:
     bits = []
     for _ in range(2):
@@ -270,6 +276,13 @@ def test_the_same_input_gives_the_same_bits(engine: Engine, scaled: str, channel
         forecast(engine, case)
         bits.append([array.storage.tobytes() for array in (case.out, case.ring.elements, case.ring.scales)])
     assert bits[0] == bits[1]
+
+
+def test_rows_without_channels_are_kept_with_scale_zero(engine: Engine) -> None:
+    ring = Ring(Array(np.zeros(8, np.int8), 0, (2, 3, 0), row_major((2, 3, 0)), "int8"), contiguous((2, 3), "float32"))
+    one = random((1, 1), "float32", np.random.default_rng(0))
+    forecast(engine, Problem(ring, [0], [1], Array(one.storage, 0, (1, 3, 0), (0, 0, 1), "float32"), one, one))
+    assert (ring.scales.view[1] == 0).all() and np.isnan(ring.scales.view[0]).all()
 
 
 def test_no_rows_is_no_launch(engine: Engine) -> None:
