@@ -60,10 +60,10 @@ def implementations(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def half_rounded(dtype: torch.dtype) -> Tolerance:
-    """What a form is allowed that rounds every intermediate result to the features' dtype."""
+def half_rounded(dtype: torch.dtype, times: float = 4) -> Tolerance:
+    """What a form is allowed that rounds every intermediate result, of so many in all, to the features' dtype."""
     tolerance = TOLERANCES[dtype]
-    return Tolerance(4 * tolerance.relative, 4 * tolerance.absolute)
+    return Tolerance(times * tolerance.relative, times * tolerance.absolute)
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -260,7 +260,8 @@ def forecast_case(
         Variant(COMPILED_ROWS, lambda turn: compiled(at(turn), coefficients, offsets), exact),
     ]
     if published:
-        variants.append(Variant(f"{rows} x {EAGER}", singles(published_eager), half_rounded(dtype)))
+        # The newest feature enters twice there, once to be taken off again: more than its terms in the reference.
+        variants.append(Variant(f"{rows} x {EAGER}", singles(published_eager), half_rounded(dtype, 12)))
     if small:
         variants = with_captured(variants, sets, device)
     features = [ends(feature).to(wider(dtype)) for feature in at(0)]
