@@ -12,6 +12,7 @@ import torch
 from benchmarks.cases import forecast_case, predict_case, push_case, taylor_case, threads_case
 from benchmarks.clock import Clock
 from benchmarks.harness import Case
+from benchmarks.memory import pages_case
 from benchmarks.sweeps import elements_case, rows_case
 from benchmarks.tokens import norm_case, scaled_case
 from benchmarks.training import gram_case, kan_case, predict_l1_case, training_step_case
@@ -83,6 +84,7 @@ def suite(device: torch.device) -> list[Entry]:
         threads = [
             Entry("threads", partial(threads_case, RESIDENT, cold=False)),
             Entry("threads", partial(threads_case, FLUX)),
+            *(Entry("fresh pages", partial(pages_case, size)) for size in (FLUX, QWEN)),
         ]
         loss = Entry("predict_l1", partial(predict_l1_case, SMALL, dtype=torch.float32))
         return [*large, *steps, *tokens, *small, loss, *networks, *threads, *others, Entry("sampling run", _sampling)]

@@ -18,6 +18,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, compare, harness, results, suite, targets, tokens
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.clock import CpuClock, Run, clock_for
+from benchmarks.memory import pages_case
 from benchmarks.sweeps import elements_case, rows_case
 from benchmarks.tokens import norm_case, scaled_case
 from benchmarks.training import gram_case, kan_by_ops, kan_case, predict_l1_case, training_step_case
@@ -50,6 +51,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.SIZES, "tiny", (3, 5))
     monkeypatch.setitem(cases.SIZES, "tokens", (2, 5, 3))
     monkeypatch.setattr(tokens, "CHECKED_TOKENS", 2)
+    monkeypatch.setitem(cases.SIZES, "two huge pages", (2**20,))
     monkeypatch.setitem(cases.SIZES, "long", (9, 5))
     monkeypatch.setattr(cases, "POOL", 20)
     monkeypatch.setattr(cases, "CHECKED", 20)
@@ -66,6 +68,8 @@ MAKERS: dict[str, Make] = {
     "int8": lambda clock: scaled_case("tokens", clock, torch.int8, count=3, rows=2, keep=True),
     "float8": lambda clock: scaled_case("tokens", clock, torch.float8_e4m3fn, count=2),
     "TaylorSeer segment": lambda clock: cases.taylor_case("tiny", clock, rows=2),
+    "fresh pages": lambda clock: pages_case("tiny", clock),
+    "fresh pages, huge ones": lambda clock: pages_case("two huge pages", clock, torch.float32),
     "threads": lambda clock: cases.threads_case("tiny", clock, count=3, cold=False),
     "elements": lambda clock: elements_case(64, clock),
     "rows": lambda clock: rows_case("tiny", clock, count=3, rows=4, op="rows"),

@@ -1,0 +1,50 @@
+"""What an output costs beyond its values: the pages that an allocator hands out fresh."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import SIZES, copy_variant, dtype_name, ends
+from benchmarks.clock import Clock
+from benchmarks.harness import Case, Variant
+from lesa_kernels.reference import Tolerance
+
+HUGE_PAGE = 2**21
+THERE, FRESH, HUGE = "fill_, memory that is there", "fill_, fresh memory", "fill_, fresh memory in huge pages"
+
+
+def advised(output: Tensor) -> Tensor:
+    """Ask for huge pages for the memory of a tensor, where the system has them, and return it."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        begin, end = output.data_ptr(), output.data_ptr() + output.nbytes
+        first, last = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+        if last > first:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
+    return output
+
+
+def pages_case(size: str, clock: Clock, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Write an output of a size, which is all that these variants do, into memory of three kinds."""
+    shape = SIZES[size]
+    there = torch.zeros(shape, dtype=dtype)
+    moved, exact = math.prod(shape) * dtype.itemsize, Tolerance(0.0, 0.0)
+    one = ends(torch.ones(shape))
+    return Case(
+        "fresh pages",
+        f"{size}, {dtype_name(dtype)}",
+        moved,
+        [one],
+        [one],
+        [
+            Variant(THERE, lambda turn: [there.fill_(1)], exact),
+            Variant(FRESH, lambda turn: [torch.empty_like(there).fill_(1)], exact),
+            Variant(HUGE, lambda turn: [advised(torch.empty_like(there)).fill_(1)], exact),
+            copy_variant(moved, 2, clock.device),
+        ],
+        checked=ends,
+    )
