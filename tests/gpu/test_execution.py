@@ -85,7 +85,12 @@ def test_ops_run_on_the_device_of_their_tensors(ops: Any, monkeypatch: pytest.Mo
         step.check(outputs)
 
 
-def test_a_sampling_run_neither_waits_nor_allocates_once_its_ring_is_there(flux_sigmas: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("history_dtype", "tolerance"), [(None, 1e-4), (torch.int8, 1e-2), (torch.float8_e4m3fn, 1e-2)], ids=str
+)
+def test_a_sampling_run_neither_waits_nor_allocates_once_its_ring_is_there(
+    flux_sigmas: list[float], history_dtype: torch.dtype | None, tolerance: float
+) -> None:
     plan = LesaPredictor(num_steps=50).plan(flux_sigmas, Schedule.interval(50, 7))
     features = {step: torch.randn(2, 64, 128) for step in plan.full_steps}
     kept = torch.empty(50, 2, 64, 128, device=DEVICE)
@@ -98,12 +103,14 @@ def test_a_sampling_run_neither_waits_nor_allocates_once_its_ring_is_there(flux_
                 torch.ops.lesa.push(forecasts, session.forecast(step), step)
 
     want = torch.empty(kept.shape)
-    run(Session(plan), features, want)
-    session, on_gpu = Session(plan), {step: feature.to(DEVICE) for step, feature in features.items()}
+    run(Session(plan, history_dtype=history_dtype), features, want)
+    session = Session(plan, history_dtype=history_dtype)
+    on_gpu = {step: feature.to(DEVICE) for step, feature in features.items()}
     run(session, on_gpu, kept)
     before = _allocations()
     with _syncs_are_errors():
         run(session, on_gpu, kept)
     assert _allocations() == before
     for step in set(range(plan.num_steps)) - set(plan.full_steps):
-        torch.testing.assert_close(kept[step].cpu(), want[step], rtol=1e-4, atol=1e-4)
+        # Where the two devices round a number to either side, it is a whole unit of an 8-bit history that differs.
+        assert (kept[step].cpu() - want[step]).norm() < tolerance * want[step].norm()
