@@ -44,7 +44,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "HunyuanVideo 720p, hidden": (1, 33 * 45 * 80, 3072),
     "digits, batch 20": (20, 49, 128),
     "8 x 8": (8, 8),
-    "512 x 512 elements": (512, 512),
+    "200 x 1000 elements": (200, 1000),
 }
 # Independent random numbers in a feature; a larger one repeats them, as making them would take longer than measuring.
 POOL = 2**22

@@ -77,7 +77,8 @@ class Worker:
             link = self._folder / name
             link.unlink(missing_ok=True)
             link.symlink_to(target)
-        environment = {**os.environ, "PYTHONPATH": str(self._folder)}
+        # Threads that wait for work by spinning would take the core of the other process.
+        environment = {**os.environ, "PYTHONPATH": str(self._folder), "OMP_WAIT_POLICY": "passive"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", device, str(tree)],
             cwd=self._folder,

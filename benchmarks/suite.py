@@ -19,7 +19,7 @@ from benchmarks.training import gram_case, kan_case, predict_l1_case, training_s
 
 FLUX, QWEN, SMALL, TINY = "FLUX 1024x1024", "Qwen-Image 1328x1328", "digits, batch 20", "8 x 8"
 VIDEO, HIDDEN = "HunyuanVideo 720p, model output", "HunyuanVideo 720p, hidden"
-RESIDENT = "512 x 512 elements"
+RESIDENT = "200 x 1000 elements"
 KAN_ROWS = (1, 50)
 # Dtype of a history, forecasts at once, whether they are kept.
 SCALED = (
