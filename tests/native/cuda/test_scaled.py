@@ -92,7 +92,7 @@ def test_push_of_many_rows(engine: Engine, scaled: str, layout: Layout, rows: in
 @pytest.mark.parametrize("scaled", SCALED)
 @pytest.mark.parametrize("channels", [64, 63, 600])
 def test_push_of_rows_that_have_no_scale(engine: Engine, scaled: str, channels: int) -> None:
-    """Zeros, too small a row, the smallest, the largest, an infinity, a NaN alone and beside an infinity."""
+    """Zeros, a row too small, the smallest that counts, the largest, an infinity, a NaN, a NaN and an infinity."""
     feature = random((7, channels), "float32", np.random.default_rng(1))
     feature.view[:, -1] = [0, 2.0**-101, 2.0**-100, 3e38, np.inf, np.nan, np.nan]
     feature.view[:3, :-1] *= np.array([[0], [2.0**-110], [2.0**-110]])
