@@ -49,14 +49,16 @@ def kernels(interpreted: bool) -> ModuleType:
 
 @contextmanager
 def interpreter() -> Iterator[ModuleType]:
-    """Run kernels in Triton's interpreter, whose sums are quick only for the function that it knows."""
+    """Run kernels in Triton's interpreter, whose reductions are quick only for the functions that it knows."""
     package = kernels(interpreted=True)
-    add, tl.standard._sum_combine = tl.standard._sum_combine, package.kernels.reduce.add
+    standard = tl.standard
+    before = standard._sum_combine, standard._elementwise_max
+    standard._sum_combine, standard._elementwise_max = package.kernels.reduce.add, package.kernels.tokens.larger
     try:
         with np.errstate(all="ignore"):
             yield package
     finally:
-        tl.standard._sum_combine = add
+        standard._sum_combine, standard._elementwise_max = before
 
 
 @contextmanager

@@ -78,6 +78,11 @@ def skew_of(numel: int, tensors: Iterable[Tensor], slot_stride: int = 0) -> int 
     return 0
 
 
+def codes_of(slots: Iterable[int]) -> tuple[int, ...]:
+    """Return slot numbers, -1 for none, as `kernels.combine.slot_of` takes them."""
+    return tuple(2 * slot + 5 for slot in slots)
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which Triton launches on a tensor's device; it asks torch for the current one."""
     return torch.accelerator.device_index(tensor.device.index)

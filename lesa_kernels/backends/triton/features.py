@@ -15,6 +15,7 @@ from lesa_kernels.backends.triton.arguments import (
     blocks_of,
     check_feature,
     check_history,
+    codes_of,
     contiguous,
     fresh_like,
     on_device_of,
@@ -36,11 +37,6 @@ BYTES_IN_FLIGHT = 64
 def _block(inputs: int, element_size: int) -> int:
     """Return the elements of one program: with 8 inputs of 16 bits, a thread loads 16 bytes of each."""
     return THREADS * max(min(HELD_FLOATS // power_of_2(inputs), BYTES_IN_FLIGHT // element_size), 1)
-
-
-def _codes(slots: Sequence[int]) -> tuple[int, ...]:
-    """Return slot numbers as `kernels.slot_of` takes them."""
-    return tuple(2 * slot + 3 for slot in slots)
 
 
 def _combine(
@@ -71,9 +67,9 @@ def _combine(
     with on_device_of(inputs[0]):
         combine[(blocks_of(numel, block),)](
             tuple(inputs),
-            _codes(read),
+            codes_of(read),
             tuple(outputs),
-            _codes(write),
+            codes_of(write),
             slot_stride,
             coefficients,
             coefficients.stride(0) if coefficients.dim() == 2 else 0,
@@ -138,7 +134,7 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
         with on_device_of(ring):
             copy[(blocks_of(numel, block),)](
                 ring,
-                *_codes([slot]),
+                *codes_of([slot]),
                 slot_stride,
                 feature,
                 numel,

@@ -32,6 +32,11 @@ def _processors(device: torch.device) -> int:
     return int(properties["multiprocessor_count"])
 
 
+def width_of(inputs: int, element_size: int) -> int:
+    """Return how many elements next to each other a thread takes of each of its inputs."""
+    return max(min(VECTOR_BYTES // element_size, HELD_FLOATS // power_of_2(inputs)), 1)
+
+
 class Pass:
     """The shape of a pass over N elements of some features and where its programs leave their sums.
 
@@ -47,8 +52,7 @@ class Pass:
         self, feature: Tensor, inputs: int, sums: int, programs_per_processor: int, vectors: bool = True
     ) -> None:
         self.inputs = inputs
-        widest = max(min(VECTOR_BYTES // feature.element_size(), HELD_FLOATS // power_of_2(inputs)), 1)
-        self.width = widest if vectors else 1
+        self.width = width_of(inputs, feature.element_size()) if vectors else 1
         tiles = blocks_of(feature.numel(), ROWS * self.width)
         self.tiles_each = min(blocks_of(tiles, _processors(feature.device) * programs_per_processor), MOST_TILES)
         self.programs = blocks_of(tiles, max(self.tiles_each, 1))

@@ -23,11 +23,20 @@ def positions(numel, skew, BLOCK: tl.constexpr):
 
 @triton.jit
 def slot_of(tensor, code, slot_stride):
-    """Return the address of a slot of a ring; `code` is 2 * slot + 3.
+    """Return the address of a slot of a ring; `code` is 2 * slot + 5, that is 3 for the slot -1.
 
     Triton compiles integers anew that are 1 or divisible by 16. Odd ones from 3 on are neither, so no slot number does.
     """
-    return tensor + ((code >> 1) - 1).to(tl.int64) * slot_stride
+    return tensor + ((code >> 1) - 2).to(tl.int64) * slot_stride
+
+
+@triton.jit
+def mixed(held, row, column_stride, offset, K: tl.constexpr):
+    """Return sum_k row[k] * held[k] + offset. Fused, whether or not the compiler may fuse by itself."""
+    total = held[0] * tl.load(row).to(tl.float32)
+    for k in tl.static_range(1, K):
+        total = tl.fma(held[k], tl.load(row + k * column_stride).to(tl.float32), total)
+    return total + tl.load(offset).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["skew"])
@@ -59,11 +68,7 @@ def combine(
         source = slot_of(inputs[k], input_codes[k], slot_stride)
         held = held + (tl.load(source + position, mask=inside).to(tl.float32),)
     for m in tl.static_range(M):
-        row = coefficients + m * row_stride
-        total = held[0] * tl.load(row).to(tl.float32)
-        for k in tl.static_range(1, K):
-            total += held[k] * tl.load(row + k * column_stride).to(tl.float32)
-        total += tl.load(offsets + m * offset_stride).to(tl.float32)
+        total = mixed(held, coefficients + m * row_stride, column_stride, offsets + m * offset_stride, K)
         if gain is not None:
             total = held[K - 1] + tl.load(gain).to(tl.float32) * total
         target = slot_of(outputs[m], output_codes[m], slot_stride)
