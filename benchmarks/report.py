@@ -169,7 +169,7 @@ def main(
     rows = results.load(source)
     for text, shown in ((readme, [row for row in rows if is_headline(row.size)]), (page, rows)):
         text.write_text(renewed(text.read_text(encoding="utf-8"), COMMAND, markdown(shown)), encoding="utf-8")
-    draw(rows, pictures / "bandwidth.png")
+    draw([row for row in rows if is_headline(row.size)], pictures / "bandwidth.png")
     draw_sweeps(rows, pictures / "time.png")
     typer.echo(f"tables: {readme}, {page}; plots: {pictures}")
 
