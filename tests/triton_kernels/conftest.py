@@ -68,11 +68,20 @@ _ROUNDING = {
 # What a parameter may be in a quick test, where engines run thousands of cases. One compilation takes a second.
 _QUICK: dict[str, dict[str, list[Any]]] = {
     "gpu": {},
-    "interpreter": {"dtype": [torch.float32, torch.bfloat16], "count": [1, 3, 8, 17, 64], "rows": [1, 4, 17]},
+    "interpreter": {
+        "dtype": [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
+        "count": [1, 3, 8, 17, 64],
+        "rows": [1, 4, 17],
+        "channels": [1, 7, 67, 3072],
+        "feature": [(0,), (1,), (40,), (7, 9), (2, 1030), (5, 0), (0, 5), (2, 3, 5, 24), (2, 0, 8)],
+        "out_dtype": [torch.float32, torch.bfloat16],
+    },
     "ptx": {
-        "dtype": [torch.bfloat16],
-        "shape": [(0,), (7,), (1030,)],
-        "feature": [(7, 9), (2, 1030)],
+        "dtype": [torch.bfloat16, torch.int8, torch.float8_e4m3fn],
+        "shape": [(0,), (7,), (1030,), (3, 67)],
+        "channels": [7, 1030],
+        "out_dtype": [torch.bfloat16],
+        "feature": [(7, 9), (2, 1030), (3, 40), (5, 0)],
         "count": [8, 64],
         "rows": [4],
         "source": [torch.float32],

@@ -177,7 +177,7 @@ class Simulator:
             elif kind.startswith("*"):
                 yield np.uint64(self._address(value))
             elif kind != "constexpr":
-                yield {"i32": np.int32, "i64": np.int64}[kind](value)
+                yield {"i32": np.int32, "i64": np.int64, "fp32": np.float32}[kind](value)
 
     def _address(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
