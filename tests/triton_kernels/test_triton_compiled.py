@@ -18,6 +18,8 @@ LOAD, STORE = r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"
 LOAD_8_BYTES = r"ld\.global\.v2\.b32"
 # Sixteen warps on each multiprocessor of 65536 registers.
 MOST_REGISTERS = 128
+# Twelve: with vectors of 8 bytes of 8 features each has 64 in flight a thread.
+MOST_REGISTERS_OF_SCALED = 168
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_scaled_rings_move_vectors_and_round_products_before_sums(lesa: ModuleTy
         assert compiled.count(r"(mul|add|sub)\.f32") == 0
         resources = compiled.resources()
         assert resources["STACK"] == 0 and resources["LOCAL"] == 0
-        assert resources["REG"] <= MOST_REGISTERS
+        assert resources["REG"] <= MOST_REGISTERS_OF_SCALED
     forecast, push = driver().launches
     assert forecast.count(r"ld\.global\.v2\.b32") == 2 * K and forecast.count(STORE) == 6
     assert push.count(LOAD) == 2 and push.count(r"st\.global\.v2\.b32") == 1
