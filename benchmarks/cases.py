@@ -28,6 +28,7 @@ from lesa_kernels.reference import TOLERANCES, Tolerance
 
 EAGER = "published eager form"
 COMPILED = "torch.compile of the folded sum"
+COMPILED_EAGER = "torch.compile of the published form"
 COMPILED_ROWS = "torch.compile of the folded rows"
 TAYLOR_LOOP = "TaylorSeer as its authors loop"
 ADDITION = "torch.add of two of the features"
@@ -165,6 +166,7 @@ def predict_case(
     coefficients, offset = gain * weight, (gain * bias).reshape(())
     coefficients[-1] += 1
     compiled: Callable[..., Tensor] = torch.compile(folded_sum, fullgraph=True, dynamic=False)
+    compiled_eager: Callable[..., Tensor] = torch.compile(published_eager, fullgraph=True, dynamic=False)
     exact = TOLERANCES[dtype]
 
     def at(turn: int) -> list[Tensor]:
@@ -184,6 +186,7 @@ def predict_case(
         variants += [
             Variant(EAGER, lambda turn: [published_eager(at(turn), weight, bias, gain)], half_rounded(dtype)),
             Variant(f"{EAGER} with its KAN", with_network, half_rounded(dtype)),
+            Variant(COMPILED_EAGER, lambda turn: [compiled_eager(at(turn), weight, bias, gain)], half_rounded(dtype)),
         ]
     if small:
         variants.append(Variant(ADDITION, lambda turn: [torch.add(*at(turn)[:2])], None))

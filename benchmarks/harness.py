@@ -125,7 +125,19 @@ def rows_of(case: Case, rounds: Sequence[dict[str, float]], extra: dict[str, int
     copies = [times[COPY] for times in rounds if COPY in times]
     copy = statistics.median(copies) if copies else None
     names = [variant.name for variant in case.variants]
-    return [_row(case, name, [times[name] for times in rounds], copy, extra[name], origin) for name in names]
+    return [
+        row_of(
+            case.op,
+            case.size,
+            name,
+            [times[name] for times in rounds],
+            origin,
+            moved_bytes=case.moved_bytes,
+            copy=copy,
+            extra_bytes=extra[name],
+        )
+        for name in names
+    ]
 
 
 def calls_of(case: Case, clock: Clock) -> dict[str, int]:
@@ -167,18 +179,27 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), ordered[int(0.2 * last)], ordered[-(-8 * last // 10)]
 
 
-def _row(
-    case: Case, name: str, values: list[float], copy: float | None, extra_bytes: int | None, origin: Origin
+def row_of(
+    op: str,
+    size: str,
+    variant: str,
+    values: list[float],
+    origin: Origin,
+    *,
+    moved_bytes: int | None = None,
+    copy: float | None = None,
+    extra_bytes: int | None = None,
 ) -> Measurement:
+    """Make a row of samples in seconds; `copy` is the median of a copy in the same run."""
     median, p20, p80 = quantiles(values)
     return Measurement(
-        op=case.op,
-        size=case.size,
-        variant=name,
+        op=op,
+        size=size,
+        variant=variant,
         median_s=median,
         p20_s=p20,
         p80_s=p80,
-        gb_per_s=None if case.moved_bytes is None else case.moved_bytes / median / 1e9,
+        gb_per_s=None if moved_bytes is None else moved_bytes / median / 1e9,
         share_of_copy=None if copy is None else copy / median,
         extra_bytes=extra_bytes,
         **origin._asdict(),

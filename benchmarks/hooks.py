@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,9 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 import lesa_kernels as lesa
+from benchmarks import results
+from benchmarks.harness import row_of
 from lesa_kernels.integrations import Adapter, register_adapter
 from lesa_kernels.integrations.flux import FLUX, flux_tail
 
+OP = "cached step"
 BLOCKS = (19, 38)
 STEPS = 50
 FULL = (0, 1, 25)
@@ -93,10 +97,16 @@ def _check(model: FluxTransformer2DModel) -> None:
         raise AssertionError(f"the plan was not followed: {lesa.summary(model)}")
 
 
-def main(runs: Annotated[int, typer.Option(help="Runs of 50 steps.", min=1)] = 20) -> None:
+def main(
+    runs: Annotated[int, typer.Option(help="Runs of 50 steps.", min=1)] = 20,
+    save: Annotated[bool, typer.Option(help="Append what is beyond the tail to the results.")] = False,
+    out: Annotated[Path, typer.Option(help="The file of the results.")] = results.RESULTS,
+) -> None:
     """Print medians for FLUX's adapter and for the one that any model gets, and the mean of what is beyond the tail."""
     torch.set_num_threads(1)
+    origin = results.origin(torch.device("cpu"), module="benchmarks.hooks")
     model = build_model()
+    rows = []
     table = Table("adapter", "cached step, us", "its tail alone, us", "beyond the tail, us", "mean, us")
     adapters: dict[str, Adapter] = {"FLUX": FLUX, "any model": replace(FLUX, skip=None)}
     for name, adapter in adapters.items():
@@ -105,11 +115,15 @@ def main(runs: Annotated[int, typer.Option(help="Runs of 50 steps.", min=1)] = 2
             cached, tails = measure(model, runs)
         beyond = [one - other for one, other in zip(cached, tails, strict=True)]
         medians = (f"{statistics.median(times) * 1e6:.0f}" for times in (cached, tails, beyond))
+        rows.append(row_of(OP, f"{sum(BLOCKS)} blocks, one token", f"{name}, beyond the tail", beyond, origin))
         table.add_row(name, *medians, f"{statistics.mean(beyond) * 1e6:.0f}")
     register_adapter(FLUX)
     console = Console()
     console.print(f"{sum(BLOCKS)} blocks, torch {torch.__version__}, {platform.machine()}, one thread, medians")
     console.print(table)
+    if save:
+        results.save(rows, out)
+        console.print(f"appended to {out.name}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ HEADLINES = (
     "8 x 8",
     "51-256-256-1, 1 rows",
     "digits model",
+    "57 blocks",
 )
 """The sizes that the README shows, by their beginnings."""
 

@@ -77,8 +77,8 @@ class Measurement:
 COLUMNS = [field.name for field in fields(Measurement)]
 
 
-def origin(device: torch.device) -> Origin:
-    """Return where and how this process measures."""
+def origin(device: torch.device, module: str = "benchmarks") -> Origin:
+    """Return where and how this process measures, as a command of a module."""
     return Origin(
         device=device_name(device),
         threads=torch.get_num_threads(),
@@ -86,7 +86,7 @@ def origin(device: torch.device) -> Origin:
         cuda=torch.version.cuda or "",
         commit=commit(),
         date=datetime.now(timezone.utc).date().isoformat(),
-        command=" ".join(["python -m benchmarks", *sys.argv[1:]]),
+        command=" ".join([f"python -m {module}", *sys.argv[1:]]),
     )
 
 

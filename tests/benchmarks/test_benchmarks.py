@@ -158,7 +158,8 @@ def test_a_device_without_a_clock_is_refused() -> None:
 
 
 def test_rows_of_older_versions_are_kept(tmp_path: Path) -> None:
-    path, row = tmp_path / "results.csv", harness._row(_case(1.0), "x", [1.0, 2.0, 3.0], 1.0, 7, ORIGIN)
+    path, options = tmp_path / "results.csv", {"moved_bytes": 16, "copy": 1.0, "extra_bytes": 7}
+    row = harness.row_of("predict", "4", "x", [1.0, 2.0, 3.0], ORIGIN, **options)
     results.save([row], path)
     with path.open(newline="") as file:
         old = next(csv.DictReader(file))
@@ -199,8 +200,7 @@ def test_layers_called_by_hand_agree_with_autograd() -> None:
 
 
 def _measured(target: targets.Target, ratio: float) -> list[results.Measurement]:
-    row = harness._row(_case(1.0), target.ours, [1.0], 1.0, None, ORIGIN)
-    row = replace(row, op=target.op, size=target.size)
+    row = harness.row_of(target.op, target.size, target.ours, [1.0], ORIGIN)
     return [row, replace(row, variant=target.against, median_s=ratio)]
 
 

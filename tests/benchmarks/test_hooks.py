@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import lesa_kernels as lesa
-from benchmarks import hooks
+from benchmarks import hooks, results
 
 
 def test_each_cached_step_is_measured_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +22,10 @@ def test_each_cached_step_is_measured_and_checked(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(hooks, "flux_tail", lambda model, feature, **_: (torch.zeros(1, 1, 4),))
         with pytest.raises(AssertionError, match="not close"):
             hooks.measure(model, 1)
+
+
+def test_what_is_beyond_the_tail_can_be_saved(tmp_path: Path) -> None:
+    hooks.main(runs=1, save=True, out=tmp_path / "rows.csv")
+    rows = results.load(tmp_path / "rows.csv")
+    assert [row.variant for row in rows] == ["FLUX, beyond the tail", "any model, beyond the tail"]
+    assert {row.op for row in rows} == {"cached step"} and all(0 < row.median_s < 0.1 for row in rows)
