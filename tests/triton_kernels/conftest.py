@@ -68,29 +68,45 @@ _ROUNDING = {
 # What a parameter may be in a quick test, where engines run thousands of cases. One compilation takes a second.
 _QUICK: dict[str, dict[str, list[Any]]] = {
     "gpu": {},
-    "interpreter": {
-        "dtype": [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-        "count": [1, 3, 8, 17, 64],
-        "rows": [1, 4, 17],
-        "channels": [1, 7, 67, 3072],
-        "feature": [(0,), (1,), (40,), (7, 9), (2, 1030), (5, 0), (0, 5), (2, 3, 5, 24), (2, 0, 8)],
-        "out_dtype": [torch.float32, torch.bfloat16],
-    },
+    "interpreter": {"dtype": [torch.float32, torch.bfloat16], "count": [1, 3, 8, 17, 64], "rows": [1, 4, 17]},
     "ptx": {
-        "dtype": [torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-        "shape": [(0,), (7,), (1030,), (3, 67)],
-        "channels": [7, 1030],
-        "out_dtype": [torch.bfloat16],
-        "feature": [(7, 9), (2, 1030), (3, 40), (5, 0)],
+        "dtype": [torch.bfloat16],
+        "shape": [(0,), (7,), (1030,)],
+        "feature": [(7, 9), (2, 1030)],
         "count": [8, 64],
         "rows": [4],
         "source": [torch.float32],
         "order": [0, 3],
     },
 }
+# Likewise of the ops that take tokens: a program for each, and the forecast computed as often as a token is walked.
+_QUICK_TOKENS: dict[str, dict[str, list[Any]]] = {
+    "gpu": {},
+    "interpreter": {
+        "dtype": [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
+        "source": [torch.float32, torch.bfloat16],
+        "out_dtype": [torch.float32, torch.bfloat16],
+        "shape": [(3, 1), (3, 7), (3, 64), (3, 131), (3, 3072), (5,), (2, 3, 4, 9), (0, 8), (3, 0), (0,)],
+        "channels": [1, 7, 64, 131, 3072],
+        "feature": [(40,), (0,), (0, 5), (5, 0), (1, 40), (2, 3, 5, 24), (0, 4, 8), (2, 0, 8)],
+        "count": [1, 3, 8, 64],
+        "rows": [1, 4],
+    },
+    "ptx": {
+        "dtype": [torch.bfloat16, torch.int8, torch.float8_e4m3fn],
+        "source": [torch.bfloat16],
+        "out_dtype": [torch.bfloat16],
+        "shape": [(3, 7), (3, 64), (3, 1030), (3, 0)],
+        "channels": [7, 1030],
+        "feature": [(40,), (5, 0), (3, 40)],
+        "count": [8],
+        "rows": [4],
+    },
+}
 
 
 def _is_quick(item: pytest.Function) -> bool:
     parameters = _parameters_of(item)
-    quick = _QUICK.get(parameters.get("lesa", "gpu"), {})
+    of_file = _QUICK_TOKENS if item.path.stem == "test_triton_tokens" else _QUICK
+    quick = of_file.get(parameters.get("lesa", "gpu"), {})
     return all(value in quick[name] for name, value in parameters.items() if name in quick)

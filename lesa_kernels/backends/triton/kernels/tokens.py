@@ -264,8 +264,9 @@ def forecast_scaled_into(
             value = mixed(held, coefficients + m * row_stride, column_stride, offsets + m * offset_stride, K)
             target = slot_of(ring, write_codes[m], slot_stride) + token * channels
             elements = kept(value, inverses[m], ring.dtype.element_ty)
-            tl.store(target + channel, elements, mask=inside & (write_codes[m] != NO_SLOT))
+            tl.store(target + channel, elements, mask=tl.where(write_codes[m] != NO_SLOT, inside, False))
     # All threads have read the scales: only then may one of them replace those.
     tl.debug_barrier()
     for m in tl.static_range(M):
-        tl.store(slot_of(scales, write_codes[m], tokens) + token, row_scales[m], mask=write_codes[m] != NO_SLOT)
+        if write_codes[m] != NO_SLOT:
+            tl.store(slot_of(scales, write_codes[m], tokens) + token, row_scales[m])
