@@ -84,12 +84,12 @@ _QUICK_TOKENS: dict[str, dict[str, list[Any]]] = {
     "gpu": {},
     "interpreter": {
         "dtype": [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-        "source": [torch.float32, torch.bfloat16],
-        "out_dtype": [torch.float32, torch.bfloat16],
-        "shape": [(3, 1), (3, 7), (3, 64), (3, 131), (3, 3072), (5,), (2, 3, 4, 9), (0, 8), (3, 0), (0,)],
-        "channels": [1, 7, 64, 131, 3072],
+        "source": [torch.bfloat16],
+        "out_dtype": [torch.float32],
+        "shape": [(3, 1), (3, 64), (3, 131), (3, 3072), (2, 3, 4, 9), (0, 8), (3, 0), (0,)],
+        "channels": [1, 7, 131, 3072],
         "feature": [(40,), (0,), (0, 5), (5, 0), (1, 40), (2, 3, 5, 24), (0, 4, 8), (2, 0, 8)],
-        "count": [1, 3, 8, 64],
+        "count": [1, 64],
         "rows": [1, 4],
     },
     "ptx": {
