@@ -109,7 +109,7 @@ def forecast_norm(
 
 @triton.jit
 def widened(element):
-    """Return int8, or the bits of float8_e4m3fn in uint8, as float32. What it equals: `widen` in csrc/arithmetic.h."""
+    """Return int8, or the bits of float8_e4m3fn in uint8, as float32: `widen` in csrc/arithmetic.h."""
     if element.dtype == tl.int8:
         return element.to(tl.float32)
     else:
@@ -152,9 +152,8 @@ def row_scale(largest, LIMIT: tl.constexpr):
     """
     value = largest.to(tl.float32, bitcast=True)
     usable = (largest >= SMALLEST) & (largest < INFINITY)
-    # Infinity less itself is NaN.
+    # A number less itself is 0, infinity less itself NaN.
     scale = tl.where(usable, tl.div_rn(value, LIMIT), value - value)
-    scale = tl.where(largest < SMALLEST, 0.0, scale)
     return scale, tl.where(usable, tl.div_rn(LIMIT, value), 0.0)
 
 
