@@ -1,13 +1,13 @@
 // The kernels of push_scaled and forecast_scaled_into, for rings of one byte an element and a scale for each row.
 //
-// A row's scale follows from its largest magnitude, which is known only after a pass over all of the row. A feature, or
-// one forecast, is held in registers meanwhile, up to 4096 channels; longer rows are read again. Several forecasts do
-// not fit, so they take two passes: the first writes `out` and finds the largest magnitudes; the second reads the ring
-// again, which the caches serve, and writes the forecasts that are kept.
+// A row's scale follows from its largest magnitude, which is known only after a pass over all of the row. push_scaled
+// holds the row in registers meanwhile, up to 4096 channels, and reads longer ones again. M forecasts do not fit, so
+// forecast_scaled_into takes two passes: the first writes `out` and finds the largest magnitudes; the second reads the
+// ring again, which the caches serve, and writes the forecasts that are kept.
 //
 // Reads precede writes: a member reads its vector of all inputs before it writes it to any slot, and scales, which all
-// members read, are written when the whole team is through with the row. So the second kernel holds all inputs, at most
-// 64 floats: vectors of 8 channels for up to 8 inputs; more inputs go channel by channel.
+// members read, are written when the whole team is through with the row. So all inputs are held, at most 64 floats:
+// vectors of 8 channels for up to 8 inputs; more inputs go channel by channel.
 #pragma once
 
 #include <algorithm>
@@ -46,30 +46,6 @@ __device__ void store_scaled(Q* address, const Vector<float, kWidth>& vector, fl
   store<Q, kWidth>(address, elements);
 }
 
-// Rounds a row into a slot by a scale of its own, after use(column, vector) has seen all of it; does only that where
-// the slot has no scales.
-template <typename Q, int kWidth, int kMembers, typename Read, typename Use>
-__device__ void keep_row(Share<kWidth, kMembers>& share, std::int64_t row, const ScaledSlot<Q>& slot, const Read& read,
-                         const Use& use) {
-  std::uint32_t largest = 0;
-  share.template pass<true>(read, [&](std::int64_t column, const Vector<float, kWidth>& values) {
-    use(column, values);
-    largest = largest_of<kWidth>(largest, values);
-  });
-  if (slot.scales == nullptr) {
-    return;
-  }
-  largest = Team<kMembers>::reduce(largest, Larger{});
-  const auto [scale, inverse] = row_scale<Q>(std::bit_cast<float>(largest));
-  share.template pass<false>(read, [&](std::int64_t column, const Vector<float, kWidth>& values) {
-    store_scaled<Q, kWidth>(slot.elements + row * share.channels + column, values, inverse);
-  });
-  Team<kMembers>::wait();
-  if (Team<kMembers>::member() == 0) {
-    slot.scales[row] = scale;
-  }
-}
-
 template <typename Q, typename T>
 struct CopyScaledTask {
   const T* feature;
@@ -104,7 +80,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     };
     Row share;
     share.channels = channels;
-    keep_row<Q>(share, row, task.slot, read, [](std::int64_t, const Vector<float, kWidth>&) {});
+    std::uint32_t largest = 0;
+    share.template pass<true>(read, [&](std::int64_t, const Vector<float, kWidth>& values) {
+      largest = largest_of<kWidth>(largest, values);
+    });
+    largest = Team<kMembers>::reduce(largest, Larger{});
+    const auto [scale, inverse] = row_scale<Q>(std::bit_cast<float>(largest));
+    share.template pass<false>(read, [&](std::int64_t column, const Vector<float, kWidth>& values) {
+      store_scaled<Q, kWidth>(task.slot.elements + place + column, values, inverse);
+    });
+    if (Team<kMembers>::member() == 0) {
+      task.slot.scales[row] = scale;
+    }
   }
 }
 
@@ -120,63 +107,6 @@ struct ScaledTask {
   int num_outputs;
   bool keeps;  // any forecast
 };
-
-// One forecast. It fits into registers as a feature does, so that each input is read once, whatever their number.
-template <typename Q, typename T, int kWidth, int kMembers>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    forecast_one_scaled_kernel(const __grid_constant__ ScaledTask<Q, T> task) {
-  using Row = Share<kWidth, kMembers>;
-  static_assert(Row::kTurns == 1);
-  __shared__ float coefficients[kMostInputs];
-
-  for (int k = threadIdx.x; k < task.num_inputs; k += kThreads) {
-    coefficients[k] = task.coefficients.at(0, k);
-  }
-  const float offset = task.offsets.at(0, 0);
-  __syncthreads();
-
-  const std::int64_t channels = task.rows.channels;
-  for (std::int64_t row = Team<kMembers>::first_row(); row < task.rows.count; row += Team<kMembers>::row_step()) {
-    const std::int64_t place = row * channels;
-    const auto read = [&](std::int64_t start, Vector<float, kWidth>(&values)[1]) {
-      const std::int64_t column = Row::column(start, 0);
-      values[0] = {};
-      if (column >= channels) {
-        return;
-      }
-#pragma unroll 1
-      for (int first = 0; first < task.num_inputs; first += kLoadsInFlight) {
-        Vector<Q, kWidth> elements[kLoadsInFlight];
-        float scales[kLoadsInFlight];
-#pragma unroll
-        for (int j = 0; j < kLoadsInFlight; ++j) {
-          if (first + j < task.num_inputs) {
-            elements[j] = load<Q, kWidth>(task.inputs[first + j].elements + place + column);
-            scales[j] = task.inputs[first + j].scales[row];
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kLoadsInFlight; ++j) {
-          if (first + j < task.num_inputs) {
-#pragma unroll
-            for (int e = 0; e < kWidth; ++e) {
-              values[0][e] = add_term(values[0][e], coefficients[first + j], widen(elements[j][e]) * scales[j]);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        values[0][e] += offset;
-      }
-    };
-    Row share;
-    share.channels = channels;
-    keep_row<Q>(share, row, task.kept[0], read, [&](std::int64_t column, const Vector<float, kWidth>& values) {
-      store_vector<T, kWidth>(task.out + place + column, values);
-    });
-  }
-}
 
 // One vector of every input, in registers; inputs that do not exist are zeros, or left out eight at a time.
 template <typename Q, int kWidth>
@@ -346,17 +276,8 @@ void forecast_scaled(const ScaledForecasts<Q, T>& forecasts, const Target& targe
   task.num_outputs = static_cast<int>(kept.size());
   task.keeps = std::any_of(kept.begin(), kept.end(), is_kept);
   const auto fits = [](const ScaledSlot<Q>& slot) { return is_aligned(slot.elements); };
-  const bool aligned =
-      is_aligned(out) && std::all_of(inputs.begin(), inputs.end(), fits) && std::all_of(kept.begin(), kept.end(), fits);
-  if (kept.size() == 1 && aligned && rows.channels % kRowFloats == 0) {
-    for_rows<kRowFloats>(rows, true, [&]<int kWidth, int kMembers>() {
-      if constexpr (kWidth > 1) {
-        launch_rows<forecast_one_scaled_kernel<Q, T, kWidth, kMembers>, kMembers>(task, target);
-      }
-    });
-    return;
-  }
-  const bool vectors = aligned && inputs.size() <= kHeldFloats / kScaledWidth;
+  const bool vectors = inputs.size() <= kHeldFloats / kScaledWidth && is_aligned(out) &&
+                       std::all_of(inputs.begin(), inputs.end(), fits) && std::all_of(kept.begin(), kept.end(), fits);
   for_rows<kScaledWidth>(rows, vectors, [&]<int kWidth, int kMembers>() {
     launch_rows<forecast_scaled_kernel<Q, T, kWidth, kMembers>, kMembers>(task, target);
   });

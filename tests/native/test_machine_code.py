@@ -38,15 +38,13 @@ class Shape:
     @classmethod
     def of(cls, name: str) -> Shape | None:
         """Read a kernel's name; None for kernels that do not walk features."""
-        found = re.search(
-            r"(combine|reduce|gram|copy|norm|copy_scaled|forecast_one_scaled|forecast_scaled)_kernel<([^>]*)>", name
-        )
+        found = re.search(r"(combine|reduce|gram|copy|norm|copy_scaled|forecast_scaled)_kernel<([^>]*)>", name)
         if found is None:
             return None
         arguments = [argument.removeprefix("lesa::") for argument in found[2].split(", ")]
         sizes = [ELEMENT_BYTES[argument] for argument in arguments if argument in ELEMENT_BYTES]
         numbers = [int(argument) for argument in arguments if argument.isdigit()]
-        if found[1] in ("norm", "copy_scaled", "forecast_one_scaled", "forecast_scaled"):
+        if found[1] in ("norm", "copy_scaled", "forecast_scaled"):
             return cls._of_rows(found[1], sizes, numbers[0])
         flags = [argument == "true" for argument in arguments if argument in ("true", "false")]
         *_, width = numbers
@@ -59,7 +57,7 @@ class Shape:
     def _of_rows(cls, family: str, sizes: list[int], width: int) -> Shape:
         """Of a kernel that works row by row; elements of scaled rings come before those of features."""
         element, feature = sizes[0], min(16, width * sizes[-1])
-        if family.startswith("forecast"):
+        if family == "forecast_scaled":
             return cls(family, 8, width, False, width * element, feature)
         inputs = 1 if family == "copy_scaled" else LOADS_IN_FLIGHT
         return cls(family, inputs * (ROW_FLOATS // width), width, False, feature, width * element)

@@ -59,9 +59,7 @@ def ring_of(dtype: str, slots: int, rows: int, channels: int, layout: Layout = c
 
 def push(engine: Engine, ring: Ring, feature: Array, slot: int) -> None:
     """Run the kernel and compare with the reference, bit by bit; other slots keep theirs."""
-    wanted = Ring(
-        *(Array(a.storage.copy(), a.offset, a.shape, a.strides, a.dtype) for a in (ring.elements, ring.scales))
-    )
+    wanted = Ring(*(Array(a.storage.copy(), a.offset, a.shape, a.strides, a.dtype) for a in (ring.elements, ring.scales)))
     elements, scales = reference.scale_rows(tensor_of(feature).float(), getattr(torch, ring.dtype))
     wanted.elements.view[slot] = encode(elements.float().numpy(), ring.dtype)
     wanted.scales.view[slot] = scales.numpy()
@@ -153,10 +151,7 @@ def check(engine: Engine, case: Problem) -> None:
     """Compare with float64: what is handed out, and what is kept, which may be half a step off."""
     ring, features = case.ring, case.ring.features
     elements, scales = ring.elements.view.copy(), ring.scales.view.copy()
-    history, coefficients, offsets = (
-        [features[k] for k in case.read],
-        *map(tensor_of, (case.coefficients, case.offsets)),
-    )
+    history, coefficients, offsets = [features[k] for k in case.read], *map(tensor_of, (case.coefficients, case.offsets))
     want = torch.stack(reference.forecast(history, coefficients, offsets[0]))
     size = torch.stack(reference.forecast([h.abs() for h in history], coefficients.abs(), offsets[0].abs()))
     forecast(engine, case)
@@ -200,35 +195,6 @@ def test_counts(engine: Engine, scaled: str, history: int, forecasts: int, chann
 
 @pytest.mark.parametrize("scaled", SCALED)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [16, 512, 528, 3072, 4112])
-@pytest.mark.parametrize("write", [-1, 1, 3])
-def test_one_forecast(engine: Engine, scaled: str, dtype: str, channels: int, write: int) -> None:
-    """Held in registers, at the limit of a warp, and read twice; not kept, in the place of an input, elsewhere."""
-    check(engine, problem(scaled, dtype, 1, channels, read=[1, 0, 2, 1, 2], write=[write]))
-
-
-@pytest.mark.parametrize("scaled", SCALED)
-@pytest.mark.parametrize("history", [1, 4, 8, 9, 64])
-@pytest.mark.parametrize(("rows", "channels"), [(19, 48), (5, 1024)])
-def test_one_forecast_of_many_inputs_and_rows(
-    engine: Engine, scaled: str, history: int, rows: int, channels: int
-) -> None:
-    check(engine, problem(scaled, "bfloat16", rows, channels, read=[k % 5 for k in range(history)], write=[2]))
-
-
-@pytest.mark.parametrize("scaled", SCALED)
-@pytest.mark.parametrize("write", [[-1], [-1, -1]])
-def test_every_element_is_read_exactly(engine: Engine, scaled: str, write: list[int]) -> None:
-    case = problem(scaled, "float32", 1, 256, read=[0], write=write)
-    case.ring.elements.view.view(np.uint8)[0, 0] = np.arange(256)
-    case.ring.scales.view[0], case.coefficients.view[...], case.offsets.view[...] = 0.5, 1, 0
-    want = np.broadcast_to(case.ring.features[0].numpy(), case.out.shape)
-    forecast(engine, case)
-    np.testing.assert_array_equal(case.out.values, want)
-
-
-@pytest.mark.parametrize("scaled", SCALED)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("history", [4, 8, 12])
 @pytest.mark.parametrize("channels", [40, 41, pytest.param(2056, marks=pytest.mark.exhaustive)])
 def test_forecasts_may_take_the_place_of_inputs(
@@ -259,25 +225,18 @@ def test_each_parameter_has_its_own_dtype(engine: Engine, scaled: str, own: tupl
 
 
 @pytest.mark.parametrize(
-    ("channels", "history", "forecasts", "layout", "kernel"),
+    ("channels", "history", "layout", "kernel"),
     [
-        (512, 8, 2, contiguous, "forecast_scaled_kernelIaNS_8bfloat16ELi8ELi32E"),
-        (520, 8, 2, contiguous, "forecast_scaled_kernelIaNS_8bfloat16ELi8ELi256E"),
-        (516, 8, 2, contiguous, "forecast_scaled_kernelIaNS_8bfloat16ELi1ELi32E"),
-        (64, 9, 2, contiguous, "forecast_scaled_kernelIaNS_8bfloat16ELi1ELi32E"),
-        (64, 8, 2, misaligned, "forecast_scaled_kernelIaNS_8bfloat16ELi1ELi32E"),
-        (512, 9, 1, contiguous, "forecast_one_scaled_kernelIaNS_8bfloat16ELi16ELi32E"),
-        (528, 8, 1, contiguous, "forecast_one_scaled_kernelIaNS_8bfloat16ELi16ELi256E"),
-        (520, 8, 1, contiguous, "forecast_scaled_kernelIaNS_8bfloat16ELi8ELi256E"),
-        (64, 8, 1, misaligned, "forecast_scaled_kernelIaNS_8bfloat16ELi1ELi32E"),
+        (512, 8, contiguous, "Li8ELi32E"),
+        (520, 8, contiguous, "Li8ELi256E"),
+        (516, 8, contiguous, "Li1ELi32E"),
+        (64, 9, contiguous, "Li1ELi32E"),
+        (64, 8, misaligned, "Li1ELi32E"),
     ],
 )
-def test_which_kernel_runs(
-    engine: Engine, channels: int, history: int, forecasts: int, layout: Layout, kernel: str
-) -> None:
+def test_which_kernel_runs(engine: Engine, channels: int, history: int, layout: Layout, kernel: str) -> None:
     """Template arguments in the name: channels of a vector, threads of a row."""
-    read, write = [k % 3 for k in range(history)], [3, -1][:forecasts]
-    check(engine, problem("int8", "bfloat16", 2, channels, read, write, layout=layout))
+    check(engine, problem("int8", "bfloat16", 2, channels, read=[k % 3 for k in range(history)], layout=layout))
     engine.check_launches(kernel)
 
 
