@@ -59,7 +59,9 @@ def ring_of(dtype: str, slots: int, rows: int, channels: int, layout: Layout = c
 
 def push(engine: Engine, ring: Ring, feature: Array, slot: int) -> None:
     """Run the kernel and compare with the reference, bit by bit; other slots keep theirs."""
-    wanted = Ring(*(Array(a.storage.copy(), a.offset, a.shape, a.strides, a.dtype) for a in (ring.elements, ring.scales)))
+    wanted = Ring(
+        *(Array(a.storage.copy(), a.offset, a.shape, a.strides, a.dtype) for a in (ring.elements, ring.scales))
+    )
     elements, scales = reference.scale_rows(tensor_of(feature).float(), getattr(torch, ring.dtype))
     wanted.elements.view[slot] = encode(elements.float().numpy(), ring.dtype)
     wanted.scales.view[slot] = scales.numpy()
@@ -151,7 +153,10 @@ def check(engine: Engine, case: Problem) -> None:
     """Compare with float64: what is handed out, and what is kept, which may be half a step off."""
     ring, features = case.ring, case.ring.features
     elements, scales = ring.elements.view.copy(), ring.scales.view.copy()
-    history, coefficients, offsets = [features[k] for k in case.read], *map(tensor_of, (case.coefficients, case.offsets))
+    history, coefficients, offsets = (
+        [features[k] for k in case.read],
+        *map(tensor_of, (case.coefficients, case.offsets)),
+    )
     want = torch.stack(reference.forecast(history, coefficients, offsets[0]))
     size = torch.stack(reference.forecast([h.abs() for h in history], coefficients.abs(), offsets[0].abs()))
     forecast(engine, case)
