@@ -104,9 +104,9 @@ class Session:
         elif (unfinished := self._unfinished()) is not None:
             raise RuntimeError(f"step {step} must follow the forecast of step {unfinished}, which was not asked for")
         ring = self._ring_for(feature, starts)
-        self._feature_dtype = feature.dtype
         if segment.slot is not None:
             ring.push(feature, segment.slot)
+        self._feature_dtype = feature.dtype
         self._full_step = step
         self._launched = self._resident = None
 

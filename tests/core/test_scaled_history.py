@@ -164,10 +164,12 @@ def test_what_cannot_be_scaled_is_refused(dtype: torch.dtype) -> None:
         session.push(0, torch.randn(()))
     session.push(0, torch.randn(4))
     session.forecast(1)
+    session.forecast(2)
     with pytest.raises(
         (TypeError, RuntimeError), match="feature must have a dtype of float32, float16, bfloat16, got float64"
     ):
         session.push(3, torch.randn(4, dtype=torch.float64))
+    assert session.forecast(2).dtype == session.feature_dtype == torch.float32
 
 
 def test_other_dtypes_are_no_history() -> None:
