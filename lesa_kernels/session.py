@@ -128,9 +128,7 @@ class Session:
             RuntimeError: when the step is out of order.
         """
         ring, launch, row = self._due(step)
-        if launch is not self._resident:
-            ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
-            self._launched = self._resident = launch
+        self._make(ring, launch)
         return ring.handed_out(row, launch.write[row]).to(self._feature_dtype)
 
     def forecast_norm(self, step: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -177,9 +175,15 @@ class Session:
             ValueError: when the step is not a forecast step of the plan.
             RuntimeError: when the step is out of order.
         """
-        _, launch, _ = self._due(step)
+        ring, launch, _ = self._due(step)
         if not self._fuses(launch):
-            self.forecast(step)
+            self._make(ring, launch)
+
+    def _make(self, ring: Ring, launch: Launch) -> None:
+        """Compute the forecasts of a launch, unless they lie in their slots."""
+        if launch is not self._resident:
+            ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
+            self._launched = self._resident = launch
 
     def _due(self, step: int) -> tuple[Ring, Launch, int]:
         """Return the ring, the launch of a forecast step and its row; raise what `forecast` does."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa_kernels import Plan, Reuse, Schedule, Session, TaylorSeer, session
+from lesa_kernels.history import HostRing
 from lesa_kernels.plan import Row, compile_plan
 
 SIGMAS = [1 - step / 8 for step in range(9)]
@@ -159,6 +160,19 @@ def test_a_history_of_another_kind_hands_its_features_out_first(place: str, monk
     assert [op for op, _, _ in passes.seen] == ["forecast_into", "forecast_norm"]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), norm_of(feature, *modulation(2)), rtol=1e-5, atol=1e-5)
+
+
+def test_preparing_carries_no_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "lies_elsewhere", lambda device: True)
+    run = Session(Reuse().plan(SIGMAS, FULL, chunk=1), history_device="cpu")
+    for step in (0, 1):
+        run.push(step, torch.randn(SHAPE))
+    assert isinstance(run.ring, HostRing)
+    before = run.ring.copied_bytes
+    run.prepare(2)
+    assert run.ring.copied_bytes == before
+    run.forecast_norm(2, *modulation(2), EPS)
+    assert run.ring.copied_bytes == before + run.ring.nbytes // run.ring.num_slots
 
 
 @pytest.mark.parametrize("chunk", [None, 1])
