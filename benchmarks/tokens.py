@@ -22,7 +22,7 @@ from benchmarks.cases import (
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
 from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES, Tolerance
+from lesa_kernels.reference import TOLERANCES
 
 INTO_AND_NORM = "lesa::forecast_into, then the model's norm"
 MODELS_NORM = "the model's norm"
@@ -30,12 +30,6 @@ FROM_BFLOAT16 = "lesa::forecast_into of a history in bfloat16"
 EPS = 1e-6
 # Tokens at each end of an output that are checked.
 CHECKED_TOKENS = 512
-
-# Half a step of the format, of the largest element of a row, and a rounding to bfloat16.
-STEPS = {
-    torch.int8: Tolerance(0.5 / 127 + 2**-8, 0.0),
-    torch.float8_e4m3fn: Tolerance(2**-5 + 2**-8, 0.0),
-}
 
 
 def models_norm(feature: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -103,9 +97,10 @@ def norm_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torc
 
 @torch.inference_mode()
 def scaled_case(size: str, clock: Clock, dtype: torch.dtype, count: int = 8, rows: int = 1, keep: bool = False) -> Case:
-    """Forecasts of K features kept in int8 or float8, into bfloat16, against the same of features in bfloat16.
+    """Forecasts of K features kept in int8 or float8, into bfloat16, against the same of these features in bfloat16.
 
-    With `keep` the forecasts are kept in the history as well.
+    Both histories hold the values that int8 or float8 left, so that no forecast may be off by more than roundings to
+    bfloat16. With `keep` the forecasts are kept in the history as well.
     """
     shape, device = SIZES[size], clock.device
     elements = math.prod(shape)
@@ -117,6 +112,7 @@ def scaled_case(size: str, clock: Clock, dtype: torch.dtype, count: int = 8, row
     for index, ring in enumerate(plain):
         for slot in range(count):
             torch.ops.lesa.push_scaled(rings[index], scales[index], ring[slot], slot)
+            ring[slot].copy_(reference.unscaled(rings[index][slot], scales[index][slot]))
     coefficients, offsets = torch.randn(rows, count, device=device), torch.randn(rows, device=device)
     read, write = list(range(count)), list(range(count, count + rows))
     kept = write if keep else [-1] * rows
@@ -134,20 +130,17 @@ def scaled_case(size: str, clock: Clock, dtype: torch.dtype, count: int = 8, row
         torch.ops.lesa.forecast_into(plain[turn % sets], coefficients, offsets, read, write)
         return list(plain[turn % sets][count:])
 
-    history = [ends(slot).float() for slot in plain[0][:count]]
-    # Half a step of a format is relative to the largest of a row, not to each value.
-    largest = [feature.abs().max().expand_as(feature) for feature in history]
-    step = STEPS[dtype]
+    history = [ends(reference.unscaled(rings[0][slot], scales[0][slot])) for slot in range(count)]
     kernels = implementations(device).items()
     return Case(
         "forecast_scaled_into",
         f"{size}, {dtype_name(dtype)}, K={count}, M={rows}{', kept' if keep else ''}",
         moved,
         reference.forecast(history, coefficients, offsets),
-        reference.forecast(largest, coefficients.abs(), offsets.abs()),
+        reference.forecast([feature.abs() for feature in history], coefficients.abs(), offsets.abs()),
         [
-            *(Variant(f"{name}forecast_scaled_into", scaled(ops), step) for name, ops in kernels),
-            Variant(FROM_BFLOAT16, unscaled, TOLERANCES[torch.bfloat16]),
+            *(Variant(f"{name}forecast_scaled_into", scaled(ops), TOLERANCES[torch.bfloat16]) for name, ops in kernels),
+            Variant(FROM_BFLOAT16, unscaled, half_rounded(torch.bfloat16)),
             copy_variant(moved, sets, device),
         ],
         checked=ends,

@@ -116,6 +116,18 @@ def test_the_gate_sees_each_output_of_each_variant(make: Make) -> None:
                 harness.check(replace(case, variants=broken))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_gate_of_a_scaled_history_allows_no_more_than_a_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    case = scaled_case("tokens", SmallCache(), dtype, count=2)
+    ours, *others = case.variants
+    larger = replace(ours, run=lambda turn: [1.01 * output.float() for output in ours.run(turn)])
+    with case.context():
+        harness.check(case)
+        with pytest.raises(ValueError, match="output 0 of lesa::forecast_scaled_into must match the reference"):
+            harness.check(replace(case, variants=[larger, *others]))
+
+
 def _case(value: float, *variants: harness.Variant) -> harness.Case:
     return harness.Case("predict", "4", 16, [torch.full((4,), value)], [torch.ones(())], variants)
 
