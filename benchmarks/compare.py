@@ -46,7 +46,8 @@ def checked_out(revision: str, kind: str, console: Console) -> Path:
     console.print(f"building {revision} ({commit[:12]}) in {tree.relative_to(ROOT)} ...")
     if not tree.exists():
         tree.parent.mkdir(parents=True, exist_ok=True)
-        _must(_run(["git", "worktree", "add", "--detach", str(tree), commit], ROOT), "checked out")
+        # Forced, as git remembers a checkout that `make clean` took.
+        _must(_run(["git", "worktree", "add", "--force", "--detach", str(tree), commit], ROOT), "checked out")
     _must(_run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, LESA_BUILD=kind), "built")
     built.touch()
     return tree

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -333,3 +335,18 @@ def test_two_commits_are_compared_in_one_run(tmp_path: Path, monkeypatch: pytest
 def test_a_commit_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="--baseline must name a commit, got nothing-like-it"):
         compare.checked_out("nothing-like-it", "cpu", Console())
+
+
+def test_a_checkout_that_was_deleted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    (tmp_path / "setup.py").write_text("")
+    git("add", "setup.py")
+    git("commit", "--quiet", "-m", "x")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "BUILD", tmp_path / "build")
+    for _ in range(2):
+        assert (compare.checked_out("HEAD", "cpu", Console()) / "setup.py").exists()
+        shutil.rmtree(tmp_path / "build")
