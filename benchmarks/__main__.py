@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lesa_kernels
 from benchmarks import harness, results, targets
-from benchmarks.clock import clock_for
+from benchmarks.clock import Clock, clock_for
 from benchmarks.compare import ROOT, Worker, checked_out, compare, table
 from benchmarks.results import RESULTS
 from benchmarks.suite import missing, suite, sweeps
@@ -37,17 +37,18 @@ def main(
     With --baseline: against another commit, which is checked out and built below build/.
     """
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
-    clock = clock_for(torch.device(device))
-    if clock.device.index is not None:
-        torch.cuda.set_device(clock.device)
+    clock = _clock(device)
     origin = results.origin(clock.device)
-    if sweep and baseline is not None:
-        raise typer.BadParameter("--sweep and --baseline exclude each other")
+    for name, given in (("sweep", sweep), ("save", save), ("seconds", seconds < float("inf"))):
+        if given and baseline is not None:
+            raise typer.BadParameter(f"--{name} and --baseline exclude each other")
     every = sweeps() if sweep else suite(clock.device)
+    names = dict.fromkeys(entry.op for entry in every)
+    if unknown := [name for name in op or () if name not in names]:
+        raise typer.BadParameter(
+            f"--op must name an op of the benchmark ({', '.join(names)}), got {', '.join(unknown)}"
+        )
     chosen = [number for number, entry in enumerate(every) if not op or entry.op in op]
-    if not chosen:
-        names = ", ".join(dict.fromkeys(entry.op for entry in every))
-        raise typer.BadParameter(f"--op must name an op of the benchmark ({names}), got {', '.join(op or ())}")
     lacking = {package for number in chosen if (package := missing(every[number]))}
     for package in sorted(lacking):
         console.print(f"what needs {package} is left out: it is not installed")
@@ -80,6 +81,19 @@ def main(
         console.print(
             f"appended to {out.name}; python -m benchmarks.report makes the README's table and the plots of it"
         )
+
+
+def _clock(device: str) -> Clock:
+    try:
+        clock = clock_for(torch.device(device))
+        if clock.device.type == "cuda":
+            torch.cuda.get_device_properties(clock.device)
+        if clock.device.index is not None:
+            torch.cuda.set_device(clock.device)
+    # An AssertionError is what torch raises where it was built without CUDA.
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device must be cpu or a GPU that is there, got {device}: {error}") from error
+    return clock
 
 
 def _compare(console: Console, revision: str, device: str, chosen: Sequence[int], repeats: int) -> None:

@@ -261,12 +261,18 @@ def test_the_command_measures_and_saves(monkeypatch: pytest.MonkeyPatch, tmp_pat
     app.command()(command.main)
 
     def run(*arguments: str) -> str:
-        return CliRunner().invoke(app, ["--repeats", "3", *arguments]).output
+        output = CliRunner().invoke(app, ["--repeats", "3", *arguments]).output
+        return " ".join(output.replace("│", " ").split())  # messages stand in boxes
 
     assert "appended to out.csv" in run("--op", "push", "--save", "--out", str(path))
     assert {row.op for row in results.load(path)} == {"push"} and len(results.load(path)) == 2 * 3
     assert "3 cases left out: 0 seconds are over" in run("--seconds", "0")
     assert "must name an op" in run("--op", "nothing")
+    assert "got nothing" in run("--op", "push", "--op", "nothing")
+    for device in ("meta", "nowhere", "cuda:63"):
+        assert f"--device must be cpu or a GPU that is there, got {device}" in run("--device", device)
+    for option in (["--sweep"], ["--save"], ["--seconds", "1"]):
+        assert f"{option[0]} and --baseline exclude each other" in run("--baseline", "HEAD", *option)
 
 
 def test_memory_beyond_the_inputs_is_counted() -> None:
