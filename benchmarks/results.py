@@ -90,14 +90,21 @@ def origin(device: torch.device, module: str = "benchmarks") -> Origin:
     )
 
 
-def commit() -> str:
-    """Return what git calls the working tree; "unknown" outside of a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+def commit(folder: Path = RESULTS.parent) -> str:
+    """Return what git calls the working tree that holds a folder; "unknown" outside of a repository.
+
+    Results that an earlier run appended do not make it dirty.
+    """
+    described = ["describe", "--always"]
+    changed = ["status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.name}"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        name, changes = (
+            subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=False).stdout
+            for command in (described, changed)
+        )
     except FileNotFoundError:
         return "unknown"
-    return result.stdout.strip() or "unknown"
+    return name.strip() + ("-dirty" if changes.strip() else "") or "unknown"
 
 
 def table(rows: Sequence[Measurement]) -> Table:

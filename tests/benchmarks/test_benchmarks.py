@@ -343,14 +343,30 @@ def test_a_commit_that_is_none_is_refused() -> None:
         compare.checked_out("nothing-like-it", "cpu", Console())
 
 
-def test_a_checkout_that_was_deleted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _repository(folder: Path, *names: str) -> None:
     def git(*arguments: str) -> None:
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments], cwd=tmp_path, check=True)
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments], cwd=folder, check=True)
 
     git("init", "--quiet")
-    (tmp_path / "setup.py").write_text("")
-    git("add", "setup.py")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    git("add", *names)
     git("commit", "--quiet", "-m", "x")
+
+
+def test_results_of_an_earlier_run_do_not_make_a_commit_dirty(tmp_path: Path) -> None:
+    assert results.commit(tmp_path) == "unknown"
+    _repository(tmp_path, "setup.py", "benchmarks/results.csv")
+    clean = results.commit(tmp_path / "benchmarks")
+    (tmp_path / "benchmarks/results.csv").write_text("a row")
+    assert results.commit(tmp_path / "benchmarks") == clean
+    (tmp_path / "setup.py").write_text("something else")
+    assert results.commit(tmp_path / "benchmarks") == f"{clean}-dirty"
+
+
+def test_a_checkout_that_was_deleted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _repository(tmp_path, "setup.py")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "BUILD", tmp_path / "build")
     for _ in range(2):
