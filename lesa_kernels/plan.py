@@ -213,6 +213,21 @@ def falling(sigmas: Sequence[float]) -> tuple[float, ...]:
     return levels
 
 
+def check_chunk(chunk: object) -> None:
+    """Check how many forecasts a launch may make.
+
+    Raises:
+        TypeError: when it is neither an int nor None.
+        ValueError: when it is less than 1.
+    """
+    if chunk is None:
+        return
+    if not isinstance(chunk, int):
+        raise TypeError(f"chunk must be an int or None, got {chunk!r}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+
+
 def compile_plan(
     sigmas: Sequence[float],
     schedule: Schedule | ScheduleRule,
@@ -237,7 +252,7 @@ def compile_plan(
     Raises:
         ValueError: when the sigmas do not fall, the schedule is for another number of steps, a row is not finite, or
             first_step or chunk is out of range.
-        TypeError: when the schedule is neither a Schedule nor a rule.
+        TypeError: when the schedule is neither a Schedule nor a rule, or chunk no int.
     """
     levels = falling(sigmas)
     steps = len(levels) - 1
@@ -252,8 +267,7 @@ def compile_plan(
         )
     if not 0 <= first_step < steps:
         raise ValueError(f"first_step must be in [0, {steps}), got {first_step}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    check_chunk(chunk)
     full, rows = _resolve_rows(steps, resolved, rule, first_step)
     segments, num_slots = _assign_slots(
         _compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS)), keep_all=True

@@ -67,7 +67,7 @@ def enable(
     Raises:
         ValueError: when there is no adapter for the model, nothing or too much tells the steps, a cache of diffusers is
             on, or an option is out of range or does not go with another.
-        TypeError: when target, predictor, schedule or history_dtype is something else.
+        TypeError: when target, predictor, schedule, history_dtype or chunk is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
     from lesa_kernels.integrations.hooks import attach, detach

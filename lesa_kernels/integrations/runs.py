@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lesa_kernels.integrations.clock import Clock, Follower, Position
 from lesa_kernels.integrations.summaries import Summary, Tally
-from lesa_kernels.plan import Plan
+from lesa_kernels.plan import Plan, check_chunk
 from lesa_kernels.predictors import Forecaster
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -71,8 +71,7 @@ class Options:
         check_history(self.history_dtype, self.history_device)
         if self.on_other_sigmas not in ("refuse", "adapt"):
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+        check_chunk(self.chunk)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ def test_a_history_on_the_host_serves_a_gpu() -> None:
             "history_device must be None for a history",
         ),
         ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
+        ({"chunk": 1.5}, TypeError, r"chunk must be an int or None, got 1\.5"),
+        ({"chunk": "1"}, TypeError, "chunk must be an int or None, got '1'"),
         ({"on_other_sigmas": "ignore"}, ValueError, 'on_other_sigmas must be "refuse" or "adapt", got \'ignore\''),
     ],
 )
