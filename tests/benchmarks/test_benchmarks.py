@@ -338,6 +338,41 @@ def test_two_commits_are_compared_in_one_run(tmp_path: Path, monkeypatch: pytest
         base.ask(open=0)
 
 
+def test_two_commits_take_turns_in_going_first() -> None:
+    asked: list[str] = []
+
+    class Fake(compare.Worker):
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name, self.seconds = name, seconds
+
+        def ask(self, **request: object) -> object:
+            if "open" in request:
+                return {"title": "a case", "variants": ["x", self.name]}
+            asked.append(f"{self.name} {request['round']}")
+            return {"x": 100.0 if request["round"] == 0 else self.seconds, self.name: 1.0}
+
+    title, rows = compare.compare(Fake("base", 3.0), Fake("here", 1.5), 0, repeats=2)
+    assert asked == ["here 0", "base 0", "base 1", "here 1", "here 2", "base 2"]
+    assert title == "a case" and rows == [compare.Compared("x", [3.0, 3.0], [1.5, 1.5])]
+    assert list(compare.table(title, rows).columns[-1].cells) == ["2.00"]  # times as fast
+
+
+def test_variants_take_turns_in_going_first() -> None:
+    seen: list[str] = []
+
+    def variant(name: str) -> harness.Variant:
+        def run(turn: int) -> list[torch.Tensor]:
+            seen.append(name)
+            return [torch.tensor(1.0)]
+
+        return harness.Variant(name, run, None)
+
+    case, clock = _case(1.0, *map(variant, "abc")), Scripted()
+    for turn in range(3):
+        harness.one_round(case, clock, dict.fromkeys("abc", 1), turn)
+    assert "".join(seen) == "abcbcacab"
+
+
 def test_a_commit_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="--baseline must name a commit, got nothing-like-it"):
         compare.checked_out("nothing-like-it", "cpu", Console())
