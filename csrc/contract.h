@@ -235,9 +235,9 @@ inline void check_ring(const char* op, const Tensor& ring) {
   check_distinct_elements(op, {"ring"}, ring);
 }
 
-inline void check_slot(const char* op, Name name, std::int64_t slot, const Tensor& ring) {
+inline void check_slot(const char* op, Name name, std::int64_t slot, const Tensor& ring, const char* what = "a slot") {
   if (slot < 0 || slot >= ring.size(0)) {
-    refuse(op, name, " must be a slot in [0, ", ring.size(0), "), got ", slot);
+    refuse(op, name, " must be ", what, " in [0, ", ring.size(0), "), got ", slot);
   }
 }
 
@@ -375,7 +375,7 @@ inline void check_forecast_scaled_into(const Tensor& ring, const Tensor& scales,
     if (write[m] == -1) {
       continue;
     }
-    check_slot(op, {"write", static_cast<std::int64_t>(m)}, write[m], ring);
+    check_slot(op, {"write", static_cast<std::int64_t>(m)}, write[m], ring, "-1 or a slot");
     if (std::find(write.begin(), write.begin() + m, write[m]) != write.begin() + m) {
       refuse(op, "write must name distinct slots, got slot ", write[m], " twice");
     }

@@ -173,14 +173,14 @@ def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
                 )
 
 
-def check_slot(op: str, name: str, slot: int, ring: Tensor) -> None:
+def check_slot(op: str, name: str, slot: int, ring: Tensor, what: str = "a slot") -> None:
     """Check that a slot number lies in the ring.
 
     Raises:
         ValueError: when it does not.
     """
     if not 0 <= slot < ring.shape[0]:
-        raise ValueError(f"lesa::{op}: {name} must be a slot in [0, {ring.shape[0]}), got {slot}")
+        raise ValueError(f"lesa::{op}: {name} must be {what} in [0, {ring.shape[0]}), got {slot}")
 
 
 def check_forecast_into(
@@ -313,7 +313,7 @@ def check_forecast_scaled_into(
     for position, slot in enumerate(write):
         if slot == -1:
             continue
-        check_slot(op, f"write[{position}]", slot, ring)
+        check_slot(op, f"write[{position}]", slot, ring, "-1 or a slot")
         if slot in write[:position]:
             raise ValueError(f"lesa::{op}: write must name distinct slots, got slot {slot} twice")
 

@@ -93,7 +93,7 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("forecast_scaled_into", _scaled(offsets=OFFSETS[:1]), r"offsets must have shape \(2,\), got \(1,\)"),
     ("forecast_scaled_into", _scaled(read=[0, 1, 4]), r"read\[2\] must be a slot in \[0, 4\), got 4"),
     ("forecast_scaled_into", _scaled(write=[0]), r"write must hold 2 numbers \(the rows of coefficients\), got 1"),
-    ("forecast_scaled_into", _scaled(write=[-2, 0]), r"write\[0\] must be a slot in \[0, 4\), got -2"),
+    ("forecast_scaled_into", _scaled(write=[-2, 0]), r"write\[0\] must be -1 or a slot in \[0, 4\), got -2"),
     ("forecast_scaled_into", _scaled(write=[3, 3]), r"write must name distinct slots, got slot 3 twice"),
     ("gram", ([],), r"lesa::gram: features must hold 1 to 64 tensors, got 0"),
     ("gram", (H * 22,), r"lesa::gram: features must hold 1 to 64 tensors, got 66"),
