@@ -28,6 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton_places import PTXSIM
+from triton_races import watch
 
 PACKAGE = "lesa_kernels.backends.triton"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -127,6 +128,7 @@ class Simulator:
     def __init__(self) -> None:
         self.utils = self
         self.compilations = 0
+        self._accesses = watch(_ptxsim())
         self.begin()
 
     def begin(self) -> None:
@@ -134,6 +136,7 @@ class Simulator:
         self.launches: list[Compiled] = []
         self._memory = _ptxsim().Memory()
         self._alive: list[Any] = []
+        self._accesses.clear()
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -166,6 +169,7 @@ class Simulator:
             self.launches.append(compiled)
             flat = [*self._flat(tuple(source.signature.values()), values), None, None]
             module.launch(kernel, (x, y, z), (32 * compiled.warps,), flat, shared_bytes=compiled.shared)
+            self._accesses.check()
 
         return launch
 
