@@ -308,7 +308,7 @@ def build_host(cache: Path) -> Host:
     def build(folder: Path) -> None:
         # What nvcc needs for its device pass, g++ does not know.
         quiet = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        flags = ["g++", "-std=c++20", "-O1", "-g1", "-fPIC", SANITIZERS, "-fno-sanitize-recover=undefined", *quiet]
+        flags = ["g++", "-std=c++20", "-O0", "-g1", "-fPIC", SANITIZERS, "-fno-sanitize-recover=undefined", *quiet]
         includes = [f"-I{HERE / 'shim'}", f"-I{CSRC}", f"-I{HERE}"]
         sources = [*_kernel_sources(), *sorted(HERE.glob("*_entries.cpp")), *sorted(HERE.glob("shim/*.cpp"))]
         compile_ = [*flags, *includes, "-x", "c++", "-c"]
