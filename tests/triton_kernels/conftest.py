@@ -90,7 +90,7 @@ _QUICK_TOKENS: dict[str, dict[str, list[Any]]] = {
         "channels": [1, 7, 131, 3072],
         "feature": [(40,), (0,), (0, 5), (5, 0), (1, 40), (2, 3, 5, 24), (0, 4, 8), (2, 0, 8)],
         "count": [1, 64],
-        "rows": [1, 4],
+        "rows": [1, 4, 17],
     },
     "ptx": {
         "dtype": [torch.bfloat16, torch.int8, torch.float8_e4m3fn],
@@ -107,6 +107,8 @@ _QUICK_TOKENS: dict[str, dict[str, list[Any]]] = {
 
 def _is_quick(item: pytest.Function) -> bool:
     parameters = _parameters_of(item)
+    if item.originalname == "test_gram_takes_1_to_64_features" and parameters["count"] == 64:
+        return False  # 2,080 products, half a minute in either engine
     of_file = _QUICK_TOKENS if item.path.stem == "test_triton_tokens" else _QUICK
     quick = of_file.get(parameters.get("lesa", "gpu"), {})
     return all(value in quick[name] for name, value in parameters.items() if name in quick)

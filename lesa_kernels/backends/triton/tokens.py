@@ -1,6 +1,7 @@
 """The ops that take tokens (rows of channels) whole: check, launch a program for each token.
 
-What each means stands in `lesa_kernels.reference`. Nothing is copied; only the norm allocates, its result.
+What each means stands in `lesa_kernels.reference`. Nothing is copied; what is allocated is the norm's result, and more
+than 16 forecasts at once in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from lesa_kernels.backends.triton.passes import OPTIONS, ROWS, width_of
 
 # A product that is fused with the sum that rounds it to an integer breaks ties otherwise than the reference does.
 UNFUSED = {**OPTIONS, "enable_fp_fusion": False}
+# Forecasts of one launch: a kernel of 64 of them, of 64 features, takes a quarter of an hour to compile.
+MOST_FORECASTS = 16
 
 
 def forecast_norm(
@@ -97,8 +100,33 @@ def forecast_scaled_into(
     read: Sequence[int],
     write: Sequence[int],
 ) -> None:
-    """`reference.forecast_scaled_into`; allocates nothing."""
+    """`reference.forecast_scaled_into`; allocates nothing for up to 16 forecasts, float32 copies of more."""
     contract.check_forecast_scaled_into(ring, scales, out, coefficients, offsets, read, write)
+    if len(write) <= MOST_FORECASTS:
+        _forecast_scaled(ring, scales, out, coefficients, offsets, read, write)
+        return
+    # A slot may be read by every forecast: all are made before one is kept.
+    made = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    for first in range(0, len(write), MOST_FORECASTS):
+        some = slice(first, first + MOST_FORECASTS)
+        _forecast_scaled(ring, scales, made[some], coefficients[some], offsets[some], read, [-1] * len(write[some]))
+    for feature, slot in zip(made, write, strict=True):
+        if slot >= 0:
+            push_scaled(ring, scales, feature, slot)
+    if made is not out:
+        out.copy_(made)
+
+
+def _forecast_scaled(
+    ring: Tensor,
+    scales: Tensor,
+    out: Tensor,
+    coefficients: Tensor,
+    offsets: Tensor,
+    read: Sequence[int],
+    write: Sequence[int],
+) -> None:
+    """Launch `forecast_scaled_into` for a few forecasts."""
     tokens, channels = scales[0].numel(), ring.shape[-1]
     if tokens > 0:
         with on_device_of(ring):
