@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from lesa_kernels.machine import device_name
+from lesa_kernels.training.files import replacing
 
 RESULTS = Path(__file__).parent / "results.csv"
 """The committed results."""
@@ -134,19 +135,26 @@ def save(rows: Sequence[Measurement], path: Path) -> None:
     Raises:
         ValueError: when the file has a column that rows do not have any more.
     """
-    old: list[dict[str, str]] = []
+    header: Sequence[str] = ()
     if path.exists():
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            old = list(reader)
-            strange = set(reader.fieldnames or ()) - set(COLUMNS)
-        if strange:
+            header, old = reader.fieldnames or (), list(reader)
+        if strange := set(header) - set(COLUMNS):
             raise ValueError(f"{path} must have no column but {', '.join(COLUMNS)}, got {', '.join(sorted(strange))}")
-    with path.open("w", newline="") as file:
+    if header and header != COLUMNS:
+        with replacing(path) as unfinished:
+            _write(old, unfinished, "w")
+    # Another run may append at the same time.
+    _write([asdict(row) for row in rows], path, "a" if header else "w")
+
+
+def _write(rows: Sequence[dict[str, Any]], path: Path, mode: str) -> None:
+    with path.open(mode, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(old)
-        writer.writerows(asdict(row) for row in rows)
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def load(path: Path) -> list[Measurement]:

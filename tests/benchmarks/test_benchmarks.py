@@ -99,6 +99,13 @@ def test_every_variant_passes_the_gate_and_is_measured(make: Make, tmp_path: Pat
     assert results.table(rows).row_count == len(rows)
     results.save(rows, tmp_path / "results.csv")
     assert results.load(tmp_path / "results.csv") == rows
+    committed = {_whose(row) for row in results.load(command.RESULTS) if row.op == case.op}
+    assert {_whose(row) for row in rows} <= committed, f"run python -m benchmarks --op '{case.op}' --save"
+
+
+def _whose(row: results.Measurement) -> str:
+    """Return the variant, whatever the number of its calls."""
+    return re.sub(r"^\d+ x ", "M x ", row.variant)
 
 
 def test_the_gate_sees_each_output_of_each_variant(make: Make) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import pages, report, results
 from benchmarks.harness import COPY
+from benchmarks.suite import suite, sweeps
 
 ROW = results.Measurement(
     "predict", "4", "lesa::predict", 2e-3, 1e-3, 3e-3, 50.0, 0.5, None, "a device", 2, "2.13", "", "abc", "date", "run"
@@ -22,6 +25,14 @@ def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
     shown = rows if page == report.PAGE else [row for row in rows if report.is_headline(row.size)]
     made = pages.renewed(text, report.COMMAND, report.markdown(shown))
     assert text == made, "run python -m benchmarks.report"
+
+
+def test_a_machine_ran_every_case() -> None:
+    hooks = pytest.importorskip("benchmarks.hooks", reason="a cached step is one of diffusers' FLUX")
+    wanted = Counter(entry.op for entry in [*suite(torch.device("cpu")), *sweeps()])
+    cases = list(report.newest(results.load(report.RESULTS)))
+    found = [Counter(op for device, _, op, _ in cases if device == machine) for machine in {case[0] for case in cases}]
+    assert wanted + Counter([hooks.OP]) in found, "run the benchmark with --save, with --sweep --save, and the hooks"
 
 
 def test_a_case_is_a_line_with_its_ratios() -> None:
