@@ -32,6 +32,7 @@ COMPILED_EAGER = "torch.compile of the published form"
 COMPILED_ROWS = "torch.compile of the folded rows"
 TAYLOR_LOOP = "TaylorSeer as its authors loop"
 ADDITION = "torch.add of two of the features"
+INTO = "lesa::forecast_into, memory that is there"
 ALL_THREADS = "lesa::forecast_into, all threads"
 ONE_THREAD = "lesa::forecast_into, one thread"
 CAPTURED = ", captured"
@@ -150,7 +151,7 @@ def predict_case(
     small: bool = False,
     published: bool = True,
 ) -> Case:
-    """One forecast of K features.
+    """One forecast of K features, slots of a ring: into fresh memory, and into the slot after them.
 
     `small` adds captured graphs and, to tell what a call costs apart from its work, an addition. `published` adds the
     authors' form, which at video sizes wants more memory than machines have.
@@ -158,7 +159,8 @@ def predict_case(
     shape, device = SIZES[size], clock.device
     moved = (count + 1) * math.prod(shape) * dtype.itemsize
     sets = sets_needed(moved, clock.cache_bytes())
-    history = random_features(shape, count, dtype, sets, device)
+    rings = [torch.stack(features) for features in random_features(shape, count + 1, dtype, sets, device)]
+    history = [list(ring[:count]) for ring in rings]
     weight, bias = (torch.randn(length, device=device) for length in (count, 1))
     layers = [layer for layer in KAN(KAN_WIDTHS).to(device).layers if isinstance(layer, KANLinear)]
     level = 2 * torch.rand(1, KAN_WIDTHS[0], device=device) - 1
@@ -175,11 +177,17 @@ def predict_case(
     def served(ops: Any) -> Run:
         return lambda turn: [ops.predict(at(turn), weight, bias, gain)]
 
+    def into(turn: int) -> list[Tensor]:
+        ring = rings[turn % sets]
+        torch.ops.lesa.forecast_into(ring, coefficients[None], offset[None], range(count), [count])
+        return [ring[count]]
+
     def with_network(turn: int) -> list[Tensor]:
         return [published_eager(at(turn), weight, bias, kan_eager(level, layers).reshape(1))]
 
     variants = [
         *(Variant(f"{name}predict", served(ops), exact) for name, ops in implementations(device).items()),
+        Variant(INTO, into, exact),
         Variant(COMPILED, lambda turn: [compiled(at(turn), coefficients, offset)], exact),
     ]
     if published:

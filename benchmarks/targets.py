@@ -14,6 +14,7 @@ from benchmarks.cases import (
     COMPILED,
     COMPILED_ROWS,
     EAGER,
+    INTO,
     KAN_WIDTHS,
     ONE_THREAD,
 )
@@ -107,7 +108,7 @@ def cpu_targets() -> Iterator[Target]:
     size, rows = f"{FLUX}, K=8, bfloat16", f"{FLUX}, K=8, M=6, bfloat16"
     yield Target("predict", size, "lesa::predict", EAGER, 30)
     yield Target("predict", size, "lesa::predict", COMPILED, 1.25)
-    yield Target("predict", size, "lesa::predict", COPY, 1)
+    yield Target("predict", size, INTO, COPY, 1)
     yield Target("forecast", rows, "lesa::forecast_into", "6 x lesa::forecast_into of one", 3)
     yield Target("predict", f"{TINY}, K=8, float32", "lesa::predict", ADDITION, within_us=6)
     yield Target("threads", f"{RESIDENT}, K=8, bfloat16, in the cache", ALL_THREADS, ONE_THREAD, 1.7)
