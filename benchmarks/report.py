@@ -59,7 +59,7 @@ def markdown(rows: Sequence[Measurement]) -> str:
         parts.append(
             "\n".join(
                 [
-                    f"{device}, {threads} threads, torch {', '.join(versions)}; {'; '.join(origins)}:",
+                    f"{device}, {threads} thread{'s' * (threads != 1)}, torch {', '.join(versions)}; {'; '.join(origins)}:",
                     "",
                     "| case | ms | GB/s | of a copy | others take |",
                     "|---|---|---|---|---|",
