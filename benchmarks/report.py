@@ -56,10 +56,11 @@ def markdown(rows: Sequence[Measurement]) -> str:
         own = [found for key, found in cases.items() if key[:2] == (device, threads)]
         origins = dict.fromkeys(f"`{found[0].command}`, {found[0].commit}, {found[0].date}" for found in own)
         versions = dict.fromkeys(found[0].torch for found in own)
+        machine = f"{device}, {threads} thread{'s' * (threads != 1)}"
         parts.append(
             "\n".join(
                 [
-                    f"{device}, {threads} thread{'s' * (threads != 1)}, torch {', '.join(versions)}; {'; '.join(origins)}:",
+                    f"{machine}, torch {', '.join(versions)}; {'; '.join(origins)}:",
                     "",
                     "| case | ms | GB/s | of a copy | others take |",
                     "|---|---|---|---|---|",
