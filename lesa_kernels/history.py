@@ -79,6 +79,20 @@ class Ring:
         )
         return normed
 
+    def error(self, coefficients: Tensor, offset: Tensor, read: Sequence[int], slot: int) -> Tensor:
+        """Return how far a forecast of the slots `read` lies from the feature in another slot.
+
+        Args:
+            coefficients: [K], in the dtype of sums.
+            offset: [1].
+            read: K slots.
+            slot: of the feature.
+
+        Returns:
+            mean |forecast - feature| / mean |feature|, [], where the slots lie.
+        """
+        return _relative_error([self._slots[each] for each in read], self._slots[slot], coefficients, offset)
+
     def __getitem__(self, slot: int) -> Tensor:
         """Return a slot [*shape] on the features' device: a view."""
         return self._slots[slot]
@@ -116,6 +130,12 @@ class HostRing(Ring):
             self._copied.synchronize()
         with self.forecasts.running(self.memory):
             super().forecast(coefficients, offsets, read, write)
+
+    def error(self, coefficients: Tensor, offset: Tensor, read: Sequence[int], slot: int) -> Tensor:
+        """See `Ring.error`; waits until all copies from and to the slots are done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return super().error(coefficients, offset, read, slot)
 
     def __getitem__(self, slot: int) -> Tensor:
         """Return a slot [*shape] on the features' device: a copy."""
@@ -179,6 +199,12 @@ class ScaledRing(Ring):
         outputs = self._outputs[: len(write)]
         torch.ops.lesa.forecast_scaled_into(self._slots, self._scales, outputs, coefficients, offsets, read, write)
 
+    def error(self, coefficients: Tensor, offset: Tensor, read: Sequence[int], slot: int) -> Tensor:
+        """See `Ring.error`; of the feature as the slot holds it."""
+        self.forecast(coefficients[None], offset, read, [-1])
+        one = torch.ones_like(offset)
+        return _relative_error([self._outputs[0]], self[slot].to(self._outputs.dtype), one, torch.zeros_like(one))
+
     def handed_out(self, row: int, slot: int) -> Tensor:
         """Return a forecast [*shape] of the latest launch: a view, valid until the next launch."""
         return self._outputs[row]
@@ -186,6 +212,14 @@ class ScaledRing(Ring):
     def __getitem__(self, slot: int) -> Tensor:
         """Return a slot [*shape] in float32: a copy."""
         return unscaled(self._slots[slot], self._scales[slot])
+
+
+def _relative_error(history: Sequence[Tensor], feature: Tensor, coefficients: Tensor, offset: Tensor) -> Tensor:
+    rest, one = coefficients.clone(), torch.ones_like(offset)
+    rest[-1] -= 1  # predict_l1 adds the last feature once
+    error: Tensor = torch.ops.lesa.predict_l1(history, feature, rest, offset, one, None)[0]
+    size: Tensor = torch.linalg.vector_norm(feature, 1, dtype=error.dtype)
+    return error * feature.numel() / size
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, pinned: bool = False) -> Tensor:

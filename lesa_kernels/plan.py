@@ -64,6 +64,23 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What a full step would have been forecast from, to be compared with its feature.
+
+    Args:
+        inputs: the K steps whose features the forecast reads.
+        read: their slots, which hold them until the feature of the full step lies in its own.
+        coefficients: K, float64.
+        offset: added to every element.
+    """
+
+    inputs: tuple[int, ...]
+    read: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    offset: float
+
+
+@dataclass(frozen=True)
 class Segment:
     """A full step and the forecasts that follow it.
 
@@ -71,11 +88,13 @@ class Segment:
         full_step: the full step.
         slot: where its feature goes, None when nothing reads it.
         launches: one for the whole segment, or several when the plan was made with a chunk.
+        check: what the full step is compared with, None where it is not.
     """
 
     full_step: int
     slot: int | None
     launches: tuple[Launch, ...]
+    check: Check | None = None
 
 
 @dataclass(frozen=True)
@@ -113,14 +132,20 @@ class Plan:
         """Steps of the run divided by full steps."""
         return (self.num_steps - self.first_step) / len(self.segments)
 
+    @property
+    def checked_steps(self) -> tuple[int, ...]:
+        """The full steps that are compared with what they would have been forecast."""
+        return tuple(segment.full_step for segment in self.segments if segment.check is not None)
+
     def is_full(self, step: int) -> bool:
         """Whether a step is full."""
         return step in self.full_steps
 
     @property
     def most_outputs(self) -> int:
-        """Forecasts that a launch makes at most."""
-        return max((len(launch.steps) for segment in self.segments for launch in segment.launches), default=0)
+        """Forecasts that a launch or a check makes at most."""
+        launches = max((len(launch.steps) for segment in self.segments for launch in segment.launches), default=0)
+        return max(launches, 1 if self.checked_steps else 0)
 
     def for_history(self, *, scaled: bool) -> Plan:
         """Assign the slots for a kind of history.
@@ -174,6 +199,8 @@ class Plan:
             f"({self.speedup:.2f}x fewer block calls)",
             "full steps: " + " ".join(map(str, self.full_steps)),
         ]
+        if self.checked_steps:
+            lines.append("checked steps: " + " ".join(map(str, self.checked_steps)))
         if self.passes[1]:
             lines.append("segments:")
         for segment in self.segments:
@@ -213,19 +240,19 @@ def falling(sigmas: Sequence[float]) -> tuple[float, ...]:
     return levels
 
 
-def check_chunk(chunk: object) -> None:
-    """Check how many forecasts a launch may make.
+def check_count(name: str, count: object) -> None:
+    """Check a number of which None means that there is none: `chunk`, `check_every`.
 
     Raises:
         TypeError: when it is neither an int nor None.
         ValueError: when it is less than 1.
     """
-    if chunk is None:
+    if count is None:
         return
-    if not isinstance(chunk, int):
-        raise TypeError(f"chunk must be an int or None, got {chunk!r}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if not isinstance(count, int):
+        raise TypeError(f"{name} must be an int or None, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def compile_plan(
@@ -235,6 +262,7 @@ def compile_plan(
     *,
     first_step: int = 0,
     chunk: int | None = None,
+    check_every: int | None = None,
 ) -> Plan:
     """Compile rows into a plan.
 
@@ -245,14 +273,16 @@ def compile_plan(
         first_step: where the run starts; it is full whatever the schedule says.
         chunk: at most this many forecasts a launch (1: step by step); None composes whole segments. Smaller chunks need
             fewer slots and more passes over memory.
+        check_every: of the full steps after the first, each n-th gets a `Check` where its history is long enough for a
+            forecast; None checks none. The features that it reads are kept for it.
 
     Returns:
         The plan.
 
     Raises:
         ValueError: when the sigmas do not fall, the schedule is for another number of steps, a row is not finite, or
-            first_step or chunk is out of range.
-        TypeError: when the schedule is neither a Schedule nor a rule, or chunk no int.
+            first_step, chunk or check_every is out of range.
+        TypeError: when the schedule is neither a Schedule nor a rule, or chunk or check_every no int.
     """
     levels = falling(sigmas)
     steps = len(levels) - 1
@@ -267,12 +297,19 @@ def compile_plan(
         )
     if not 0 <= first_step < steps:
         raise ValueError(f"first_step must be in [0, {steps}), got {first_step}")
-    check_chunk(chunk)
+    check_count("chunk", chunk)
+    check_count("check_every", check_every)
     full, rows = _resolve_rows(steps, resolved, rule, first_step)
-    segments, num_slots = _assign_slots(
-        _compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS)), keep_all=True
-    )
-    return Plan(levels, segments, num_slots, sum(len(row.terms) for row in rows.values()), first_step)
+    segments = _compose(full, rows, steps, min(chunk or MAX_OUTPUTS, MAX_OUTPUTS))
+    if check_every is not None:
+        segments = [
+            replace(segment, check=_check_of(segment.full_step, full[:position], resolved, rule, first_step))
+            if position and position % check_every == 0
+            else segment
+            for position, segment in enumerate(segments)
+        ]
+    placed, num_slots = _assign_slots(segments, keep_all=True)
+    return Plan(levels, placed, num_slots, sum(len(row.terms) for row in rows.values()), first_step)
 
 
 def _resolve_rows(steps: int, schedule: Schedule, rule: RowRule, first_step: int) -> tuple[list[int], dict[int, Row]]:
@@ -283,17 +320,31 @@ def _resolve_rows(steps: int, schedule: Schedule, rule: RowRule, first_step: int
         if row is None:
             full.append(step)
             continue
-        if not row.terms:
-            raise ValueError(f"the row of step {step} must read at least one feature, got none")
-        if not all(math.isfinite(value) for value in (*row.terms.values(), row.offset)):
-            raise ValueError(f"the row of step {step} must be finite, got {row.terms} and offset {row.offset}")
-        for source in row.terms:
-            if not first_step <= source < step:
-                raise ValueError(
-                    f"the row of step {step} must read steps {first_step} to {step - 1}, got step {source}"
-                )
+        _check_row(step, row, first_step)
         rows[step] = row
     return full, rows
+
+
+def _check_row(step: int, row: Row, first_step: int) -> None:
+    if not row.terms:
+        raise ValueError(f"the row of step {step} must read at least one feature, got none")
+    if not all(math.isfinite(value) for value in (*row.terms.values(), row.offset)):
+        raise ValueError(f"the row of step {step} must be finite, got {row.terms} and offset {row.offset}")
+    for source in row.terms:
+        if not first_step <= source < step:
+            raise ValueError(f"the row of step {step} must read steps {first_step} to {step - 1}, got step {source}")
+
+
+def _check_of(step: int, full: Sequence[int], schedule: Schedule, rule: RowRule, first_step: int) -> Check | None:
+    """Return the check of a full step, None where it is full because it could not be forecast."""
+    row = rule(step, full) if step in schedule.full_steps else None
+    if row is None:
+        return None
+    _check_row(step, row, first_step)
+    if len(row.terms) > MAX_INPUTS:
+        raise ValueError(f"a check reads at most {MAX_INPUTS} features, got {len(row.terms)} for step {step}")
+    inputs = tuple(sorted(row.terms))
+    return Check(inputs, (), tuple(row.terms[source] for source in inputs), row.offset)
 
 
 def _compose(full: Sequence[int], rows: dict[int, Row], steps: int, chunk: int) -> list[Segment]:
@@ -332,6 +383,9 @@ def _last_uses(segments: Iterable[Segment], *, keep_all: bool) -> dict[int, int]
     last: dict[int, int] = {}
     event = 0
     for segment in segments:
+        if segment.check is not None:
+            # It comes right after the push: both features must be there.
+            last.update(dict.fromkeys((*segment.check.inputs, segment.full_step), event))
         event += 1
         for launch in segment.launches:
             if keep_all:
@@ -385,6 +439,7 @@ def _assign_slots(segments: Sequence[Segment], *, keep_all: bool) -> tuple[tuple
     for segment in segments:
         slots.release(slots.expired(last, event))
         slot = slots.take(segment.full_step) if segment.full_step in last else None
+        check = segment.check and replace(segment.check, read=tuple(map(slots.of, segment.check.inputs)))
         event += 1
         launches = []
         for launch in segment.launches:
@@ -394,5 +449,5 @@ def _assign_slots(segments: Sequence[Segment], *, keep_all: bool) -> tuple[tuple
             write = tuple(slots.take(step) if step in last else NOT_KEPT for step in launch.steps)
             launches.append(replace(launch, read=read, write=write))
             event += 1
-        placed.append(replace(segment, slot=slot, launches=tuple(launches)))
+        placed.append(replace(segment, slot=slot, launches=tuple(launches), check=check))
     return tuple(placed), slots.count

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lesa_kernels.contract import FEATURE_DTYPES, SCALED_LIMITS, arithmetic_dtype, check_feature
 from lesa_kernels.history import HostRing, Ring, ScaledRing
-from lesa_kernels.plan import Launch, Plan, Segment
+from lesa_kernels.plan import Check, Launch, Plan, Segment
 
 
 class Session:
@@ -55,8 +55,11 @@ class Session:
             for launch in segment.launches
             for row, step in enumerate(launch.steps)
         }
-        # Forecasts that a later launch reads; the others need not be kept.
+        # Forecasts that a later launch or a check reads; the others need not be kept.
         self._read_later = {step for segment in plan.segments for each in segment.launches for step in each.inputs}
+        self._read_later |= {step for segment in plan.segments if segment.check for step in segment.check.inputs}
+        self._checks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._errors: dict[int, Tensor] = {}
         self._full_step: int | None = None
         self._launched: Launch | None = None
         # The launch whose forecasts lie in their slots: the last, unless that one left nothing but the norm of its own.
@@ -72,8 +75,18 @@ class Session:
         """Dtype of the features, which forecasts have too; float32 before the first push."""
         return self._feature_dtype
 
+    @property
+    def errors(self) -> dict[int, Tensor]:
+        """How far the checked steps of this run were from what they would have been forecast.
+
+        Of a plan that was made with `check_every`: full step -> mean |forecast - feature| / mean |feature|, [] in
+        float32 (float64 for float64 features). They lie where the history does; to read one is to wait for the device.
+        """
+        return dict(self._errors)
+
     def reset(self) -> None:
         """Forget the run; the ring's memory is kept."""
+        self._errors.clear()
         self._full_step = None
         self._launched = self._resident = None
 
@@ -106,6 +119,8 @@ class Session:
         ring = self._ring_for(feature, starts)
         if segment.slot is not None:
             ring.push(feature, segment.slot)
+            if segment.check is not None:
+                self._errors[step] = ring.error(*self._checks[step], segment.check.read, segment.slot)
         self._feature_dtype = feature.dtype
         self._full_step = step
         self._launched = self._resident = None
@@ -239,6 +254,11 @@ class Session:
             for segment in self.plan.segments
             for launch in segment.launches
         }
+        self._checks = {
+            segment.full_step: _check_tensors(segment.check, dtype, self._ring.memory)
+            for segment in self.plan.segments
+            if segment.check is not None
+        }
         self._as_it_is = (torch.ones(1, 1, device=feature.device), torch.zeros(1, device=feature.device))
         return self._ring
 
@@ -271,4 +291,12 @@ def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tu
     return (
         torch.tensor(launch.coefficients, dtype=kind, device=device).reshape(len(launch.steps), len(launch.inputs)),
         torch.tensor(launch.offsets, dtype=kind, device=device),
+    )
+
+
+def _check_tensors(check: Check, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    kind = arithmetic_dtype(dtype)
+    return (
+        torch.tensor(check.coefficients, dtype=kind, device=device),
+        torch.tensor([check.offset], dtype=kind, device=device),
     )

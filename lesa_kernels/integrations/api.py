@@ -36,6 +36,8 @@ def enable(
     history_device: str | torch.device | None = None,
     on_other_sigmas: OnOtherSigmas = "refuse",
     chunk: int | None = None,
+    check_every: int | None = None,
+    max_error: float | None = None,
 ) -> None:
     """Skip the blocks of a diffusers transformer on most steps and forecast its feature instead.
 
@@ -63,16 +65,21 @@ def enable(
             steps, "adapt" uses the predictor as it is; both warn.
         chunk: at most this many forecasts are made at once. None makes those of a whole segment, in the fewest passes
             over memory; 1 holds the least memory.
+        check_every: compare the features of each n-th full step after the first with what they would have been
+            forecast; `summary` tells the errors. None compares none. Images stay the same; a check takes a pass over
+            the history and keeps in memory what it reads.
+        max_error: with check_every: full steps for the rest of a run from the first step on whose error, mean
+            |forecast - feature| / mean |feature|, is larger. Each check then waits for the device.
 
     Raises:
         ValueError: when there is no adapter for the model, nothing or too much tells the steps, a cache of diffusers is
             on, or an option is out of range or does not go with another.
-        TypeError: when target, predictor, schedule, history_dtype or chunk is something else.
+        TypeError: when target, predictor, schedule or an option is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
     from lesa_kernels.integrations.hooks import attach, detach
 
-    options = Options(history_dtype, history_device, on_other_sigmas, chunk)
+    options = Options(history_dtype, history_device, on_other_sigmas, chunk, check_every, max_error)
     for model, root in _prepare(target, predictor, schedule, scheduler, sigmas, capture, options):
         detach(model)
         attach(model, root)

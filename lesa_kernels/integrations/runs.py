@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lesa_kernels.integrations.clock import Clock, Follower, Position
 from lesa_kernels.integrations.summaries import Summary, Tally
-from lesa_kernels.plan import Plan, check_chunk
+from lesa_kernels.plan import Plan, check_count
 from lesa_kernels.predictors import Forecaster
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -66,12 +66,25 @@ class Options:
     history_device: str | torch.device | None = None
     on_other_sigmas: OnOtherSigmas = "refuse"
     chunk: int | None = None
+    check_every: int | None = None
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         check_history(self.history_dtype, self.history_device)
         if self.on_other_sigmas not in ("refuse", "adapt"):
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
-        check_chunk(self.chunk)
+        check_count("chunk", self.chunk)
+        check_count("check_every", self.check_every)
+        if self.max_error is None:
+            return
+        if isinstance(self.max_error, bool) or not isinstance(self.max_error, int | float):
+            raise TypeError(f"max_error must be a number or None, got {self.max_error!r}")
+        if not self.max_error > 0:
+            raise ValueError(f"max_error must be greater than 0, got {self.max_error}")
+        if self.check_every is None:
+            raise ValueError(
+                f"max_error must come with check_every, which says when it is looked at, got {self.max_error}"
+            )
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,8 @@ class Track:
         except (ValueError, TypeError, RuntimeError) as error:
             self.run.refuse(f"the feature of step {self.step} could not be kept: {error}")
             return
+        if self.step in self.session.errors:
+            self.run.take_error(self.step, self.session.errors[self.step])
         if not known and self.session.ring is not None:
             self.run.tally.note_ring(self.session.ring)
 
@@ -155,11 +170,13 @@ class Run(Position):
 
     Args:
         tally: what became of it so far.
+        max_error: beyond which error of a checked step the rest of the run is full, None for no limit.
         tracks: by cache context and number of the call within its step.
         warned: what was said already.
     """
 
     tally: Tally
+    max_error: float | None = None
     tracks: dict[tuple[str, int], Track] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
@@ -175,6 +192,16 @@ class Run(Position):
             self.tally.refused = reason
             self.give_back()
             self.warn(f"full steps for the rest of this run: {reason}")
+
+    def take_error(self, step: int, error: Tensor) -> None:
+        """Note how far a full step was from what it would have been forecast; only a limit waits for the number."""
+        self.tally.errors.append((step, error))
+        # A NaN is within no limit.
+        if self.max_error is not None and not float(error) <= self.max_error:
+            self.refuse(
+                f"step {step} would have been forecast with an error of {float(error):.3g}, "
+                f"more than max_error = {self.max_error:g}"
+            )
 
     def give_back(self, finished: Track | None = None) -> None:
         """Drop the history of a track that has finished, or all of it."""
@@ -222,6 +249,7 @@ class Runs:
                 placement,
                 first_step=first_step,
                 chunk=self._options.chunk,
+                check_every=self._options.check_every,
                 on_other_sigmas=self._options.on_other_sigmas,
             )
 
@@ -334,7 +362,7 @@ class Runs:
         except (TypeError, ValueError) as error:
             reason = f"the scheduler's noise levels cannot be read: {error}"
         self._tally = Tally(steps=max(len(sigmas) - 1, 0), blocks=self._blocks)
-        run = Run(source, sigmas, tally=self._tally)
+        run = Run(source, sigmas, tally=self._tally, max_error=self._options.max_error)
         if reason is not None:
             run.refuse(reason)
         return run

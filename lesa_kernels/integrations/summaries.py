@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from lesa_kernels.history import HostRing, Ring
 from lesa_kernels.stopwatch import Stopwatch
@@ -27,6 +30,8 @@ class Summary:
         copy_seconds: time of these copies.
         host_seconds: time of the forecasts on the host.
         refused: why the run went on without forecasts, None where nothing was unexpected.
+        errors: (full step, mean |forecast - feature| / mean |feature|) of what the checked steps would have been
+            forecast, the worst of all cache contexts; see `check_every` of `lesa.enable`.
     """
 
     steps: int
@@ -42,6 +47,7 @@ class Summary:
     copy_seconds: float = 0.0
     host_seconds: float = 0.0
     refused: str | None = None
+    errors: tuple[tuple[int, float], ...] = ()
 
     @property
     def copies(self) -> str:
@@ -59,6 +65,9 @@ class Summary:
             f"history: {self.history_bytes / 2**20:.1f} MiB" + (self.history_memory and f" on {self.history_memory}"),
         ]
         lines += [f"history in the host's memory: {self.copies}"] if self.copied_bytes else []
+        if self.errors:
+            steps = ", ".join(f"{error:.3g} (step {step})" for step, error in self.errors)
+            lines.append(f"checked steps would have been forecast with a relative error of {steps}")
         lines += [f"without forecasts from some step on: {self.refused}"] if self.refused else []
         return "\n".join(lines + ([self.plan] if self.plan else []))
 
@@ -76,6 +85,7 @@ class Tally:
         rings: what the histories took, as (bytes, where).
         host_rings: the histories in the host's memory.
         refused: why there are no more forecasts.
+        errors: (full step, how far it was from what it would have been forecast, []) of all cache contexts.
     """
 
     steps: int
@@ -89,6 +99,7 @@ class Tally:
     copy_seconds: float = 0.0
     host_seconds: float = 0.0
     refused: str | None = None
+    errors: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def note_ring(self, ring: Ring) -> None:
         """Count the memory of a ring that was just made."""
@@ -118,7 +129,16 @@ class Tally:
             copy_seconds=self.copy_seconds,
             host_seconds=self.host_seconds,
             refused=self.refused,
+            errors=_worst((step, float(error)) for step, error in self.errors),
         )
+
+
+def _worst(errors: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Return the largest error of each step; a NaN is the largest."""
+    of_step: dict[int, list[float]] = {}
+    for step, error in errors:
+        of_step.setdefault(step, []).append(error)
+    return tuple((step, max(of_step[step], key=lambda error: (math.isnan(error), error))) for step in sorted(of_step))
 
 
 def merged(summaries: Sequence[Summary]) -> Summary:
@@ -141,5 +161,6 @@ def merged(summaries: Sequence[Summary]) -> Summary:
         copied_bytes=sum(each.copied_bytes for each in summaries),
         copy_seconds=sum(each.copy_seconds for each in summaries),
         host_seconds=sum(each.host_seconds for each in summaries),
+        errors=_worst(error for each in summaries for error in each.errors),
         refused=next((each.refused for each in summaries if each.refused), None),
     )

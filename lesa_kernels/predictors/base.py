@@ -67,6 +67,7 @@ class Forecaster(ABC):
         *,
         first_step: int = 0,
         chunk: int | None = None,
+        check_every: int | None = None,
         on_other_sigmas: OnOtherSigmas = "refuse",
     ) -> Plan:
         """Compile this forecaster for a schedule.
@@ -77,6 +78,8 @@ class Forecaster(ABC):
                 the forecaster was made for.
             first_step: where the run starts (image-to-image starts late).
             chunk: at most this many forecasts a launch (1: step by step); None composes whole segments.
+            check_every: of the full steps after the first, compare each n-th with what it would have been forecast; see
+                `Session.errors`. None compares none.
             on_other_sigmas: what to do with sigmas that the forecaster was not trained for: "refuse", or "adapt", which
                 uses it as it is.
 
@@ -96,4 +99,6 @@ class Forecaster(ABC):
             raise ValueError(f"schedule must be given: this {type(self).__name__} was not made for one")
         if on_other_sigmas == "refuse" and (reason := self.objection(levels)) is not None:
             raise ValueError(f'{reason}; on_other_sigmas="adapt" uses it all the same')
-        return compile_plan(levels, chosen, self.rows(levels), first_step=first_step, chunk=chunk)
+        return compile_plan(
+            levels, chosen, self.rows(levels), first_step=first_step, chunk=chunk, check_every=check_every
+        )
