@@ -1,0 +1,111 @@
+"""Ops from many threads at once, in child processes, and under torch's modes: the same bits as alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lesa_kernels  # noqa: F401 - importing declares the ops
+
+ELEMENTS = 100_003
+THREADS = 8
+ROUNDS = 20
+
+
+def _numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _into(seed: int) -> list[Tensor]:
+    ring = _numbers(5, ELEMENTS, seed=seed, dtype=torch.bfloat16)
+    torch.ops.lesa.forecast_into(ring, _numbers(2, 3, seed=1), _numbers(2, seed=2), [0, 1, 2], [2, 4])
+    torch.ops.lesa.push(ring, _numbers(ELEMENTS, seed=seed), 0)
+    return [ring]
+
+
+def _scaled(seed: int) -> list[Tensor]:
+    ring, scales = torch.zeros(3, 50, 200, dtype=torch.int8), torch.zeros(3, 50)
+    out = torch.zeros(1, 50, 200)
+    torch.ops.lesa.push_scaled(ring, scales, _numbers(50, 200, seed=seed), 0)
+    torch.ops.lesa.forecast_scaled_into(ring, scales, out, torch.ones(1, 1), torch.ones(1), [0], [1])
+    return [ring, scales, out]
+
+
+def _norm(seed: int) -> list[Tensor]:
+    ring, (scale, shift) = _numbers(3, 2, 50, 200, seed=seed), _numbers(2, 2, 200, seed=3)
+    normed = torch.ops.lesa.forecast_norm(ring, _numbers(1, 2, seed=1), torch.ones(1), [0, 1], [2], scale, shift, 1e-6)
+    return [normed, ring]
+
+
+def _trained(seed: int) -> list[Tensor]:
+    history = list(_numbers(4, ELEMENTS, seed=seed))
+    parameters = [_numbers(length, seed=5).requires_grad_() for length in (4, 1, 1)]
+    with torch.enable_grad():
+        torch.ops.lesa.predict(history, *parameters).sum().backward()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [*gradients, *torch.ops.lesa.predict_l1(history, history[0], *(p.detach() for p in parameters), None)]
+
+
+OPS: dict[str, Callable[[int], list[Tensor]]] = {
+    "forecast_into, push": _into,
+    "scaled": _scaled,
+    "forecast_norm": _norm,
+    "predict, backward, predict_l1": _trained,
+    "gram": lambda seed: [torch.ops.lesa.gram(list(_numbers(6, ELEMENTS, seed=seed)))],
+}
+
+
+def _same(got: list[Tensor], want: list[Tensor]) -> bool:
+    return len(got) == len(want) and all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_threads_do_not_disturb_each_other(name: str) -> None:
+    op = OPS[name]
+    alone = [op(seed) for seed in range(THREADS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(ROUNDS):
+            assert all(map(_same, pool.map(op, range(THREADS)), alone))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_modes_change_no_bit(name: str, mode: Callable[[], Any]) -> None:
+    if name.startswith("predict") and mode is torch.inference_mode:
+        pytest.skip("inference mode keeps no gradients")
+    alone = OPS[name](0)
+    with mode():
+        assert _same(OPS[name](0), alone)
+
+
+def _in_child(results: Any) -> None:
+    # torch's own threads do not survive a fork: a child of a process that used them must do without.
+    torch.set_num_threads(1)
+    results.put([[tensor.float().sum().item() for tensor in op(0)] for op in OPS.values()])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_process_computes_the_same(method: str) -> None:
+    want = [[tensor.float().sum().item() for tensor in op(0)] for op in OPS.values()]
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    child = context.Process(target=_in_child, args=(results,))
+    child.start()
+    try:
+        for got, expected in zip(results.get(timeout=60), want, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+    finally:
+        child.join(10)
+        child.kill()
+    assert child.exitcode == 0
