@@ -7,11 +7,11 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
-from diffusers.hooks.hooks import CacheContext, HookRegistry, ModelHook, StateManager
+from diffusers.hooks.hooks import CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
 from torch import Tensor, nn
 
 from lesa_kernels.integrations.adapters import MODEL_OUTPUT, Adapter
@@ -232,9 +232,17 @@ def attach(model: nn.Module, root: BypassHook) -> None:
     if root.adapter.capture != MODEL_OUTPUT:
         root.tap.attach(model.get_submodule(root.adapter.capture))
     with _below_offload(model):
+        forward = model.forward
         HookRegistry.check_if_exists_or_initialize(model).register_hook(root, NAME)
+        # diffusers leaves a closure there, which a copy of the model would share: it would run this model's weights.
+        model.forward = update_wrapper(partial(_call, root.fn_ref), forward)
     HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
     root.gates.place(model, root.wrappers)
+
+
+def _call(reference: HookFunctionReference, /, *args: Any, **kwargs: Any) -> Any:
+    """Call what stands in for a model's forward; hooks that are removed or added change the reference."""
+    return reference.forward(*args, **kwargs)
 
 
 def attached(model: nn.Module) -> BypassHook | None:

@@ -13,6 +13,7 @@ from lesa_kernels.integrations.norms import NormTail, normed
 from lesa_kernels.integrations.runs import Forecast
 
 
+@apply_lora_scale("joint_attention_kwargs")  # type: ignore[untyped-decorator]
 def flux_tail(
     model: Any,
     feature: Tensor | Forecast,
@@ -50,4 +51,4 @@ def flux_tail(
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-FLUX = Adapter("FluxTransformer2DModel", skip=NormTail(apply_lora_scale("joint_attention_kwargs")(flux_tail)))
+FLUX = Adapter("FluxTransformer2DModel", skip=NormTail(flux_tail))

@@ -11,6 +11,7 @@ from torch import Tensor
 from lesa_kernels.integrations.adapters import Adapter
 
 
+@apply_lora_scale("attention_kwargs")  # type: ignore[untyped-decorator]
 def qwen_tail(
     model: Any,
     feature: Tensor,
@@ -35,6 +36,4 @@ def qwen_tail(
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-QWEN_IMAGE = Adapter(
-    "QwenImageTransformer2DModel", capture="proj_out", skip=apply_lora_scale("attention_kwargs")(qwen_tail)
-)
+QWEN_IMAGE = Adapter("QwenImageTransformer2DModel", capture="proj_out", skip=qwen_tail)

@@ -234,6 +234,7 @@ class Runs:
     ) -> None:
         self._clock = clock
         self._predictors = predictors
+        self._schedule = schedule
         self._options = options or Options()
         self._blocks = blocks
         self._follower = Follower(clock, self._start)
@@ -254,6 +255,11 @@ class Runs:
             )
 
         self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles start without a run, and without the plans: their predictors are others.
+        made_from = (self._clock, self._predictors, self._schedule, self._options, self._blocks)
+        return Runs, made_from, {"siblings": self.siblings}
 
     @property
     def summary(self) -> Summary | None:
