@@ -138,7 +138,11 @@ class Plan:
         return tuple(segment.full_step for segment in self.segments if segment.check is not None)
 
     def is_full(self, step: int) -> bool:
-        """Whether a step is full."""
+        """Whether a step is full.
+
+        Args:
+            step: 0 to S-1.
+        """
         return step in self.full_steps
 
     @property
@@ -163,7 +167,7 @@ class Plan:
         return replace(self, segments=segments, num_slots=num_slots, scaled=scaled)
 
     def ring_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes of the ring, and where it is scaled of its scales and of the forecasts beside it.
+        """Return the bytes of the ring, and where it is scaled of its scales and of the forecasts beside it.
 
         Args:
             shape: of a feature.

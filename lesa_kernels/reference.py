@@ -60,8 +60,8 @@ def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tenso
     Args:
         history: K tensors [*feature], newest last, any strides.
         weight: [K], float32 or the features' dtype.
-        bias: one element, likewise.
-        gain: one element, likewise.
+        bias: [1], likewise.
+        gain: [1], likewise.
 
     Returns:
         A fresh contiguous tensor [*feature] of the features' dtype.
@@ -99,8 +99,8 @@ def predict_backward(
         grad: [*feature], the gradient of the forecast, features' dtype.
         history: K tensors [*feature].
         weight: [K].
-        bias: one element.
-        gain: one element.
+        bias: [1].
+        gain: [1].
         history_needs_grad: whether the gradients of the history are wanted; without, none are written.
 
     Returns:
@@ -135,8 +135,8 @@ def predict_l1(
         history: K tensors [*feature], newest last.
         target: [*feature], features' dtype: what the forecast should have been.
         weight: [K].
-        bias: one element.
-        gain: one element.
+        bias: [1].
+        gain: [1].
         out: [*feature] or None: receives the rounded forecast. It must not share memory with history or target.
 
     Returns:
@@ -303,7 +303,12 @@ def scale_rows(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def unscaled(elements: Tensor, scales: Tensor) -> Tensor:
-    """Return features [..., channels], float32, from what `scale_rows` made of them."""
+    """Return features [..., channels], float32, from what `scale_rows` made of them.
+
+    Args:
+        elements: [..., channels], int8 or float8_e4m3fn.
+        scales: [...], float32.
+    """
     return elements.float() * scales.unsqueeze(-1)
 
 
@@ -388,7 +393,12 @@ def gram(features: Sequence[Tensor]) -> Tensor:
 
 
 def spline_order(grid: Tensor, spline_weight: Tensor) -> int:
-    """Return the order of the B-splines of a KAN layer (3 is cubic): knots = bases + order + 1."""
+    """Return the order of the B-splines of a KAN layer (3 is cubic): knots = bases + order + 1.
+
+    Args:
+        grid: [in, knots].
+        spline_weight: [out, in, bases].
+    """
     return grid.shape[1] - spline_weight.shape[2] - 1
 
 

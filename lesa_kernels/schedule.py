@@ -73,7 +73,12 @@ class Schedule:
 
     @classmethod
     def explicit(cls, num_steps: int, full_steps: Iterable[int]) -> Schedule:
-        """Any set of full steps, in any order, repeats ignored; step 0 must be in it."""
+        """Return a schedule of any set of full steps.
+
+        Args:
+            num_steps: S.
+            full_steps: in any order, repeats ignored; step 0 must be among them.
+        """
         return cls(num_steps, tuple(sorted({operator.index(step) for step in full_steps})))
 
     @classmethod

@@ -156,7 +156,7 @@ class Session:
         Args:
             step: as in `forecast`, which may be called for the same step before or after.
             scale: [batch, channels], or [1, channels] for all; float32 or the features' dtype.
-            shift: likewise.
+            shift: [batch, channels], likewise.
             eps: added to the variance.
 
         Returns:

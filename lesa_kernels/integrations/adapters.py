@@ -43,7 +43,11 @@ _ADAPTERS: dict[str, Adapter] = {}
 
 
 def register_adapter(adapter: Adapter) -> None:
-    """Make `lesa.enable` serve a model class, or serve it in another way; the last registration counts."""
+    """Make `lesa.enable` serve a model class, or serve it in another way; the last registration counts.
+
+    Args:
+        adapter: names the class.
+    """
     _ADAPTERS[adapter.model] = adapter
 
 

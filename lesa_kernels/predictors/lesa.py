@@ -129,21 +129,29 @@ class LesaPredictor(
         return objection_to_sigmas(self._trained_sigmas, sigmas)
 
     def stage(self, t: float) -> int:
-        """Return the number of the stage that serves the noise level t."""
+        """Return the number of the stage that serves a noise level.
+
+        Args:
+            t: noise level of the step to forecast.
+        """
         for index, (threshold, _) in enumerate(self.stages[:-1]):
             if t > threshold:
                 return index
         return len(self.stages) - 1
 
     def window(self, t: float) -> int:
-        """Return K of the stage that serves the noise level t."""
+        """Return K of the stage that serves a noise level.
+
+        Args:
+            t: noise level of the step to forecast.
+        """
         return self.stages[self.stage(t)][1]
 
     def gain(self, sigmas: Sequence[float] | Tensor, t: float | Iterable[float], stage: int) -> Tensor:
         """Return a stage's gain.
 
         Args:
-            sigmas: S+1 noise levels.
+            sigmas: [S+1] noise levels.
             t: noise level of the step, or those of T steps.
             stage: which KAN.
 
@@ -173,7 +181,15 @@ class LesaPredictor(
         return levels
 
     def parameters_at(self, sigmas: Sequence[float] | Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `torch.ops.lesa.predict` takes at noise level t: weight [K], bias [1] and gain [1]."""
+        """Return what `torch.ops.lesa.predict` takes at a noise level.
+
+        Args:
+            sigmas: [S+1] noise levels.
+            t: noise level of the step to forecast.
+
+        Returns:
+            Weight [K], bias [1] and gain [1], differentiable.
+        """
         t = float(t)
         stage = self.stage(t)
         mixer = cast(nn.Linear, self.latent[stage])
@@ -184,7 +200,7 @@ class LesaPredictor(
 
         Args:
             history: at least K features [*feature], newest last; the last K are taken.
-            sigmas: S+1 noise levels.
+            sigmas: [S+1] noise levels.
             t: noise level of the step to forecast.
 
         Returns:

@@ -113,7 +113,11 @@ class LinearPredictor(
         return self._schedule
 
     def sources(self, step: int) -> list[int]:
-        """Return the steps whose features the forecast of a step reads, oldest first."""
+        """Return the steps whose features a forecast reads, oldest first.
+
+        Args:
+            step: of the forecast.
+        """
         if self.over_all:
             return list(range(max(step - self.window, 0), step))
         return [full for full in self._schedule.full_steps if full < step][-self.window :]

@@ -58,7 +58,12 @@ class TaylorSeer(Forecaster):
         return row
 
     def basis(self, order: int, distance: float) -> float:
-        """Return what the derivative of an order is multiplied with at a distance from the last full step."""
+        """Return what a derivative is multiplied with.
+
+        Args:
+            order: of the derivative.
+            distance: from the last full step, in units of the variable.
+        """
         return float(distance**order)
 
     def __repr__(self) -> str:

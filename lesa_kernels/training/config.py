@@ -65,7 +65,7 @@ class TrainingConfig:
 
     @classmethod
     def tuned(cls) -> TrainingConfig:
-        """A rate that float32 parameters can use, afresh for each phase, and twice the epochs."""
+        """Return a rate that float32 parameters can use, afresh for each phase, and twice the epochs."""
         return cls(2, 4, learning_rate=1e-3, decay="cosine", decay_factor=0.1, restart_each_phase=True)
 
     def rate(self, updates: int, of_phase: int, phase_length: int) -> float:
