@@ -17,10 +17,10 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 FORMATTED := $(NATIVE_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo demo-train test test-all bench gpu-check quality lint format clean
+.PHONY: help setup demo demo-train test test-all compatibility bench gpu-check quality lint format clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is required (diffusers needs it; the package alone takes 3.10), got {v[0]}.{v[1]}: run `make PYTHON=python3.12`")'
@@ -53,6 +53,9 @@ test: setup ## Run the tests
 
 test-all: setup ## Run the tests that take long as well
 	@$(TESTS) -m ''
+
+compatibility: setup ## Run the tests with the other torches that pip finds CPU builds of
+	@$(BIN)/python -m tools.compatibility env $(TESTS)
 
 bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)
