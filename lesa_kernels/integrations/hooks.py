@@ -12,7 +12,7 @@ from lesa_kernels.integrations.bypass import BypassHook, attach, attached, detac
 from lesa_kernels.integrations.flux import FLUX
 from lesa_kernels.integrations.outputs import stand_in
 from lesa_kernels.integrations.qwen import QWEN_IMAGE
-from lesa_kernels.integrations.runs import Runs, Track, uncompiled
+from lesa_kernels.integrations.runs import ForecastError, Runs, Track, uncompiled
 from lesa_kernels.integrations.whole import HUNYUAN_VIDEO
 from lesa_kernels.integrations.zimage import Z_IMAGE
 
@@ -47,7 +47,11 @@ class ModelRootHook(BypassHook):
         elif track.is_full:
             output = self._capture(track, module, call)
         else:
-            output = self.inject(track.forecast(), module, call)
+            try:
+                output = self.inject(track.forecast(), module, call)
+            except ForecastError as error:
+                self.runs.fall_back(track, latents, error)
+                track, output = None, call()
         self.runs.leave(track)
         return output
 

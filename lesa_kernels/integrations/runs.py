@@ -87,6 +87,10 @@ class Options:
             )
 
 
+class ForecastError(RuntimeError):
+    """A forecast step that has to be run in full, and why."""
+
+
 @dataclass(frozen=True)
 class Forecast:
     """A forecast of which only the norm is wanted.
@@ -106,8 +110,15 @@ class Forecast:
 
     @uncompiled()
     def normed(self, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        """See `Session.forecast_norm`."""
-        return self.session.forecast_norm(self.step, scale, shift, eps)
+        """See `Session.forecast_norm`.
+
+        Raises:
+            ForecastError: when it fails.
+        """
+        try:
+            return self.session.forecast_norm(self.step, scale, shift, eps)
+        except RuntimeError as error:
+            raise ForecastError(str(error)) from error
 
 
 @dataclass
@@ -292,10 +303,22 @@ class Runs:
                 track.make_forecast(fuses)
                 return track
             except RuntimeError as error:
-                run.refuse(f"the feature of step {track.step} could not be forecast: {error}")
-                track = None
+                self.fall_back(track, latents, error)
+                return None
         run.tally.full.start(latents.device)
         return track
+
+    @uncompiled()
+    def fall_back(self, track: Track, latents: Tensor, error: RuntimeError) -> None:
+        """Let the present call, which `enter` took for a forecast, run in full.
+
+        Args:
+            track: of the call, which ends here.
+            latents: the model's first argument.
+            error: why there is no forecast.
+        """
+        track.run.refuse(f"the feature of step {track.step} could not be forecast: {error}")
+        track.run.tally.full.start(latents.device)
 
     @uncompiled()
     def leave(self, track: Track | None) -> None:

@@ -345,6 +345,27 @@ def test_a_forecast_that_fails_costs_no_image(
     assert not fused
 
 
+@pytest.mark.parametrize("at", [2, 7])
+def test_a_norm_that_fails_costs_no_image(pipe: TinyPipeline, fused: list[int], at: int, monkeypatch: Any) -> None:
+    """The memory may end within the model's tail, in the middle of a run."""
+    lesa.enable(pipe, TaylorSeer(1), SPARSE)
+    forecast_norm = Session.forecast_norm
+
+    def fail(self: Session, step: int, *arguments: Any) -> Tensor:
+        if step == at:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        return forecast_norm(self, step, *arguments)
+
+    monkeypatch.setattr(Session, "forecast_norm", fail)
+    with pytest.warns(LesaWarning, match=f"the feature of step {at} could not be forecast: tried to allocate"):
+        got = pipe(STEPS)
+    forecast = len([step for step in range(at) if step not in FULL])
+    assert (lesa.summary(pipe).forecast, lesa.summary(pipe).full) == (forecast, STEPS - forecast)
+    with plain():
+        lesa.enable(pipe, TaylorSeer(1), Schedule.explicit(STEPS, sorted({*FULL, *range(at, STEPS)})))
+        torch.testing.assert_close(got, pipe(STEPS), rtol=1e-5, atol=1e-5)
+
+
 def test_small_features_and_devices_without_a_measurement_are_left_to_the_modules(pipe: TinyPipeline) -> None:
     assert norms._smallest("cuda") == norms._smallest("mps") == math.inf
     served = {each.op: each.kernel for each in lesa.status().kernels if each.device == "CPU"}
