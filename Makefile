@@ -15,9 +15,9 @@ TORCH_STAMP := $(VENV)/.stamp-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-'
 INSTALL_STAMP := $(VENV)/.stamp-installed
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py)
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
-FORMATTED := $(NATIVE_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
+FORMATTED := $(NATIVE_FILES) $(shell find tests/native tools -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo demo-train test test-all compatibility bench gpu-check quality lint format clean
+.PHONY: help setup demo demo-train test test-all compatibility sanitize bench gpu-check quality lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -56,6 +56,9 @@ test-all: setup ## Run the tests that take long as well
 
 compatibility: setup ## Run the tests with the other torches that pip finds CPU builds of
 	@$(BIN)/python -m tools.compatibility env $(TESTS)
+
+sanitize: setup ## Run the CPU library's tests under AddressSanitizer, UBSan and ThreadSanitizer; 15 minutes
+	@$(BIN)/python -m tools.sanitize $(ARGS)
 
 bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,1 @@
+"""The CPU library under AddressSanitizer, UBSan and ThreadSanitizer (`make sanitize`)."""
