@@ -224,29 +224,46 @@ for _name in ("predict_backward", "kan_linear_backward"):
     torch.library.register_autograd(f"lesa::{_name}", _refuse_twice, setup_context=_once_setup, lib=_library)
 
 
-def _watch_mutation(name: str, positions: Sequence[int]) -> None:
-    """Let autograd see that an op writes to arguments: a backward that saved the old values then refuses."""
+def _not_differentiable(name: str, written: Sequence[int] = ()) -> None:
+    """Refuse gradients, which would be lost, and let autograd see what an op writes to.
+
+    Args:
+        name: of the op.
+        written: positions of the arguments that it writes to; a backward that saved their old values then refuses.
+    """
     overload = getattr(torch.ops.lesa, name).default
+    names = [argument.name for argument in overload._schema.arguments]
 
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        for position in positions:
+        if torch.is_grad_enabled():
+            for argument, value in zip(names, arguments, strict=False):
+                tensors = value if isinstance(value, list | tuple) else [value]
+                if any(isinstance(each, Tensor) and each.requires_grad for each in tensors):
+                    raise RuntimeError(
+                        f"lesa::{name}: {argument} must not require gradients, the op has none; detach it, or call the "
+                        "op under torch.no_grad()"
+                    )
+        for position in written:
             if arguments[position] is not None:
                 torch.autograd.graph.increment_version(arguments[position])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
-    _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+    # Inference mode leaves the first key out, and the second one in for tensors from outside of it.
+    for key in ("Autograd", "ADInplaceOrView") if written else ("Autograd",):
+        _library.impl(name, kernel, key, with_keyset=True)
 
 
-for _name, _positions in (
+for _name, _written in (
     ("forecast_into", [0]),
     ("push", [0]),
     ("forecast_norm", [0]),
     ("push_scaled", [0, 1]),
     ("forecast_scaled_into", [0, 1, 2]),
     ("predict_l1", [5]),
+    ("gram", []),
 ):
-    _watch_mutation(_name, _positions)
+    _not_differentiable(_name, _written)
 
 
 class _PredictL1(torch.autograd.Function):

@@ -143,6 +143,27 @@ def test_gradients_of_gradients_are_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize(
+    "op",
+    ["predict_l1", "forecast_into", "push", "forecast_norm", "push_scaled", "forecast_scaled_into", "gram"],
+)
+def test_ops_without_gradients_refuse_them(op: str) -> None:
+    schema = getattr(ops, op).default._schema
+    for position, argument in enumerate(schema.arguments):
+        arguments = list(_arguments(torch.float32, grad=False)[op])
+        value = arguments[position]
+        wanting = value[-1] if isinstance(value, list) else value
+        if not isinstance(wanting, Tensor) or not wanting.is_floating_point():
+            continue
+        wanting.requires_grad_()
+        before = [each.clone() for each in arguments if isinstance(each, Tensor)]
+        with pytest.raises(RuntimeError, match=f"lesa::{op}: {argument.name} must not require gradients"):
+            getattr(ops, op)(*arguments)
+        assert all(map(torch.equal, [each for each in arguments if isinstance(each, Tensor)], before))
+        with torch.no_grad():
+            getattr(ops, op)(*arguments)
+
+
 def test_autograd_sees_what_the_mutating_ops_write() -> None:
     for write in (
         lambda ring: ops.push(ring, torch.ones(2, 4), 0),
