@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -112,6 +114,21 @@ bool for_dtype(ScalarType dtype, Body&& body) {
   return ((dtype == dtype_of<Types> ? (body.template operator()<Types>(), true) : false) || ...);
 }
 
+// A tensor and its name.
+struct Argument {
+  Name name;
+  const Tensor& tensor;
+};
+
+// Python's None arrives as a tensor that is not there.
+inline void check_defined(const char* op, std::initializer_list<Argument> arguments) {
+  for (const Argument& argument : arguments) {
+    if (!argument.tensor.defined()) {
+      refuse(op, argument.name, " must be a tensor, got None");
+    }
+  }
+}
+
 // float64 has kernels on the CPU only.
 inline void check_feature(const char* op, Name name, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
@@ -145,6 +162,9 @@ inline void check_like(const char* op, Name name, const Tensor& tensor, Name lik
 inline void check_features(const char* op, const char* name, const std::vector<Tensor>& features) {
   if (features.empty() || features.size() > kMaxHistory) {
     refuse(op, name, " must hold 1 to ", kMaxHistory, " tensors, got ", features.size());
+  }
+  for (std::size_t k = 0; k < features.size(); ++k) {
+    check_defined(op, {{{name, static_cast<std::int64_t>(k)}, features[k]}});
   }
   check_feature(op, {name, 0}, features[0]);
   for (std::size_t k = 1; k < features.size(); ++k) {
@@ -192,6 +212,7 @@ inline void check_scalar(const char* op, Name name, const Tensor& tensor, Name l
 
 inline void check_predict(const char* op, const std::vector<Tensor>& history, const Tensor& weight, const Tensor& bias,
                           const Tensor& gain) {
+  check_defined(op, {{{"weight"}, weight}, {{"bias"}, bias}, {{"gain"}, gain}});
   check_history(op, history);
   check_vector(op, {"weight"}, weight, static_cast<std::int64_t>(history.size()), {"history", 0}, history[0]);
   check_scalar(op, {"bias"}, bias, {"history", 0}, history[0]);
@@ -201,6 +222,7 @@ inline void check_predict(const char* op, const std::vector<Tensor>& history, co
 // coefficients [M, K] and offsets [M] for K inputs.
 inline void check_rows(const char* op, const Tensor& coefficients, const Tensor& offsets, std::size_t inputs,
                        Name like_name, const Tensor& like) {
+  check_defined(op, {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}});
   if (coefficients.dim() != 2 || coefficients.size(1) != static_cast<std::int64_t>(inputs)) {
     refuse(op, "coefficients must have shape (M, ", inputs, "), got ", shape_of(coefficients));
   }
@@ -224,6 +246,26 @@ inline void check_distinct_elements(const char* op, Name name, const Tensor& ten
                " for shape ", shape_of(tensor));
       }
     }
+  }
+}
+
+// What is written shares no memory with other arguments. Where strides interleave, the caller answers for it.
+inline void check_apart(const char* op, std::initializer_list<Argument> written, std::initializer_list<Argument> read) {
+  const auto check = [op](const Argument& to, const Argument& from) {
+    const auto* start = static_cast<const char*>(to.tensor.data_ptr());
+    const auto* other = static_cast<const char*>(from.tensor.data_ptr());
+    const auto bytes = [](const Tensor& tensor) {
+      return tensor.numel() * static_cast<std::int64_t>(tensor.element_size());
+    };
+    if (to.tensor.is_contiguous() && from.tensor.is_contiguous() && start < other + bytes(from.tensor) &&
+        other < start + bytes(to.tensor)) {
+      refuse(op, to.name, " must not share memory with ", from.name, ", got memory that starts ", start - other,
+             " bytes after its start");
+    }
+  };
+  for (const Argument* to = written.begin(); to != written.end(); ++to) {
+    std::for_each(to + 1, written.end(), [&](const Argument& other) { check(*to, other); });
+    std::for_each(read.begin(), read.end(), [&](const Argument& other) { check(*to, other); });
   }
 }
 
@@ -254,6 +296,7 @@ inline void check_read(const char* op, const std::vector<std::int64_t>& read, co
 inline void check_forecast_into(const Tensor& ring, const Tensor& coefficients, const Tensor& offsets,
                                 const std::vector<std::int64_t>& read, const std::vector<std::int64_t>& write) {
   const char* op = "forecast_into";
+  check_defined(op, {{{"ring"}, ring}, {{"coefficients"}, coefficients}, {{"offsets"}, offsets}});
   check_ring(op, ring);
   check_read(op, read, ring);
   check_rows(op, coefficients, offsets, read.size(), {"ring"}, ring);
@@ -266,10 +309,12 @@ inline void check_forecast_into(const Tensor& ring, const Tensor& coefficients, 
       refuse(op, "write must name distinct slots, got slot ", write[m], " twice");
     }
   }
+  check_apart(op, {{{"ring"}, ring}}, {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}});
 }
 
 inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t slot) {
   const char* op = "push";
+  check_defined(op, {{{"ring"}, ring}, {{"feature"}, feature}});
   check_ring(op, ring);
   check_feature(op, {"feature"}, feature);
   const Shape wanted{ring.sizes().data() + 1, ring.sizes().size() - 1};
@@ -293,6 +338,11 @@ inline void check_forecast_norm(const Tensor& ring, const Tensor& coefficients, 
                                 const std::vector<std::int64_t>& read, const std::vector<std::int64_t>& write,
                                 const Tensor& scale, const Tensor& shift) {
   const char* op = "forecast_norm";
+  check_defined(op, {{{"ring"}, ring},
+                     {{"coefficients"}, coefficients},
+                     {{"offsets"}, offsets},
+                     {{"scale"}, scale},
+                     {{"shift"}, shift}});
   check_ring(op, ring);
   if (ring.dim() < 3 || ring.size(ring.dim() - 1) < 1) {
     refuse(op, "ring must have shape (slots, batch, ..., channels >= 1), got ", shape_of(ring));
@@ -311,6 +361,10 @@ inline void check_forecast_norm(const Tensor& ring, const Tensor& coefficients, 
   const std::int64_t channels[] = {ring.size(1), ring.size(ring.dim() - 1)};
   check_shaped(op, {"scale"}, scale, {channels, 2}, {"ring"}, ring);
   check_shaped(op, {"shift"}, shift, {channels, 2}, {"ring"}, ring);
+  if (!write.empty()) {
+    check_apart(op, {{{"ring"}, ring}},
+                {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}, {{"scale"}, scale}, {{"shift"}, shift}});
+  }
 }
 
 // A ring of int8 or float8_e4m3fn, and a scale for each of its rows.
@@ -348,9 +402,11 @@ inline void check_unscaled(const char* op, Name name, const Tensor& tensor, Shap
 
 inline void check_push_scaled(const Tensor& ring, const Tensor& scales, const Tensor& feature, std::int64_t slot) {
   const char* op = "push_scaled";
+  check_defined(op, {{{"ring"}, ring}, {{"scales"}, scales}, {{"feature"}, feature}});
   check_scaled_ring(op, ring, scales);
   check_unscaled(op, {"feature"}, feature, {ring.sizes().data() + 1, ring.sizes().size() - 1}, ring);
   check_slot(op, {"slot"}, slot, ring);
+  check_apart(op, {{{"ring"}, ring}, {{"scales"}, scales}}, {{{"feature"}, feature}});
 }
 
 // K slots to read, and for each of M rows a slot of its own to write or -1.
@@ -358,6 +414,11 @@ inline void check_forecast_scaled_into(const Tensor& ring, const Tensor& scales,
                                        const Tensor& coefficients, const Tensor& offsets,
                                        const std::vector<std::int64_t>& read, const std::vector<std::int64_t>& write) {
   const char* op = "forecast_scaled_into";
+  check_defined(op, {{{"ring"}, ring},
+                     {{"scales"}, scales},
+                     {{"out"}, out},
+                     {{"coefficients"}, coefficients},
+                     {{"offsets"}, offsets}});
   check_scaled_ring(op, ring, scales);
   check_read(op, read, ring);
   std::vector<std::int64_t> shape(ring.sizes().begin(), ring.sizes().end());
@@ -380,12 +441,19 @@ inline void check_forecast_scaled_into(const Tensor& ring, const Tensor& scales,
       refuse(op, "write must name distinct slots, got slot ", write[m], " twice");
     }
   }
+  check_apart(op, {{{"ring"}, ring}, {{"scales"}, scales}, {{"out"}, out}},
+              {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}});
 }
 
 // A KAN layer of I inputs, O outputs and B bases: x [..., I], grid [I, B + order + 1], base_weight and spline_scaler
 // [O, I], spline_weight [O, I, B].
 inline void check_kan_linear(const char* op, const Tensor& x, const Tensor& grid, const Tensor& base_weight,
                              const Tensor& spline_weight, const Tensor& spline_scaler) {
+  check_defined(op, {{{"x"}, x},
+                     {{"grid"}, grid},
+                     {{"base_weight"}, base_weight},
+                     {{"spline_weight"}, spline_weight},
+                     {{"spline_scaler"}, spline_scaler}});
   check_feature(op, {"x"}, x);
   if (x.dim() < 1) {
     refuse(op, "x must have shape (..., inputs), got ", shape_of(x));
@@ -412,6 +480,7 @@ inline void check_kan_linear(const char* op, const Tensor& x, const Tensor& grid
 
 // The gradient of an output of this shape: of the dtype and on the device of another tensor.
 inline void check_gradient(const char* op, const Tensor& grad, Shape shape, Name like_name, const Tensor& like) {
+  check_defined(op, {{{"grad"}, grad}});
   if (!same_sizes(shape_of(grad), shape)) {
     refuse(op, "grad must have shape ", shape, ", got ", shape_of(grad));
   }
@@ -445,29 +514,20 @@ inline void check_overlap(const char* op, Name name, const Geometry& geometry, c
   }
 }
 
-// Where strides interleave, the caller answers for it.
-inline void check_apart(const char* op, Name name, const Tensor& written, Name other_name, const Tensor& other) {
-  const auto* to = static_cast<const char*>(written.data_ptr());
-  const auto* from = static_cast<const char*>(other.data_ptr());
-  const auto bytes = static_cast<std::int64_t>(written.element_size()) * written.numel();
-  if (written.is_contiguous() && other.is_contiguous() && to < from + bytes && from < to + bytes) {
-    refuse(op, name, " must not share memory with ", other_name, ", got memory that starts ", to - from,
-           " bytes after its start");
-  }
-}
-
 // All tensors have one shape and dtype.
 inline void check_predict_l1(const std::vector<Tensor>& history, const Tensor& target, const Tensor& weight,
                              const Tensor& bias, const Tensor& gain, const std::optional<Tensor>& out) {
   const char* op = "predict_l1";
   check_predict(op, history, weight, bias, gain);
+  check_defined(op, {{{"target"}, target}});
   check_like(op, {"target"}, target, {"history", 0}, history[0]);
   if (out) {
     check_like(op, {"out"}, *out, {"history", 0}, history[0]);
     check_distinct_elements(op, {"out"}, *out);
-    check_apart(op, {"out"}, *out, {"target"}, target);
+    check_apart(op, {{{"out"}, *out}},
+                {{{"target"}, target}, {{"weight"}, weight}, {{"bias"}, bias}, {{"gain"}, gain}});
     for (std::size_t k = 0; k < history.size(); ++k) {
-      check_apart(op, {"out"}, *out, {"history", static_cast<std::int64_t>(k)}, history[k]);
+      check_apart(op, {{{"out"}, *out}}, {{{"history", static_cast<std::int64_t>(k)}, history[k]}});
     }
   }
 }

@@ -6,7 +6,7 @@ forecasts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,16 +37,31 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(map(_name, dtypes))
 
 
-def check_feature(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor is dense and of a feature dtype.
+def check_plain(op: str, arguments: Mapping[str, object]) -> None:
+    """Check that all tensors among the arguments of an op are there, and dense.
 
     Raises:
-        TypeError: for another dtype or layout.
+        TypeError: for None and for another layout.
+    """
+    for name, value in arguments.items():
+        listed = isinstance(value, list | tuple)
+        for k, each in enumerate(value if listed else [value]):  # type: ignore[arg-type, var-annotated]
+            place = f"{name}[{k}]" if listed else name
+            if each is None:
+                raise TypeError(f"lesa::{op}: {place} must be a tensor, got None")
+            if isinstance(each, Tensor) and (each.layout != torch.strided or each.is_quantized or each.is_nested):
+                kind = "quantized" if each.is_quantized else "nested" if each.is_nested else str(each.layout)
+                raise TypeError(f"lesa::{op}: {place} must be a dense (strided) tensor, got a {kind} one")
+
+
+def check_feature(op: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor is of a feature dtype.
+
+    Raises:
+        TypeError: for another dtype.
     """
     if tensor.dtype not in FEATURE_DTYPES:
         raise TypeError(f"lesa::{op}: {name} must have a dtype of {_names(FEATURE_DTYPES)}, got {_name(tensor.dtype)}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"lesa::{op}: {name} must be a dense (strided) tensor, got layout {tensor.layout}")
 
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -356,19 +371,21 @@ def check_copy(op: str, name: str, written: Tensor, read: Tensor) -> None:
         )
 
 
-def check_apart(op: str, name: str, written: Tensor, other_name: str, other: Tensor) -> None:
-    """Check that a tensor shares no memory with another; where strides interleave, the caller answers for it.
+def check_apart(op: str, written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """Check that what is written shares no memory with other arguments; where strides interleave, the caller answers.
 
     Raises:
-        ValueError: when contiguous memory of the two overlaps.
+        ValueError: when contiguous memory of two overlaps.
     """
-    size = written.numel() * written.element_size()
-    distance = written.data_ptr() - other.data_ptr()
-    if written.is_contiguous() and other.is_contiguous() and abs(distance) < size:
-        raise ValueError(
-            f"lesa::{op}: {name} must not share memory with {other_name}, "
-            f"got memory that starts {distance} bytes after its start"
-        )
+    for position, (name, tensor) in enumerate(written.items()):
+        for other_name, other in [*list(written.items())[position + 1 :], *read.items()]:
+            start, at = tensor.data_ptr(), other.data_ptr()
+            end, other_end = (first + each.nbytes for first, each in ((start, tensor), (at, other)))
+            if tensor.is_contiguous() and other.is_contiguous() and start < other_end and at < end:
+                raise ValueError(
+                    f"lesa::{op}: {name} must not share memory with {other_name}, "
+                    f"got memory that starts {start - at} bytes after its start"
+                )
 
 
 def check_kan_linear(

@@ -38,9 +38,27 @@ _SCHEMAS = {
 OPS = tuple(_SCHEMAS)
 
 _library = torch.library.Library("lesa", "DEF")
+
+
+def _reference(name: str) -> Callable[..., Any]:
+    """The reference, for every device and layout without a kernel: of layouts it takes the dense one."""
+    compute = getattr(reference, name)
+    schema = getattr(torch.ops.lesa, name).default._schema
+    optional = {argument.name for argument in schema.arguments if "Optional" in str(argument.type)}
+
+    def dense(*arguments: Any) -> Any:
+        named = dict(zip((argument.name for argument in schema.arguments), arguments, strict=True))
+        contract.check_plain(
+            name, {key: each for key, each in named.items() if key not in optional or each is not None}
+        )
+        return compute(*arguments)
+
+    return dense
+
+
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, _reference(_name), "CompositeExplicitAutograd")
 
 
 def _fake(name: str) -> Callable[[_Function], _Function]:
@@ -244,8 +262,14 @@ def _not_differentiable(name: str, written: Sequence[int] = ()) -> None:
                         "op under torch.no_grad()"
                     )
         for position in written:
-            if arguments[position] is not None:
-                torch.autograd.graph.increment_version(arguments[position])
+            if arguments[position] is None:
+                continue
+            if arguments[position].is_neg():
+                raise RuntimeError(
+                    f"lesa::{name}: {names[position]} must hold what is written as it is, got a view with the negative "
+                    "bit; resolve_neg() makes a tensor without"
+                )
+            torch.autograd.graph.increment_version(arguments[position])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 

@@ -151,14 +151,16 @@ def predict_l1(
     if out is not None:
         contract.check_like("predict_l1", "out", out, "history[0]", history[0])
         contract.check_distinct_elements("predict_l1", "out", out)
-        contract.check_apart("predict_l1", "out", out, "target", target)
-        for k, feature in enumerate(history):
-            contract.check_apart("predict_l1", "out", out, f"history[{k}]", feature)
+        features = {f"history[{k}]": feature for k, feature in enumerate(history)}
+        parameters = {"weight": weight, "bias": bias, "gain": gain}
+        contract.check_apart("predict_l1", {"out": out}, {"target": target, **features, **parameters})
     forecast = _forecast_one(history, *_parameters(weight, bias, gain, history[0].dtype))
     error = forecast - target.to(forecast.dtype)
     count = error.numel()
     loss = error.abs().sum() / count if count else error.new_zeros(())
-    grads = _parameter_gradients(error.sign() / max(count, 1), history, weight, bias, gain)
+    # Tensor.sign makes 0 of NaN, and a gradient of 0 would hide it.
+    slopes = torch.where(error.isnan(), error, error.sign())
+    grads = _parameter_gradients(slopes / max(count, 1), history, weight, bias, gain)
     if out is not None:
         out.copy_(forecast)
     return (loss, *grads)
@@ -204,6 +206,7 @@ def forecast_into(
     """
     contract.check_forecast_into(ring, coefficients, offsets, read, write)
     contract.check_distinct_elements("forecast_into", "ring", ring)
+    contract.check_apart("forecast_into", {"ring": ring}, {"coefficients": coefficients, "offsets": offsets})
     rows = forecast([ring[slot] for slot in read], coefficients, offsets)
     for slot, row in zip(write, rows, strict=True):
         ring[slot].copy_(row)
@@ -261,6 +264,9 @@ def forecast_norm(
         TypeError: for a wrong dtype.
     """
     contract.check_forecast_norm(ring, coefficients, offsets, read, write, scale, shift)
+    if write:
+        parameters = {"coefficients": coefficients, "offsets": offsets, "scale": scale, "shift": shift}
+        contract.check_apart("forecast_norm", {"ring": ring}, parameters)
     dtype = contract.arithmetic_dtype(ring.dtype)
     feature = _mix([ring[slot] for slot in read], coefficients[0].to(dtype), offsets[0].to(dtype))
     for slot in write:
@@ -326,6 +332,7 @@ def push_scaled(ring: Tensor, scales: Tensor, feature: Tensor, slot: int) -> Non
         TypeError: for a wrong dtype.
     """
     contract.check_push_scaled(ring, scales, feature, slot)
+    contract.check_apart("push_scaled", {"ring": ring, "scales": scales}, {"feature": feature})
     elements, row_scales = scale_rows(feature.float(), ring.dtype)
     ring[slot].copy_(elements)
     scales[slot].copy_(row_scales)
@@ -359,6 +366,11 @@ def forecast_scaled_into(
         TypeError: for a wrong dtype.
     """
     contract.check_forecast_scaled_into(ring, scales, out, coefficients, offsets, read, write)
+    contract.check_apart(
+        "forecast_scaled_into",
+        {"ring": ring, "scales": scales, "out": out},
+        {"coefficients": coefficients, "offsets": offsets},
+    )
     history = [unscaled(ring[slot], scales[slot]) for slot in read]
     for m, row in enumerate(forecast(history, coefficients.float(), offsets.float())):
         out[m].copy_(row)

@@ -10,6 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# `make fuzz` asks for the long one.
+settings.register_profile("short", derandomize=True, deadline=None, max_examples=100)
+settings.register_profile("long", deadline=None, max_examples=10_000)
+settings.load_profile("short")
 
 # Folder of tests -> the package without which its files cannot even be imported.
 NEEDED = {"integrations": "diffusers", "demo": "diffusers", "triton_kernels": "triton"}

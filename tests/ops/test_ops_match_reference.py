@@ -56,6 +56,13 @@ def test_a_nan_in_the_history_reaches_the_forecast(dtype: torch.dtype) -> None:
     assert torch.isnan(got[17]) and torch.isnan(got).sum() == 1
 
 
+def test_gradients_of_a_loss_that_is_nan_are_nan() -> None:
+    history, target, (weight, bias, gain) = [torch.ones(40)] * 2, torch.zeros(40), _parameters(2, torch.float32)
+    for each in (ops.predict_l1, reference.predict_l1):
+        results = each(history, target, weight, bias * torch.nan, gain, None)
+        assert all(result.isnan().all() for result in results)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_rounds_to_nearest_even_and_overflows_to_infinity(dtype: torch.dtype) -> None:
     values = torch.cat([torch.randn(1000) * 10.0**power for power in range(-8, 6)]).to(dtype)

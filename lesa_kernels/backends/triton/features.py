@@ -112,6 +112,7 @@ def forecast_into(
     check_feature("forecast_into", "ring", ring)
     contract.check_forecast_into(ring, coefficients, offsets, read, write)
     contract.check_distinct_elements("forecast_into", "ring", ring)
+    contract.check_apart("forecast_into", {"ring": ring}, {"coefficients": coefficients, "offsets": offsets})
     if share_dense_layout([ring[0]]):
         _combine([ring] * len(read), [ring] * len(write), coefficients, offsets, ring_slots=(read, write))
         return

@@ -6,7 +6,7 @@ then written through a temporary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -80,13 +80,14 @@ def predict_backward(
         return (grad_history, *_finish(run, weight, bias, gain, None, 1))
 
 
-def _check_out(op: str, history: Sequence[Tensor], target: Tensor, out: Tensor) -> None:
+def _check_out(
+    op: str, history: Sequence[Tensor], target: Tensor, parameters: Mapping[str, Tensor], out: Tensor
+) -> None:
     """Check the tensor that receives a forecast."""
     contract.check_like(op, "out", out, "history[0]", history[0])
     contract.check_distinct_elements(op, "out", out)
-    contract.check_apart(op, "out", out, "target", target)
-    for k, feature in enumerate(history):
-        contract.check_apart(op, "out", out, f"history[{k}]", feature)
+    features = {f"history[{k}]": feature for k, feature in enumerate(history)}
+    contract.check_apart(op, {"out": out}, {"target": target, **features, **parameters})
 
 
 def predict_l1(
@@ -98,7 +99,7 @@ def predict_l1(
     contract.check_predict(op, history, weight, bias, gain)
     contract.check_like(op, "target", target, "history[0]", history[0])
     if out is not None:
-        _check_out(op, history, target, out)
+        _check_out(op, history, target, {"weight": weight, "bias": bias, "gain": gain}, out)
     inputs = len(history)
     features: Sequence[Tensor] = [*history, target]
     direct = out is None or share_dense_layout([*features, out])

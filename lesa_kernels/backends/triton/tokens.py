@@ -35,6 +35,9 @@ def forecast_norm(
     """`reference.forecast_norm`, of which only the result is allocated."""
     check_feature("forecast_norm", "ring", ring)
     contract.check_forecast_norm(ring, coefficients, offsets, read, write, scale, shift)
+    if write:
+        parameters = {"coefficients": coefficients, "offsets": offsets, "scale": scale, "shift": shift}
+        contract.check_apart("forecast_norm", {"ring": ring}, parameters)
     out = fresh_like(ring[0])
     channels = ring.shape[-1]
     tokens = out.numel() // channels
@@ -73,6 +76,7 @@ def _bits(ring: Tensor) -> Tensor:
 def push_scaled(ring: Tensor, scales: Tensor, feature: Tensor, slot: int) -> None:
     """`reference.push_scaled`, bit by bit."""
     contract.check_push_scaled(ring, scales, feature, slot)
+    contract.check_apart("push_scaled", {"ring": ring, "scales": scales}, {"feature": feature})
     tokens, channels = scales[0].numel(), ring.shape[-1]
     if tokens > 0:
         with on_device_of(ring):
@@ -102,6 +106,11 @@ def forecast_scaled_into(
 ) -> None:
     """`reference.forecast_scaled_into`; allocates nothing for up to 16 forecasts, float32 copies of more."""
     contract.check_forecast_scaled_into(ring, scales, out, coefficients, offsets, read, write)
+    contract.check_apart(
+        "forecast_scaled_into",
+        {"ring": ring, "scales": scales, "out": out},
+        {"coefficients": coefficients, "offsets": offsets},
+    )
     if len(write) <= MOST_FORECASTS:
         _forecast_scaled(ring, scales, out, coefficients, offsets, read, write)
         return

@@ -1,0 +1,153 @@
+"""Whatever the ops are called with: the reference's answer, or an error that names what is wrong; nothing else changes.
+
+`make fuzz` draws many thousands of calls. The latest one is in the file that LESA_FUZZ_LOG names, for a crash.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fuzzed_calls import VALID, Call, calls, tensors_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lesa_kernels import reference
+
+WRITTEN = {"forecast_into": ["ring"], "push": ["ring"], "forecast_norm": ["ring"], "push_scaled": ["ring", "scales"],
+           "forecast_scaled_into": ["ring", "scales", "out"], "predict_l1": ["out"]}  # fmt: skip
+# Sums of up to 65 products in other orders, of numbers around 1; one step of float8 is an eighth.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# torch itself refuses some layouts, and to write to what inference mode made.
+FROM_TORCH = ("Could not run", "Inference tensors", "Inplace update to inference tensor")
+COUNTS: Counter[tuple[str, str]] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _told(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        for op in VALID:
+            outcomes = ", ".join(f"{count} {what}" for (of, what), count in sorted(COUNTS.items()) if of == op)
+            reporter.write_line(f"\n{op}: {outcomes}" if outcomes else "", flush=True)
+
+
+def _bits(tensor: Tensor) -> Tensor | None:
+    """A copy of what a tensor holds, None where it holds nothing that could be compared."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        return None
+    with torch.no_grad():
+        plain = tensor.detach().as_subclass(Tensor).resolve_neg().reshape(-1)
+        # NaN equals NaN as bytes.
+        return torch.empty(plain.shape, dtype=plain.dtype).copy_(plain).view(torch.uint8)
+
+
+def _storages(values: Any) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors_of(values) if t.layout == torch.strided and not t.is_meta}
+
+
+def _copies(arguments: dict[str, Any]) -> list[Any]:
+    """The arguments, none of which shares memory with another."""
+    plain = lambda tensor: tensor.detach().as_subclass(Tensor).resolve_neg().clone()  # noqa: E731
+    return tree_map_only(Tensor, plain, list(arguments.values()))
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    if got.dtype in (torch.int8, torch.float8_e4m3fn):
+        return True  # compared with its scales
+    got, want, tolerance = got.double(), want.double(), TOLERANCES[got.dtype]
+    both = got.isfinite() & want.isfinite()
+    size = want[both].abs().max().item() if bool(both.any()) else 0.0
+    # Infinite and huge numbers overflow at another place of another order.
+    if not bool(both.all()):
+        return bool((got.isfinite() == want.isfinite()).all()) or size > 1e20 or not bool(want.isfinite().all())
+    return size > 1e20 or not got.numel() or (got - want).abs().max().item() <= tolerance * max(1.0, size) * 30
+
+
+def _values(call: Call, arguments: list[Any], results: Any) -> list[Tensor]:
+    """What the op returned and wrote; of a scaled ring the features that it holds."""
+    named = dict(zip(call.arguments, arguments, strict=True))
+    values = tensors_of([*results] if isinstance(results, tuple) else [results])
+    if "scales" in named:
+        values.append(reference.unscaled(named["ring"], named["scales"]))
+    return values + tensors_of([named[name] for name in WRITTEN.get(call.op, []) if name != "scales"])
+
+
+def check(call: Call) -> None:
+    """Make the call, and the reference's, and compare."""
+    if log := os.environ.get("LESA_FUZZ_LOG"):
+        with open(log, "w") as file:
+            file.write(f"{call.op}: {call.changes}\n{call.arguments}\n")
+    told = f"{call.op}, {call.changes}"
+    arguments = list(call.arguments.values())
+    tensors = tensors_of(arguments)
+    before = [_bits(tensor) for tensor in tensors]
+    try:
+        copies = _copies(call.arguments)
+    # What cannot be copied cannot be computed with either.
+    except (RuntimeError, NotImplementedError):
+        copies = None
+    results, refusal = None, None
+    try:
+        results = getattr(torch.ops.lesa, call.op)(*arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert call.changes, f"{call.op} refuses what is valid: {refusal}"
+        assert any(name in refusal for name in (*call.arguments, *FROM_TORCH)), (
+            f"{told}: no argument is named: {refusal}"
+        )
+        for tensor, bits in zip(tensors, before, strict=True):
+            assert bits is None or torch.equal(bits, _bits(tensor)), f"{told}: an argument changed"
+        COUNTS[call.op, "refused"] += 1
+        return
+    assert copies is not None, f"{told}: computed with what cannot be copied"
+    with torch.no_grad():
+        try:
+            wanted = getattr(reference, call.op)(*copies)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AssertionError(f"{told}: took what the reference refuses: {error}") from error
+    plain = tree_map_only(Tensor, lambda tensor: tensor.detach().as_subclass(Tensor), results)
+    held = tree_map_only(Tensor, lambda tensor: tensor.detach().as_subclass(Tensor), arguments)
+    for got, want in zip(_values(call, held, plain), _values(call, copies, wanted), strict=True):
+        assert _close(got, want), f"{told}: {got} is not {want}"
+    may_change = _storages([call.arguments[name] for name in WRITTEN.get(call.op, [])])
+    for tensor, bits in zip(tensors, before, strict=True):
+        if bits is not None and not _storages([tensor]) & may_change:
+            assert torch.equal(bits, _bits(tensor)), f"{told}: an input changed"
+    COUNTS[call.op, "computed"] += 1
+
+
+@pytest.mark.parametrize("op", VALID)
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on layouts that it is still working on
+def test_an_op_gives_the_right_answer_or_names_what_is_wrong(op: str, data: st.DataObject) -> None:
+    call = data.draw(calls(op))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(call)
+    for kept in call.kept:
+        if isinstance(kept, tuple):
+            original, before = map(_bits, kept)
+            assert before is None or torch.equal(original, before), f"{op}, {call.changes}: wrote to a copy's original"
+
+
+def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = [torch.ones(2, 3)]
+    call = Call("predict", {"history": history, "weight": torch.ones(1), "bias": torch.ones(1), "gain": torch.ones(1)})
+    check(call)
+    right = reference.predict
+    monkeypatch.setattr(reference, "predict", lambda *arguments: right(*arguments) + math.pi)
+    with pytest.raises(AssertionError, match="is not"):
+        check(call)
