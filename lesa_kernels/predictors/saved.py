@@ -115,7 +115,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
             try:
                 predictor = assembled(lambda: cls(**config), shapes, tensors.get_tensor)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise ValueError(f"{weights}: not the weights of such a {cls.__name__}: {shortened(error)}") from error
+                raise ValueError(f"{where}: config and weights make no {cls.__name__}: {shortened(error)}") from error
         return predictor.to(map_location).eval()
 
 
