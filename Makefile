@@ -17,7 +17,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 FORMATTED := $(NATIVE_FILES) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo demo-train test test-all bench gpu-check quality lint format clean
+.PHONY: help setup demo demo-train test test-all soak bench gpu-check quality lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -53,6 +53,9 @@ test: setup ## Run the tests
 
 test-all: setup ## Run the tests that take long as well
 	@$(TESTS) -m ''
+
+soak: setup ## Run what takes hours in small: kills and leaks, with figures
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak -m ''
 
 bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -124,12 +125,18 @@ def replacing_all(folder: Path, name: str) -> Generator[Path, None, None]:
         for file in files:
             os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None) or errno.EIO
-        reason = getattr(error, "strerror", None) or shortened(error)
-        text = f"cannot be written ({reason}); older files are kept"
-        raise OSError(number, text, str(folder / name)) from error
+        text = f"cannot be written ({shortened(error)}); older files are kept"
+        raise OSError(_number(error), text, str(folder / name)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _number(error: OSError | SafetensorError) -> int:
+    """Return the system's number of an error, which safetensors puts into its text."""
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else errno.EIO
 
 
 def _settle(file: Path) -> None:

@@ -180,7 +180,7 @@ def save(model: FluxTransformer2DModel, folder: Path) -> None:
         folder: where to; made if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing_all(folder, "model") as unfinished:
+    with replacing_all(folder, "config.json") as unfinished:
         copy.deepcopy(model).half().save_pretrained(unfinished)
 
 

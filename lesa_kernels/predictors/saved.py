@@ -57,7 +57,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         push, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing_all(folder, "predictor") as unfinished:
+        with replacing_all(folder, SAFETENSORS_SINGLE_FILE) as unfinished:
             local = {name: options[name] for name in ("config", "model_card_kwargs") if name in options}
             super().save_pretrained(unfinished, **local)
             if (folder / _README).exists():

@@ -70,7 +70,7 @@ def check_reports(folder: Path | None, tensorboard: bool, branches: Sequence[str
     if folder is None and tensorboard:
         raise ValueError("tensorboard=True needs a folder to write to, got out=None")
     for branch in branches:
-        if folder is not None and (Path(branch).name != branch or branch == ".."):
+        if folder is not None and (branch in ("", "..") or Path(branch).name != branch):
             raise ValueError(f"predictor: each branch gets a folder of its name in out, which {branch!r} cannot be")
     for module, reason in [("matplotlib", "out")] * (folder is not None) + [
         ("tensorboard", "tensorboard=True")
