@@ -47,8 +47,10 @@ def parsed(text: str | bytes, file: Path) -> dict[str, Any]:
         file: where it comes from, for messages.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: when it is none, or larger than any of ours.
     """
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"{file}: must be a JSON object of at most {LARGEST_JSON} bytes")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -66,10 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: when it holds none, or is larger than any of ours.
     """
     with regular(file).open("rb") as opened:
-        text = opened.read(LARGEST_JSON + 1)
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"{file}: must be a JSON object of at most {LARGEST_JSON} bytes")
-    return parsed(text, file)
+        return parsed(opened.read(LARGEST_JSON + 1), file)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lesa_kernels.files import opened_tensors, replacing, shortened
+from lesa_kernels.files import opened_tensors, parsed, replacing, shortened
 
 FILE = "checkpoint.safetensors"
 _LOSSES = "losses"
@@ -60,8 +60,9 @@ class Checkpoint:
             losses = tensors.pop(_LOSSES)
             if losses.dim() != 1 or losses.dtype != torch.float64:
                 raise ValueError(f"{_LOSSES} must be a row of float64, got {tuple(losses.shape)} of {losses.dtype}")
-            return cls(json.loads(metadata["settings"]), tensors, losses.tolist(), float(metadata["seconds"]))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            settings = parsed(metadata["settings"], file)
+            return cls(settings, tensors, losses.tolist(), float(metadata["seconds"]))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} must be the checkpoint of a training: {shortened(error)}") from error
 
     def check(self, settings: Mapping[str, Any], state: Mapping[str, Tensor], batches: int, folder: Path) -> None:
