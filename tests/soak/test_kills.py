@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -24,27 +26,45 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra:
 KILLS = 60
 # A batch and all that is saved after it are some 20 steps, of which some take a millisecond and one takes a second.
 MOST_STEPS, LONGEST = 60, 0.02
-TRAINING = Path(__file__).with_name("told_training.py")
 SAME = ("model.safetensors", "config.json", "losses.csv")
 
 
-def live(out: Path, steps: int | None, seconds: float = 0) -> tuple[bool, str]:
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
+    """Makes processes that part from one that has imported torch already."""
+    folders = [Path(__file__).parent, Path(__file__).parents[1] / "training", Path(__file__).parents[2]]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    for folder in folders:
+        monkeypatch.syspath_prepend(folder)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["told_training"])
+    return context
+
+
+def live(processes: ForkServerContext, out: Path, steps: int | None, seconds: float = 0) -> tuple[bool, str]:
     """Start or go on with the training, and kill it so long after it began its so-manieth step.
 
     Returns:
         Whether it was killed, and what it said last.
     """
-    with subprocess.Popen([sys.executable, str(TRAINING), str(out)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
+    from told_training import main
+
+    ear, mouth = processes.Pipe(duplex=False)
+    process = processes.Process(target=main, args=(str(out), mouth))
+    process.start()
+    mouth.close()
+    said = []
+    with ear, contextlib.suppress(EOFError):
+        while True:
+            said.append(ear.recv_bytes().decode())
             if len(said) == steps:
                 time.sleep(seconds)
                 process.kill()
-        code = process.wait(timeout=600)
+    process.join()
+    code = process.exitcode
+    process.close()
     assert code in (0, -signal.SIGKILL), said[-3:]
-    return code != 0, said[-1].strip()
+    return code != 0, said[-1]
 
 
 def read_all(out: Path) -> int:
@@ -70,11 +90,13 @@ def read_all(out: Path) -> int:
 
 
 @pytest.mark.exhaustive
-def test_killed_at_random_moments_it_gives_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_at_random_moments_it_gives_the_same_bits(
+    tmp_path: Path, processes: ForkServerContext, capsys: pytest.CaptureFixture[str]
+) -> None:
     seed = random.randrange(2**32)
     moments = random.Random(seed)
     whole = tmp_path / "whole"
-    assert not live(whole, None)[0]
+    assert not live(processes, whole, None)[0]
     want, batches = load_file(whole / FILE), read_all(whole)
     phases: collections.Counter[str] = collections.Counter()
     trainings = files = 0
@@ -83,7 +105,7 @@ def test_killed_at_random_moments_it_gives_the_same_bits(tmp_path: Path, capsys:
         while killed:
             enough = phases.total() >= KILLS
             steps, seconds = moments.randint(1, MOST_STEPS), moments.uniform(0, LONGEST)
-            killed, phase = live(out, None if enough else steps, seconds)
+            killed, phase = live(processes, out, None if enough else steps, seconds)
             phases.update([phase] * killed)
             if out.exists():
                 before, done = done, read_all(out)
