@@ -23,7 +23,7 @@ from lesa_kernels.training.checkpoint import FILE, Checkpoint
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed (extra: demo)")
 
-KILLS = 60
+KILLS = 200
 # A batch and all that is saved after it are some 20 steps, of which some take a millisecond and one takes a second.
 MOST_STEPS, LONGEST = 60, 0.02
 SAME = ("model.safetensors", "config.json", "losses.csv")
