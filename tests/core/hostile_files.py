@@ -103,10 +103,10 @@ def archive(data: bytes, **records: bytes) -> Make:
 
 def _bomb(folder: Path) -> Path:
     file = folder / "file.pt"
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as opened:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as opened:
         opened.writestr("file/data.pkl", pickle.dumps({}))
         with opened.open("file/data/0", "w") as record:
-            for _ in range(512):
+            for _ in range(300):
                 record.write(bytes(2 << 20))
     return file
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_training import SCHEDULE, SIGMAS, Guided, Meddling, equal, runs, small_predictor, trajectories
+from small_training import SCHEDULE, SIGMAS, Meddling, equal, runs, small_predictor
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor, LinearPredictor, load_predictor
@@ -274,10 +274,3 @@ def test_a_checkpoint_whose_tensors_are_others_is_refused(tmp_path: Path, change
     save_file(tensors, tmp_path / FILE, metadata)
     with pytest.raises(ValueError, match=f"{FILE} must be the checkpoint of a training: it is not as its settings say"):
         train(small_predictor(), runs(1), SCHEDULE, ONE, out=tmp_path, progress=False)
-
-
-def test_branches_are_written_to_folders_of_their_names(tmp_path: Path) -> None:
-    both = {"cond": small_predictor(0), "uncond": small_predictor(1)}
-    source = Guided(trajectories(1), trajectories(2)[1:])
-    train(both, source, SCHEDULE, ONE, out=tmp_path, progress=False)
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"cond", "uncond"}
