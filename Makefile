@@ -17,7 +17,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 FORMATTED := $(NATIVE_FILES) $(shell find tests/native tools -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo demo-train test test-all fuzz compatibility sanitize bench gpu-check quality lint format clean
+.PHONY: help setup demo demo-train test test-all fuzz soak sanitize compatibility bench gpu-check quality lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -57,11 +57,14 @@ test-all: setup ## Run the tests that take long as well
 fuzz: setup ## Call ops and functions with anything and open damaged files, 10,000 times each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m '' --hypothesis-profile=long $(ARGS)
 
-compatibility: setup ## Run the tests with the other torches that pip finds CPU builds of
-	@$(BIN)/python -m tools.compatibility env $(TESTS)
+soak: setup ## Kill trainings and repeat calls and runs for long, with figures
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak -m '' $(ARGS)
 
 sanitize: setup ## Run the CPU library's tests under AddressSanitizer, UBSan and ThreadSanitizer; 15 minutes
 	@$(BIN)/python -m tools.sanitize $(ARGS)
+
+compatibility: setup ## Run the tests with the other torches that pip finds CPU builds of
+	@$(BIN)/python -m tools.compatibility env $(TESTS)
 
 bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -236,10 +236,11 @@ def falling(sigmas: Sequence[float]) -> tuple[float, ...]:
     """Return noise levels as floats.
 
     Raises:
-        ValueError: when they are not at least two falling numbers.
+        ValueError: when they are not at least two finite, falling numbers.
     """
     levels = tuple(float(sigma) for sigma in sigmas)
-    if len(levels) < 2 or not all(later < earlier for earlier, later in itertools.pairwise(levels)):
+    finite = all(map(math.isfinite, levels))
+    if len(levels) < 2 or not finite or not all(later < earlier for earlier, later in itertools.pairwise(levels)):
         raise ValueError(f"sigmas must hold S+1 >= 2 falling numbers, got {levels}")
     return levels
 

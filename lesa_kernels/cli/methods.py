@@ -28,6 +28,7 @@ from lesa_kernels.training import (
     segment_stages,
     train,
 )
+from lesa_kernels.training.files import reserved
 from lesa_kernels.training.placement import MakeForecaster
 from lesa_kernels.training.reports import save_predictors
 
@@ -194,6 +195,14 @@ def _fit(method: Method, job: Job) -> str:
         raise ValueError(f"--epochs, --learning-rate and --tensorboard are not for --method {method.value}")
     if (job.out / checkpoint.FILE).is_file():
         raise ValueError(f"--out {job.out} holds a training; take another folder")
+    # Before the work: a folder that cannot be written to is told at once.
+    with reserved(job.out):
+        save_predictors(_fitted(method, job), job.out)
+    return "fitted; the same runs give the same coefficients"
+
+
+def _fitted(method: Method, job: Job) -> dict[str, LinearPredictor | LesaPredictor]:
+    """Fit a predictor for each branch."""
     show = not job.console.quiet
     predictors: dict[str, LinearPredictor | LesaPredictor] = {}
     if method is Method.features:
@@ -217,9 +226,7 @@ def _fit(method: Method, job: Job) -> str:
             own = LesaPredictor(len(sigmas) - 1, segment_stages(sigmas, schedule), hidden_dim=_HIDDEN)
             fit_lesa(own, fitted, job.source, batch=job.batch, progress=show)
             predictors[ONLY_BRANCH] = own
-    job.out.mkdir(parents=True, exist_ok=True)
-    save_predictors(predictors, job.out)
-    return "fitted; the same runs give the same coefficients"
+    return predictors
 
 
 METHODS: dict[Method, Callable[[Job], str]] = {

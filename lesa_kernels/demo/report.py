@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, WARM_UNIFORM
+from lesa_kernels.files import replacing
 from lesa_kernels.machine import device_name
 
 
@@ -86,7 +87,8 @@ def write_json(path: Path, rows: Sequence[Row], reference: Row, settings: dict[s
     """Write all figures with the settings that they were measured with."""
     plain = {**asdict(reference), "psnr": None, "psnr_error": None}  # against itself
     content = {**settings, "reference": plain, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def draw_images(path: Path, images: dict[str, dict[int, tuple[Tensor, Row]]], reference: Tensor) -> None:
@@ -118,7 +120,8 @@ def draw_images(path: Path, images: dict[str, dict[int, tuple[Tensor, Row]]], re
             panel.axhline(size * index - 0.5, color="black", linewidth=0.6)
         panel.set_xticks([size * 5, size * 16], ["samples", "error, 3 x"])
         panel.set_title(f"{count} calls of the blocks instead of 50", fontsize=10)
-    figure.savefig(path, dpi=90)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=90)
 
 
 def _line(images: Tensor, reference: Tensor) -> Tensor:
@@ -148,4 +151,5 @@ def draw_quality(path: Path, rows: Sequence[Row]) -> None:
     panels[1].set_title(f"{UNIFORM} (LESA: {WARM_UNIFORM})")
     panels[0].set_ylabel("PSNR against the 50-step sample, dB")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)

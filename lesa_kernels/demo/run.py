@@ -21,6 +21,7 @@ from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import Recorded, TrainingConfig, TrainingResult, plot_losses, train
+from lesa_kernels.training.files import reserved
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -68,11 +69,17 @@ def run_demo(config: DemoConfig, console: Console) -> list[report.Row]:
 
     Raises:
         ValueError: when there are fewer than 10 samples.
+        BlockingIOError: when another process writes to `config.out`.
+        OSError: when `config.out` cannot be written to, before anything is sampled.
         RuntimeError: when the device is not there.
     """
     if config.samples < NUM_CLASSES:
         raise ValueError(f"samples must be at least {NUM_CLASSES} (one of each class is shown), got {config.samples}")
-    config.out.mkdir(parents=True, exist_ok=True)
+    with reserved(config.out):
+        return _run(config, console)
+
+
+def _run(config: DemoConfig, console: Console) -> list[report.Row]:
     begin = time.perf_counter()
     model = load_model(config.device)
     sigmas = set_up(scheduler(), STEPS).tolist()

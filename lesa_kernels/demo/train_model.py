@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import tempfile
 import time
 from enum import Enum
 from pathlib import Path
@@ -24,6 +22,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lesa_kernels.demo import model as digits
+from lesa_kernels.files import replacing, replacing_all
 
 LEARNING_RATE = 1.5e-3
 WARMUP = 200
@@ -181,10 +180,8 @@ def save(model: FluxTransformer2DModel, folder: Path) -> None:
         folder: where to; made if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+    with replacing_all(folder, "config.json") as unfinished:
         copy.deepcopy(model).half().save_pretrained(unfinished)
-        for file in Path(unfinished).iterdir():
-            os.replace(file, folder / file.name)
 
 
 def draw_sheet(model: FluxTransformer2DModel, file: Path, seed: int) -> None:
@@ -207,7 +204,9 @@ def draw_sheet(model: FluxTransformer2DModel, file: Path, seed: int) -> None:
     size = design.image_size
     rows = images.reshape(SHEET_ROWS, digits.NUM_CLASSES, size, size).transpose(1, 2)
     pixels = ((1 - rows.reshape(SHEET_ROWS * size, -1).clamp(-1, 1)) * 127.5).round().to(torch.uint8)
-    Image.fromarray(pixels.cpu().numpy()).resize((2 * pixels.shape[1], 2 * pixels.shape[0])).save(file, optimize=True)
+    sheet = Image.fromarray(pixels.cpu().numpy()).resize((2 * pixels.shape[1], 2 * pixels.shape[0]))
+    with replacing(file) as unfinished:
+        sheet.save(unfinished, optimize=True)
 
 
 @app.command()

@@ -8,24 +8,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from lesa_kernels.contract import MAX_HISTORY
-from lesa_kernels.plan import Row, RowRule
+from lesa_kernels.plan import Row, RowRule, falling
 from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
 from lesa_kernels.predictors.kan import GRID_SIZE, KAN, SPLINE_ORDER
-from lesa_kernels.predictors.saved import strict_from_pretrained
+from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import Schedule
 
 PUBLISHED_STAGES = ((0.9, 4), (0.5, 8), (0.0, 8))
 """(threshold, K) of FLUX and HunyuanVideo: a stage serves sigmas above its threshold, the last one all that is left."""
 
+MAX_STAGES = 1000
+"""Schedules have fewer steps; a config that asks for more is none of ours."""
+
 
 class LesaPredictor(
-    nn.Module,
+    Saved,
     Forecaster,
-    PyTorchModelHubMixin,
     library_name="lesa-kernels",
     paper_url="https://arxiv.org/abs/2602.20497",
     tags=["feature-caching", "diffusion"],
@@ -50,7 +51,7 @@ class LesaPredictor(
             schedule is given; saved with the weights.
 
     Raises:
-        ValueError: for a count out of range, thresholds that do not fall, or not S+1 sigmas.
+        ValueError: for a count out of range, thresholds that do not fall, or not S+1 falling sigmas.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class LesaPredictor(
         self.num_steps = num_steps
         self.stages = tuple((float(threshold), int(window)) for threshold, window in stages)
         thresholds = [threshold for threshold, _ in self.stages]
+        if len(thresholds) > MAX_STAGES:
+            raise ValueError(f"stages must be at most {MAX_STAGES}, got {len(thresholds)}")
         if not thresholds or any(low >= high for high, low in itertools.pairwise(thresholds)):
             raise ValueError(f"stages must have falling thresholds, got {thresholds}")
         widths = (num_steps + 1, hidden_dim, hidden_dim, 1)
@@ -88,10 +91,6 @@ class LesaPredictor(
         self.trained_sigmas = trained_sigmas
         self.trained_schedule = None if full_steps is None else Schedule(num_steps, tuple(full_steps))
 
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> LesaPredictor:
-        return strict_from_pretrained(cls, super()._from_pretrained, model_id, ("num_steps",), options)
-
     @property
     def trained_sigmas(self) -> tuple[float, ...] | None:
         """The S+1 noise levels of the training, None where they are not known. Training sets them."""
@@ -99,7 +98,7 @@ class LesaPredictor(
 
     @trained_sigmas.setter
     def trained_sigmas(self, sigmas: Sequence[float] | None) -> None:
-        self._trained_sigmas = None if sigmas is None else tuple(self._levels(sigmas).tolist())
+        self._trained_sigmas = None if sigmas is None else falling(self._levels(sigmas).tolist())
         self._note_config(trained_sigmas=self._trained_sigmas)
 
     @property

@@ -7,20 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule, falling
 from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
-from lesa_kernels.predictors.saved import strict_from_pretrained
+from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import Schedule
 
 
 class LinearPredictor(
-    nn.Module,
+    Saved,
     Forecaster,
-    PyTorchModelHubMixin,
     library_name="lesa-kernels",
     paper_url="https://arxiv.org/abs/2604.26365",
     tags=["feature-caching", "diffusion"],
@@ -67,10 +65,6 @@ class LinearPredictor(
             "window": window,
             "over_all": over_all,
         }
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, strict: bool = True, **options: Any) -> LinearPredictor:
-        return strict_from_pretrained(cls, super()._from_pretrained, model_id, ("sigmas", "full_steps"), options)
 
     @classmethod
     def from_rows(

@@ -2,54 +2,157 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Sequence
+import reprlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from huggingface_hub import hf_hub_download
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from safetensors import SafetensorError
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from lesa_kernels.files import opened_tensors, parsed, read_json, replacing_all, shortened
 
 if TYPE_CHECKING:
     from lesa_kernels.predictors.lesa import LesaPredictor
     from lesa_kernels.predictors.linear import LinearPredictor
 
-_Predictor = TypeVar("_Predictor")
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_KIND = "predictor"
+# Predictors that were saved before there were several kinds are LESA's.
+_FIRST_KIND = "LesaPredictor"
+# Header entry of the weights.
+_CONFIG = "config"
+_README = "README.md"
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_Predictor = TypeVar("_Predictor", bound="Saved")
 
 
-def strict_from_pretrained(
-    cls: type[_Predictor],
-    load: Callable[..., Any],
-    model_id: str,
-    required: Sequence[str],
-    options: dict[str, Any],
-) -> _Predictor:
-    """Load for `from_pretrained`; the mixin's own default would fill what is missing with random numbers.
+class Saved(nn.Module, PyTorchModelHubMixin):
+    """What predictors have that are kept in folders and on the hub.
+
+    The weights carry a copy of the config, and that one counts; `config.json` is for readers, and for weights without
+    a copy. So a save that is cut short leaves the old predictor or the new one, never a mixture of the two.
+    """
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write `config.json`, `model.safetensors` and, where there is none, `README.md`; each whole or not at all.
+
+        Args:
+            save_directory: made if missing.
+            options: `push_to_hub=True` puts it on the hub too, with the further options of `push_to_hub`.
+
+        Returns:
+            What `push_to_hub` returned, if it was asked for.
+
+        Raises:
+            OSError: when a file cannot be written; names it.
+        """
+        push, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_all(folder, SAFETENSORS_SINGLE_FILE) as unfinished:
+            local = {name: options[name] for name in ("config", "model_card_kwargs") if name in options}
+            super().save_pretrained(unfinished, **local)
+            if (folder / _README).exists():
+                (unfinished / _README).unlink()
+        return str(self.push_to_hub(repo_id or folder.name, **options)) if push else None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        metadata = {_CONFIG: json.dumps(self._hub_mixin_config)}
+        save_model(self, str(save_directory / SAFETENSORS_SINGLE_FILE), metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Predictor],
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        **options: Any,
+    ) -> _Predictor:
+        """Load what `save_pretrained` wrote. Nothing in the files is run, and no size in them is believed unchecked.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            map_location: where the predictor goes.
+            options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for the hub; arguments of
+                the constructor, in place of those of the config.
+
+        Returns:
+            The predictor, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: when a file is missing.
+            ValueError: when a file is damaged, the config lacks an entry or has one that is not known here, or the
+                weights are not those of such a predictor.
+        """
+        where = str(pretrained_model_name_or_path)
+        hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+        config, weights = _found(where, hub)
+        kind = config.pop(_KIND, _FIRST_KIND)
+        if kind not in [base.__name__ for base in cls.__mro__]:
+            raise ValueError(f"{where}: must hold a {cls.__name__}, its config says {reprlib.repr(kind)}")
+        known = inspect.signature(cls).parameters
+        if strange := sorted(config.keys() - known.keys()):
+            raise ValueError(
+                f"{where}: its config has entries that are not known here, a newer version may have written them: "
+                f"{reprlib.repr(strange)}"
+            )
+        config |= options
+        required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+        if missing := [name for name in required if name not in config]:
+            raise ValueError(f"{where}: {CONFIG_NAME} must be there and name {', '.join(missing)}")
+        if weights is None:
+            raise FileNotFoundError(f"{where}: must hold {SAFETENSORS_SINGLE_FILE}")
+        with opened_tensors(weights) as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            try:
+                predictor = assembled(lambda: cls(**config), shapes, tensors.get_tensor)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(f"{where}: config and weights make no {cls.__name__}: {shortened(error)}") from error
+        return predictor.to(map_location).eval()
+
+
+def assembled(
+    make: Callable[[], _Module], shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]
+) -> _Module:
+    """Make a module around a state; takes no memory before the state is known to be one of such a module.
 
     Args:
-        cls: the predictor's class.
-        load: the mixin's loader.
-        model_id: folder or hub id.
-        required: what config.json must name.
-        options: what it names.
+        make: makes the module.
+        shapes: of the tensors that there are.
+        read: returns one of them.
 
     Returns:
-        The predictor.
+        The module, its tensors copied and of its own dtypes.
 
     Raises:
-        FileNotFoundError: when the folder lacks its weights.
-        ValueError: when the config lacks an entry, or the weights are not those of such a predictor.
+        ValueError: when a name or a shape is not that of the module, or a tensor has no floating point type.
     """
-    if missing := [name for name in required if name not in options]:
-        raise ValueError(f"{model_id}: config.json must be there and name {', '.join(missing)}")
-    if Path(model_id).is_dir() and not Path(model_id, SAFETENSORS_SINGLE_FILE).is_file():
-        raise FileNotFoundError(f"{model_id}: must hold {SAFETENSORS_SINGLE_FILE}")
-    try:
-        loaded: _Predictor = load(model_id=model_id, strict=True, **options)
-        return loaded
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{model_id}: not the weights of such a {cls.__name__}: {error}") from error
+    with torch.device("meta"):
+        module = make()
+    wanted = module.state_dict()
+    if strange := [name for name in shapes if name not in wanted]:
+        raise ValueError(f"has no place for {reprlib.repr(strange[0])}")
+    for name, like in wanted.items():
+        if name not in shapes:
+            raise ValueError(f"lacks {name}")
+        if tuple(shapes[name]) != like.shape:
+            raise ValueError(f"{name} must have shape {tuple(like.shape)}, got {tuple(shapes[name])}")
+    state = {}
+    for name, like in wanted.items():
+        tensor = read(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating point type, got {tensor.dtype}")
+        state[name] = tensor.to(like.dtype, copy=True)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module
 
 
 def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredictor | LinearPredictor:
@@ -57,33 +160,49 @@ def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredicto
 
     Args:
         folder_or_hub_id: where it lies.
-        options: as of huggingface_hub's `from_pretrained` (revision, token, cache_dir, ...).
+        options: as of `from_pretrained` (revision, token, cache_dir, ...).
 
     Returns:
         The predictor.
 
     Raises:
-        ValueError: when config.json names no kind of predictor that is known here, or the weights do not fit it.
+        ValueError: when the config names no kind of predictor that is known here, or the weights do not fit it.
         FileNotFoundError: when the folder lacks a file.
     """
     from lesa_kernels.predictors.lesa import LesaPredictor
     from lesa_kernels.predictors.linear import LinearPredictor
 
-    kinds = {kind.__name__: kind for kind in (LesaPredictor, LinearPredictor)}
-    folder = Path(folder_or_hub_id)
+    kinds: dict[str, type[LesaPredictor | LinearPredictor]] = {
+        kind.__name__: kind for kind in (LesaPredictor, LinearPredictor)
+    }
+    where = str(folder_or_hub_id)
+    config, _ = _found(where, {name: options[name] for name in _HUB_OPTIONS if name in options})
+    name = config.get(_KIND, _FIRST_KIND)
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"{where}: predictor must be one of {', '.join(kinds)}, got {reprlib.repr(name)}")
+    return kinds[name].from_pretrained(where, **options)
+
+
+def _found(where: str, hub: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """Return the config of a folder or of a hub id, and where its weights lie, None where there are none."""
+    folder = Path(where)
     if folder.is_dir():
-        file = folder / CONFIG_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder}: must hold {CONFIG_NAME}")
+        file, weights = folder / CONFIG_NAME, folder / SAFETENSORS_SINGLE_FILE
+    elif folder.is_absolute() or folder.exists():
+        raise FileNotFoundError(f"{where}: must be a folder that holds {CONFIG_NAME}, or the name of one on the hub")
     else:
-        file = Path(hf_hub_download(str(folder_or_hub_id), CONFIG_NAME, **options))
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: must be a JSON object: {error}") from error
-    # Predictors that were saved before there were several kinds are LESA's.
-    name = config.get("predictor", LesaPredictor.__name__) if isinstance(config, dict) else None
-    if name not in kinds:
-        raise ValueError(f"{file}: predictor must be one of {', '.join(kinds)}, got {name!r}")
-    loaded: LesaPredictor | LinearPredictor = kinds[name].from_pretrained(str(folder_or_hub_id), **options)
-    return loaded
+        file, weights = (Path(hf_hub_download(where, name, **hub)) for name in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE))
+    own = None
+    if weights.exists():
+        with opened_tensors(weights) as tensors:
+            text = (tensors.metadata() or {}).get(_CONFIG)
+        own = None if text is None else parsed(text, weights)
+    if own is None and not file.exists():
+        raise FileNotFoundError(f"{where}: must hold {CONFIG_NAME}")
+    beside = read_json(file) if file.exists() else own
+    if own is not None and beside != own:
+        warnings.warn(
+            f"{file} is not that of the weights beside it (a save was cut short, or it was edited); theirs counts",
+            stacklevel=3,
+        )
+    return beside if own is None else own, weights if weights.exists() else None  # type: ignore[return-value]

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lesa_kernels.training.files import replacing
+from lesa_kernels.files import opened_tensors, parsed, replacing, shortened
 
 FILE = "checkpoint.safetensors"
 _LOSSES = "losses"
@@ -52,19 +51,28 @@ class Checkpoint:
             ValueError: when the file is not one of a training.
         """
         file = folder / FILE
-        if not file.is_file():
+        if not file.exists():
             return None
         try:
-            with safe_open(file, framework="pt") as opened:
+            with opened_tensors(file) as opened:
                 metadata = opened.metadata()
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-            losses = tensors.pop(_LOSSES).tolist()
-            return cls(json.loads(metadata["settings"]), tensors, losses, float(metadata["seconds"]))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} must be the checkpoint of a training: {error}") from error
+            losses = tensors.pop(_LOSSES)
+            if losses.dim() != 1 or losses.dtype != torch.float64:
+                raise ValueError(f"{_LOSSES} must be a row of float64, got {tuple(losses.shape)} of {losses.dtype}")
+            settings = parsed(metadata["settings"], file)
+            return cls(settings, tensors, losses.tolist(), float(metadata["seconds"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} must be the checkpoint of a training: {shortened(error)}") from error
 
-    def check(self, settings: Mapping[str, Any], folder: Path) -> None:
+    def check(self, settings: Mapping[str, Any], state: Mapping[str, Tensor], batches: int, folder: Path) -> None:
         """Check that it is of a training with these settings.
+
+        Args:
+            settings: of the training.
+            state: its tensors, by name.
+            batches: how many it has.
+            folder: of the checkpoint, for messages.
 
         Raises:
             ValueError: when it is not; says what differs.
@@ -74,6 +82,10 @@ class Checkpoint:
             more = len(found) - _DIFFERENCES_SHOWN
             shown = "; ".join(found[:_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
             raise ValueError(f"out = {folder} holds another training: {shown}; take another folder, or delete it")
+        # Equal settings mean equal tensors, unless the file was damaged or made up.
+        kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in of.items()} for of in (self.tensors, state)]
+        if kinds[0] != kinds[1] or len(self.losses) > batches:
+            raise ValueError(f"{folder / FILE} must be the checkpoint of a training: it is not as its settings say")
 
 
 def _differences(was: Any, now: Any, name: str = "") -> list[str]:

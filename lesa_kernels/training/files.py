@@ -1,27 +1,38 @@
-"""Files that appear whole or not at all, whenever the process is killed."""
+"""The folder of a training, which one process at a time may write to."""
 
 from __future__ import annotations
 
-import os
+import errno
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from lesa_kernels.files import replacing
+
+__all__ = ["replacing", "reserved"]
+
+_LOCK = ".lock"
+
 
 @contextmanager
-def replacing(path: Path) -> Generator[Path, None, None]:
-    """Give a path to write to in the same folder; once it is written and on the disk, it takes the file's place.
+def reserved(folder: Path) -> Generator[None, None, None]:
+    """Make a folder if it is missing, and keep other processes out of it; the system lets go for one that dies.
 
-    Args:
-        path: the file; one that is there stays until the new one is complete. Only one process may write it.
+    Raises:
+        BlockingIOError: when another one, or another thread, writes there.
+        OSError: when the folder cannot be written to.
     """
-    # A fixed name: what a killed process left is overwritten by the next one.
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Opened for writing, so it shows too whether one may write there.
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
-        yield unfinished
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+        lock.acquire()
+    except Timeout as error:
+        text = "another process writes to this folder; wait for it, stop it, or take another folder"
+        raise BlockingIOError(errno.EAGAIN, text, str(folder)) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lesa_kernels.files import replacing
 from lesa_kernels.training.config import TrainingResult
-from lesa_kernels.training.files import replacing
 
 
 def plot_losses(results: Mapping[str, TrainingResult], path: str | Path) -> Path:

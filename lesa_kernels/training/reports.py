@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lesa_kernels.files import replacing
 from lesa_kernels.predictors import LesaPredictor, LinearPredictor
 from lesa_kernels.training.config import Batch, TrainingResult, losses_by_phase
-from lesa_kernels.training.files import replacing
 from lesa_kernels.training.plots import plot_losses
-
-_UNFINISHED = ".predictor.unfinished"
 
 
 def save_predictors(predictors: Mapping[str, LesaPredictor | LinearPredictor], folder: Path) -> None:
@@ -24,15 +20,7 @@ def save_predictors(predictors: Mapping[str, LesaPredictor | LinearPredictor], f
     Each file appears whole or not at all, so that a predictor can be loaded at any time.
     """
     for branch, predictor in predictors.items():
-        place = folder if len(predictors) == 1 else folder / branch
-        place.mkdir(exist_ok=True)
-        unfinished = place / _UNFINISHED
-        shutil.rmtree(unfinished, ignore_errors=True)
-        predictor.save_pretrained(unfinished)
-        # config.json first: weights without it cannot be loaded.
-        for file in sorted(unfinished.iterdir()):
-            os.replace(file, place / file.name)
-        unfinished.rmdir()
+        predictor.save_pretrained(folder if len(predictors) == 1 else folder / branch)
 
 
 def write_losses(folder: Path, batches: Sequence[Batch], losses: Sequence[float], description: str) -> None:
@@ -72,15 +60,18 @@ class Scalars:
             self._writer.close()
 
 
-def check_reports(folder: Path | None, tensorboard: bool) -> None:
+def check_reports(folder: Path | None, tensorboard: bool, branches: Sequence[str]) -> None:
     """Check, before anything is trained, that all that was asked for can be written.
 
     Raises:
-        ValueError: when there is no folder to write to.
+        ValueError: when there is no folder to write to, or a branch's name is none of a folder in it.
         ModuleNotFoundError: when a package is missing.
     """
     if folder is None and tensorboard:
         raise ValueError("tensorboard=True needs a folder to write to, got out=None")
+    for branch in branches:
+        if folder is not None and (branch in ("", "..") or Path(branch).name != branch):
+            raise ValueError(f"predictor: each branch gets a folder of its name in out, which {branch!r} cannot be")
     for module, reason in [("matplotlib", "out")] * (folder is not None) + [
         ("tensorboard", "tensorboard=True")
     ] * tensorboard:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lesa_kernels.files import opened_tensors, parsed, read_json, replacing, shortened
+from lesa_kernels.plan import falling
 from lesa_kernels.sources import Call, Player, Source, watch
-from lesa_kernels.training.files import replacing
+from lesa_kernels.training.files import reserved
 from lesa_kernels.training.ranks import Ranks
 
 _INDEX = "index.json"
@@ -25,6 +27,8 @@ _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float
 # Their range is smaller than that of bfloat16 features: what is stored is divided by a scale of each tensor.
 _SCALED = ("float16", "float8_e4m3fn")
 _SIGMA_TOLERANCE = 1e-4
+# What safetensors calls the types that features may have.
+_CODES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float32": "F32", "float64": "F64"}
 
 
 class FeatureStore:
@@ -128,12 +132,20 @@ class FeatureStore:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: must be there, the store has {len(self)} runs")
         with _opened(file, self._stamp) as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            found = {name: (each.get_shape(), each.get_dtype()) for name, each in slices.items()}
+        scaled = self._stamp["dtype"] in _SCALED
         for branch, facts in self._branches.items():
+            dtype = _CODES[self._stamp["dtype"] or facts["dtype"]]
             for step in range(len(self.sigmas) - 1):
-                found = shapes.get(_name(step, branch))
-                if found != facts["shape"]:
-                    raise ValueError(f"{file}: step {step} of {branch!r} must have shape {facts['shape']}, got {found}")
+                name = _name(step, branch)
+                shape, code = found.get(name, (None, None))
+                if shape != facts["shape"]:
+                    raise ValueError(f"{file}: step {step} of {branch!r} must have shape {facts['shape']}, got {shape}")
+                if code != dtype:
+                    raise ValueError(f"{file}: step {step} of {branch!r} must be of type {dtype}, got {code}")
+                if scaled and found.get(_scale(name)) != ([], "F32"):
+                    raise ValueError(f"{file}: step {step} of {branch!r} must have a scale of type F32")
 
     @classmethod
     def record(
@@ -157,31 +169,39 @@ class FeatureStore:
 
         Raises:
             ValueError: when the folder holds a recording with other arguments, or runs differ in shape.
-            OSError: when the disk has not enough room.
+            BlockingIOError: when another process records in the folder.
+            OSError: when the folder cannot be written to, or the disk has not enough room.
             FloatingPointError: when a feature is not finite.
         """
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be None or one of {', '.join(_DTYPES)}, got {dtype!r}")
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         stamp = {"model": model, "sigmas": list(source.sigmas), "dtype": dtype, "runs": len(source)}
         stamp["identity"] = getattr(source, "identity", None)
         ranks = Ranks()
-        # One process looks: another one would see what this one has recorded since.
-        missing = ranks.from_first(lambda: _missing(folder, stamp))
-        if missing is None:
-            return cls(folder)
-        with Progress(disable=not (progress and ranks.writes)) as bar:
-            task = bar.add_task("recording", total=len(source), completed=len(source) - len(missing))
-            recorder = _Recorder(folder, stamp, len(missing), bar.console.print if progress and ranks.writes else None)
-            for run in missing[ranks.own :: ranks.count]:
-                recorder.begin(run)
-                source.play([run], recorder)
-                recorder.save()
-                bar.update(task, advance=ranks.count)
-        ranks.wait()
-        ranks.from_first(lambda: _write_index(folder, stamp))
+        with ExitStack() as stack:
+            ranks.from_first(lambda: stack.enter_context(reserved(folder)))
+            # One process looks: another one would see what this one has recorded since.
+            missing = ranks.from_first(lambda: _missing(folder, stamp))
+            if missing is not None:
+                _record(folder, source, stamp, missing, progress, ranks)
         return cls(folder)
+
+
+def _record(
+    folder: Path, source: Source, stamp: Mapping[str, Any], missing: Sequence[int], progress: bool, ranks: Ranks
+) -> None:
+    """Record the runs that are missing, and write the index; see `FeatureStore.record`."""
+    with Progress(disable=not (progress and ranks.writes)) as bar:
+        task = bar.add_task("recording", total=len(source), completed=len(source) - len(missing))
+        recorder = _Recorder(folder, stamp, len(missing), bar.console.print if progress and ranks.writes else None)
+        for run in missing[ranks.own :: ranks.count]:
+            recorder.begin(run)
+            source.play([run], recorder)
+            recorder.save()
+            bar.update(task, advance=ranks.count)
+    ranks.wait()
+    ranks.from_first(lambda: _write_index(folder, stamp))
 
 
 class _Recorder:
@@ -287,12 +307,8 @@ def _shard(folder: Path, run: int) -> Path:
 @contextmanager
 def _opened(file: Path, stamp: Mapping[str, Any]) -> Generator[Any, None, None]:
     """Open a run's file and check that it is whole and of a recording."""
-    try:
-        opened = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file}: must be a whole safetensors file, delete it and record again: {error}") from error
-    with opened as tensors:
-        found = json.loads((tensors.metadata() or {}).get("stamp", "{}"))
+    with opened_tensors(file) as tensors:
+        found = parsed((tensors.metadata() or {}).get("stamp", "{}"), file)
         _check_stamp(file, found, stamp)
         yield tensors
 
@@ -321,13 +337,20 @@ def _is_recorded(folder: Path, run: int, stamp: Mapping[str, Any]) -> bool:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     file = folder / _INDEX
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"{file}: must be there; it is written when a recording ends, so go on with it")
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        return {"stamp": dict(index["stamp"]), "branches": dict(index["branches"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: must be the index of a store of features: {error}") from error
+        index = read_json(file)
+        stamp, branches = dict(index["stamp"]), dict(index["branches"])
+        stamp["sigmas"] = list(falling(stamp["sigmas"]))
+        good = stamp["dtype"] in (None, *_DTYPES) and type(stamp["runs"]) is int and stamp["runs"] > 0
+        for facts in branches.values():
+            good = good and facts["dtype"] in _CODES and isinstance(facts["shape"], list)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file}: must be the index of a store of features: {shortened(error)}") from error
+    if not (good and branches):
+        raise ValueError(f"{file}: must be the index of a store of features: a count, shape or type is none")
+    return {"stamp": stamp, "branches": branches}
 
 
 def _write_index(folder: Path, stamp: Mapping[str, Any]) -> None:

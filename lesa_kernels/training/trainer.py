@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.sources import ONLY_BRANCH, Call, Source, watch
 from lesa_kernels.training.checkpoint import Checkpoint
 from lesa_kernels.training.config import Batch, TrainingConfig, TrainingResult, agenda, losses_by_phase
+from lesa_kernels.training.files import reserved
 from lesa_kernels.training.learner import Learner
 from lesa_kernels.training.ranks import Ranks
 from lesa_kernels.training.reports import Scalars, check_reports, save_predictors, write_losses
@@ -68,6 +70,9 @@ def train(
     Raises:
         ValueError: when the source has no run, does not play all steps of a branch, or cannot be split over the
             processes; when the plan forecasts no step, or `out` holds a training with other arguments.
+        BlockingIOError: when another process trains in `out`.
+        OSError: when `out` cannot be written to, before anything is trained; or when the disk is full, which leaves the
+            last checkpoint as it was.
         TypeError: when the parameters are not float32.
         FloatingPointError: when a loss is not finite; names the tensor, step, branch, phase and run.
         ModuleNotFoundError: when a package for what is to be written is missing.
@@ -76,13 +81,23 @@ def train(
     config = config or TrainingConfig()
     ranks = Ranks()
     folder = None if out is None else Path(out)
-    check_reports(folder, tensorboard)
     training = _Training(predictor, source, schedule, config, ranks)
-    checkpoint = ranks.from_first(lambda: training.start(folder))
-    training.restore(checkpoint)
-    if training.done == len(training.batches):
-        return training.result()
-    writes = ranks.writes
+    check_reports(folder, tensorboard, list(training.predictors))
+    with ExitStack() as stack:
+        if folder is not None:
+            ranks.from_first(lambda: stack.enter_context(reserved(folder)))
+        checkpoint = ranks.from_first(lambda: training.start(folder))
+        training.restore(checkpoint)
+        if training.done < len(training.batches):
+            _run(training, folder, progress, description, tensorboard, save_seconds)
+    return training.result()
+
+
+def _run(
+    training: _Training, folder: Path | None, progress: bool, description: str, tensorboard: bool, save_seconds: float
+) -> None:
+    """Play what is left of a training; see `train`."""
+    writes = training.writes
     scalars = Scalars(folder if tensorboard and writes else None, training.done)
     columns = ("[progress.description]{task.description}", BarColumn(), TextColumn("loss {task.fields[loss]}"))
     bar = Progress(
@@ -104,7 +119,6 @@ def train(
             scalars.close()
             if folder and writes:
                 training.save(folder, description)
-    return training.result()
 
 
 class _Training:
@@ -146,6 +160,11 @@ class _Training:
         self._seconds = 0.0
 
     @property
+    def writes(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self._ranks.writes
+
+    @property
     def done(self) -> int:
         """Batches that are done."""
         return len(self._losses)
@@ -176,12 +195,11 @@ class _Training:
             ValueError: when the folder holds a training with other settings.
         """
         settings = self._settings
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            # A training that failed in its first batch binds nobody.
-            if (found := Checkpoint.load(folder)) is not None and found.losses:
-                found.check(settings, folder)
-                return found
+        found = None if folder is None else Checkpoint.load(folder)
+        # A training that failed in its first batch binds nobody.
+        if folder is not None and found is not None and found.losses:
+            found.check(settings, self._state, len(self.batches), folder)
+            return found
         return Checkpoint(settings, {name: tensor.cpu() for name, tensor in self._state.items()})
 
     @torch.no_grad()

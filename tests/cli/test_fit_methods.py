@@ -104,3 +104,18 @@ def test_what_does_not_fit_together_is_refused(arguments: list[str], message: st
     result = run(tmp_path, *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("method", ["tuned", "features", "tail"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    def play(*_: Any) -> None:
+        raise AssertionError("nothing is to be played")
+
+    monkeypatch.setattr("lesa_kernels.integrations.sampling.PipelineSource.play", play)
+    result = run(tmp_path / "file" / "out", "--method", method)
+    assert result.exit_code == 2
+    assert "Not a directory" in " ".join(result.output.split())

@@ -106,3 +106,12 @@ def test_the_command_refuses_other_devices() -> None:
 def test_lesa_status_prints() -> None:
     result = CliRunner().invoke(app, ["status"])
     assert result.exit_code == 0 and "predict" in result.output
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lesa_kernels.demo.run.load_model", lambda device: pytest.fail("nothing is to be sampled"))
+    with pytest.raises(NotADirectoryError, match="file/out"):
+        run_demo(DemoConfig(tmp_path / "file" / "out"), Console(quiet=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS_NAME
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lesa_kernels.demo import model as digits
@@ -182,6 +183,40 @@ def test_an_interrupted_save_leaves_the_old_files(tmp_path: Path, monkeypatch: p
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="folder must hold a trained model"):
         digits.load_model(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "must be a whole safetensors file"),
+        ("lacks", "lacks proj_out.bias"),
+        ("more", "has no place for 'other'"),
+        ("pickle", "folder must hold a trained model"),
+        ("config", r"config\.json: must be the config of a model that build_model makes"),
+        ("json", r"config\.json: must be a JSON object"),
+    ],
+)
+def test_weights_of_no_such_model_are_refused(tmp_path: Path, damage: str, message: str) -> None:
+    """diffusers would read the pickle, drop what is too much and make up what is missing."""
+    train_model.save(digits.build_model(), tmp_path)
+    weights, config = tmp_path / WEIGHTS_NAME, tmp_path / "config.json"
+    state = load_file(weights)
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "lacks":
+        save_file({name: tensor for name, tensor in state.items() if name != "proj_out.bias"}, weights)
+    elif damage == "more":
+        save_file(state | {"other": torch.zeros(1)}, weights)
+    elif damage == "pickle":
+        torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+        weights.unlink()
+    elif damage == "config":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 10**6}))
+    else:
+        config.write_text("{")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        digits.load_model(folder=tmp_path)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_missing_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,8 @@ def equal(a: LesaPredictor, b: LesaPredictor) -> bool:
 
 
 def files_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """Name all files but the lock, which stays."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {".lock"}
 
 
 class Guided:

@@ -1,0 +1,56 @@
+"""A training that says what it is doing, for `test_kills.py`, which starts it in processes of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import matplotlib.figure  # noqa: F401 - imported before the processes part, as it takes long
+import torch
+from small_training import QUICK, SCHEDULE, runs, small_predictor
+
+from lesa_kernels.sources import Player
+from lesa_kernels.training import Recorded, checkpoint, reports, train, trainer
+
+Tell = Callable[[str], None]
+
+
+def telling(tell: Tell, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def told(*arguments: Any, **options: Any) -> Any:
+        tell(phase)
+        return function(*arguments, **options)
+
+    return told
+
+
+class Told(Recorded):
+    """Runs that say that they are played."""
+
+    def __init__(self, tell: Tell) -> None:
+        source = runs()
+        super().__init__(source._trajectories, source.sigmas)
+        self._tell = tell
+
+    def play(self, runs: Sequence[int], player: Player) -> None:
+        """See `Source.play`."""
+        self._tell("playing")
+        super().play(runs, player)
+
+
+def main(folder: str, ear: Connection) -> None:
+    """Save after every batch, and send each phase before it begins."""
+
+    def tell(phase: str) -> None:
+        ear.send_bytes(phase.encode())
+
+    torch.set_num_threads(1)
+    os.replace = telling(tell, "renaming", os.replace)  # type: ignore[assignment]
+    os.fsync = telling(tell, "bringing to the disk", os.fsync)  # type: ignore[assignment]
+    reports.plot_losses = telling(tell, "drawing", reports.plot_losses)
+    trainer.save_predictors = telling(tell, "writing the predictor", trainer.save_predictors)
+    trainer.write_losses = telling(tell, "writing the losses", trainer.write_losses)
+    checkpoint.save_file = telling(tell, "writing the checkpoint", checkpoint.save_file)
+    tell("opening")
+    train(small_predictor(), Told(tell), SCHEDULE, QUICK, out=folder, progress=False, save_seconds=0)
