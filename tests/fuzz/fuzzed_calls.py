@@ -242,6 +242,8 @@ def _negated(_: Draw, tensor: Tensor, __: Call) -> Tensor:
 
 
 def _shared_until_written(_: Draw, tensor: Tensor, call: Call) -> Tensor:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return tensor  # torch crashes on copies of such copies
     shared = torch._lazy_clone(tensor)
     call.kept.append((tensor, tensor.clone()))
     return shared
