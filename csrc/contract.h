@@ -131,6 +131,7 @@ inline void check_defined(const char* op, std::initializer_list<Argument> argume
 
 // float64 has kernels on the CPU only.
 inline void check_feature(const char* op, Name name, const Tensor& tensor) {
+  check_defined(op, {{name, tensor}});
   const ScalarType dtype = tensor.scalar_type();
   const bool common = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   if (!common && !(dtype == ScalarType::Double && tensor.is_cpu())) {
@@ -148,6 +149,7 @@ inline void check_device(const char* op, Name name, const Tensor& tensor, Name l
 inline bool same_sizes(Shape a, Shape b) { return std::equal(a.sizes, a.sizes + a.dims, b.sizes, b.sizes + b.dims); }
 
 inline void check_like(const char* op, Name name, const Tensor& tensor, Name like_name, const Tensor& like) {
+  check_defined(op, {{name, tensor}});
   if (!same_sizes(shape_of(tensor), shape_of(like))) {
     refuse(op, name, " must have shape ", shape_of(like), " like ", like_name, ", got ", shape_of(tensor));
   }
@@ -162,9 +164,6 @@ inline void check_like(const char* op, Name name, const Tensor& tensor, Name lik
 inline void check_features(const char* op, const char* name, const std::vector<Tensor>& features) {
   if (features.empty() || features.size() > kMaxHistory) {
     refuse(op, name, " must hold 1 to ", kMaxHistory, " tensors, got ", features.size());
-  }
-  for (std::size_t k = 0; k < features.size(); ++k) {
-    check_defined(op, {{{name, static_cast<std::int64_t>(k)}, features[k]}});
   }
   check_feature(op, {name, 0}, features[0]);
   for (std::size_t k = 1; k < features.size(); ++k) {
@@ -314,7 +313,7 @@ inline void check_forecast_into(const Tensor& ring, const Tensor& coefficients, 
 
 inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t slot) {
   const char* op = "push";
-  check_defined(op, {{{"ring"}, ring}, {{"feature"}, feature}});
+  check_defined(op, {{{"ring"}, ring}});
   check_ring(op, ring);
   check_feature(op, {"feature"}, feature);
   const Shape wanted{ring.sizes().data() + 1, ring.sizes().size() - 1};
@@ -449,8 +448,7 @@ inline void check_forecast_scaled_into(const Tensor& ring, const Tensor& scales,
 // [O, I], spline_weight [O, I, B].
 inline void check_kan_linear(const char* op, const Tensor& x, const Tensor& grid, const Tensor& base_weight,
                              const Tensor& spline_weight, const Tensor& spline_scaler) {
-  check_defined(op, {{{"x"}, x},
-                     {{"grid"}, grid},
+  check_defined(op, {{{"grid"}, grid},
                      {{"base_weight"}, base_weight},
                      {{"spline_weight"}, spline_weight},
                      {{"spline_scaler"}, spline_scaler}});
@@ -519,7 +517,6 @@ inline void check_predict_l1(const std::vector<Tensor>& history, const Tensor& t
                              const Tensor& bias, const Tensor& gain, const std::optional<Tensor>& out) {
   const char* op = "predict_l1";
   check_predict(op, history, weight, bias, gain);
-  check_defined(op, {{{"target"}, target}});
   check_like(op, {"target"}, target, {"history", 0}, history[0]);
   if (out) {
     check_like(op, {"out"}, *out, {"history", 0}, history[0]);

@@ -7,6 +7,7 @@ device runs the reference. What each op means stands in `lesa_kernels.reference`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -40,30 +41,30 @@ OPS = tuple(_SCHEMAS)
 _library = torch.library.Library("lesa", "DEF")
 
 
-def _reference(name: str) -> Callable[..., Any]:
-    """The reference, for every device and layout without a kernel: of layouts it takes the dense one."""
-    compute = getattr(reference, name)
-    schema = getattr(torch.ops.lesa, name).default._schema
-    optional = {argument.name for argument in schema.arguments if "Optional" in str(argument.type)}
+def _of_plain(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a Python implementation see tensors that are there and dense, as the kernels do."""
+    arguments = getattr(torch.ops.lesa, name).default._schema.arguments
+    optional = {argument.name for argument in arguments if "Optional" in str(argument.type)}
 
-    def dense(*arguments: Any) -> Any:
-        named = dict(zip((argument.name for argument in schema.arguments), arguments, strict=True))
+    @wraps(compute)
+    def checked(*values: Any) -> Any:
+        named = dict(zip((argument.name for argument in arguments), values, strict=True))
         contract.check_plain(
             name, {key: each for key, each in named.items() if key not in optional or each is not None}
         )
-        return compute(*arguments)
+        return compute(*values)
 
-    return dense
+    return checked
 
 
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _reference(_name), "CompositeExplicitAutograd")
+    _library.impl(_name, _of_plain(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
 
 
 def _fake(name: str) -> Callable[[_Function], _Function]:
     def register(function: _Function) -> _Function:
-        torch.library.register_fake(f"lesa::{name}", function, lib=_library)
+        torch.library.register_fake(f"lesa::{name}", _of_plain(name, function), lib=_library)
         return function
 
     return register
