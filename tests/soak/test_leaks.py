@@ -20,7 +20,7 @@ import lesa_kernels as lesa
 
 ops = torch.ops.lesa
 MIB = 2**20
-# Of resident memory, which the allocators of Python, torch and the C library hold in pieces: three bytes a call of a million.
+# Allocators hold memory in pieces; this is three bytes a call of a million.
 MOST_GROWTH = 2 * MIB
 
 
