@@ -8,12 +8,13 @@ assigned by liveness.
 
 from __future__ import annotations
 
-import itertools
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from lesa_kernels.checks import falling, integer
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
 # What one launch of `forecast_into` takes.
@@ -172,7 +173,15 @@ class Plan:
         Args:
             shape: of a feature.
             itemsize: bytes of an element of the ring; where that is scaled, of an element of the features.
+
+        Raises:
+            TypeError: when the shape holds something else than sizes.
+            ValueError: when a size is negative.
         """
+        if isinstance(shape, str | bytes) or not isinstance(shape, Sequence):
+            raise TypeError(f"shape must be a sequence of sizes, got {reprlib.repr(shape)}")
+        shape = [integer(f"shape[{dim}]", size, 0) for dim, size in enumerate(shape)]
+        itemsize = integer("itemsize", itemsize, 1)
         elements = math.prod(shape)
         if not self.scaled:
             return self.num_slots * elements * itemsize
@@ -232,19 +241,6 @@ class Plan:
         return self.describe()
 
 
-def falling(sigmas: Sequence[float]) -> tuple[float, ...]:
-    """Return noise levels as floats.
-
-    Raises:
-        ValueError: when they are not at least two finite, falling numbers.
-    """
-    levels = tuple(float(sigma) for sigma in sigmas)
-    finite = all(map(math.isfinite, levels))
-    if len(levels) < 2 or not finite or not all(later < earlier for earlier, later in itertools.pairwise(levels)):
-        raise ValueError(f"sigmas must hold S+1 >= 2 falling numbers, got {levels}")
-    return levels
-
-
 def check_count(name: str, count: object) -> None:
     """Check a number of which None means that there is none: `chunk`, `check_every`.
 
@@ -300,7 +296,8 @@ def compile_plan(
         raise ValueError(
             f"schedule must have {steps} steps (the sigmas hold {steps + 1} values), got {resolved.num_steps}"
         )
-    if not 0 <= first_step < steps:
+    first_step = integer("first_step", first_step, 0)
+    if first_step >= steps:
         raise ValueError(f"first_step must be in [0, {steps}), got {first_step}")
     check_count("chunk", chunk)
     check_count("check_every", check_every)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lesa_kernels.checks import falling, integer, items
+
+# More than any sampler takes; a number beyond it is a mistake, which would cost gigabytes.
+MAX_STEPS = 10_000
 # The published rule runs this step full whatever its counter says.
 _ALWAYS_FULL = 3
 
@@ -29,10 +31,9 @@ class Schedule:
     full_steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _require_int("num_steps", self.num_steps, minimum=1)
-        object.__setattr__(self, "full_steps", tuple(self.full_steps))
+        object.__setattr__(self, "num_steps", integer("num_steps", self.num_steps, 1, MAX_STEPS))
+        object.__setattr__(self, "full_steps", _steps(self.full_steps))
         for position, step in enumerate(self.full_steps):
-            _require_int(f"full_steps[{position}]", step, minimum=0)
             if step >= self.num_steps:
                 raise ValueError(f"full_steps[{position}] must be below num_steps = {self.num_steps}, got {step}")
             if position and step <= self.full_steps[position - 1]:
@@ -60,9 +61,8 @@ class Schedule:
         Raises:
             ValueError: when a number is out of range.
         """
-        _require_int("num_steps", num_steps, minimum=1)
-        _require_int("interval", interval, minimum=1)
-        _require_int("warmup", warmup, minimum=1)
+        num_steps = integer("num_steps", num_steps, 1, MAX_STEPS)
+        interval, warmup = integer("interval", interval, 1), integer("warmup", warmup, 1)
         full, counter = [], 0
         for step in range(num_steps):
             due = step < warmup or counter == interval - 1
@@ -79,7 +79,7 @@ class Schedule:
             num_steps: S.
             full_steps: in any order, repeats ignored; step 0 must be among them.
         """
-        return cls(num_steps, tuple(sorted({operator.index(step) for step in full_steps})))
+        return cls(num_steps, tuple(sorted(set(_steps(full_steps)))))
 
     @classmethod
     def uniform_in_sigma(cls, sigmas: Sequence[float], num_full: int, warmup: int = 1) -> Schedule:
@@ -99,22 +99,21 @@ class Schedule:
         Raises:
             ValueError: when a count is out of range or the sigmas do not fall.
         """
-        num_steps = len(sigmas) - 1
-        _require_int("warmup", warmup, minimum=1)
-        _require_int("num_full", num_full, minimum=warmup)
+        levels = falling(sigmas)
+        num_steps = len(levels) - 1
+        warmup = integer("warmup", warmup, 1, num_steps)
+        num_full = integer("num_full", num_full, warmup)
         if num_full > num_steps:
             raise ValueError(
                 f"num_full must be at most {num_steps} (the steps of {num_steps + 1} sigmas), got {num_full}"
             )
-        if not all(later < earlier for earlier, later in itertools.pairwise(sigmas)):
-            raise ValueError("sigmas must fall from step to step")
         full = list(range(warmup))
-        start, end = float(sigmas[warmup - 1]), float(sigmas[num_steps - 1])
+        start, end = levels[warmup - 1], levels[num_steps - 1]
         remaining = num_full - warmup
         for index in range(1, remaining + 1):
             wanted = start + (end - start) * index / remaining
             candidates = range(full[-1] + 1, num_steps - (remaining - index))
-            full.append(min(candidates, key=lambda step: abs(float(sigmas[step]) - wanted)))
+            full.append(min(candidates, key=lambda step: abs(levels[step] - wanted)))
         return cls(num_steps, tuple(full))
 
     @property
@@ -127,8 +126,6 @@ ScheduleRule: TypeAlias = Callable[[Sequence[float]], Schedule]
 """Makes a schedule once the S+1 sigmas are known, e.g. `functools.partial(Schedule.uniform_in_sigma, num_full=10)`."""
 
 
-def _require_int(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+def _steps(full_steps: object) -> tuple[int, ...]:
+    steps = enumerate(items("full_steps", full_steps, "steps"))
+    return tuple(integer(f"full_steps[{position}]", step, 0) for position, step in steps)

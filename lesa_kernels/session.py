@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
+from lesa_kernels.checks import check_type
 from lesa_kernels.contract import FEATURE_DTYPES, SCALED_LIMITS, arithmetic_dtype, check_feature
 from lesa_kernels.history import HostRing, Ring, ScaledRing
 from lesa_kernels.plan import Check, Launch, Plan, Segment
@@ -35,6 +38,7 @@ class Session:
         history_dtype: torch.dtype | None = None,
         history_device: str | torch.device | None = None,
     ) -> None:
+        check_type("plan", plan, Plan, "a Plan")
         check_history(history_dtype, history_device)
         self.plan = plan = plan.for_history(scaled=history_dtype in SCALED_LIMITS)
         self._history_dtype = history_dtype
@@ -103,7 +107,9 @@ class Session:
             TypeError: when the feature is of no feature dtype, not dense, or float64 for a history of int8 or float8.
             RuntimeError: when the step is out of order.
         """
+        check_type("feature", feature, Tensor, "a tensor")
         check_feature("push", "feature", feature)
+        check_type("step", step, SupportsIndex, "an integer")
         segment = self._segments.get(step)
         if segment is None:
             raise ValueError(f"step must be a full step of the plan {self.plan.full_steps}, got {step}")
@@ -169,6 +175,8 @@ class Session:
             RuntimeError: when the step is out of order, and from compiled kernels in place of the other two.
         """
         ring, launch, _ = self._due(step)
+        check_type("scale", scale, Tensor, "a tensor")
+        check_type("shift", shift, Tensor, "a tensor")
         shape = ring.shape
         scale, shift = _for_each(scale, shape), _for_each(shift, shape)
         if launch is self._resident or not self._fuses(launch):
@@ -202,6 +210,7 @@ class Session:
 
     def _due(self, step: int) -> tuple[Ring, Launch, int]:
         """Return the ring, the launch of a forecast step and its row; raise what `forecast` does."""
+        check_type("step", step, SupportsIndex, "an integer")
         if step not in self._launches:
             raise ValueError(
                 f"step must be a forecast step of the plan (full steps: {self.plan.full_steps}), got {step}"

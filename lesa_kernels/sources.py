@@ -14,6 +14,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from lesa_kernels.checks import check_type, falling, integer
+
 ONLY_BRANCH = "cond"
 """The branch of models that are called once a step; guidance adds others ("uncond"), each with a history of its own."""
 
@@ -64,6 +66,19 @@ class Source(Protocol):
         """
 
 
+def check_source(source: object) -> None:
+    """Check that an argument is a source with at least one run.
+
+    Raises:
+        TypeError: when it is something else.
+        ValueError: when it has no runs.
+    """
+    if not all(hasattr(source, name) for name in ("sigmas", "play", "__len__")):
+        raise TypeError(f"source must have sigmas, a length and play(), got {type(source).__name__}")
+    if len(source) < 1:  # type: ignore[arg-type]
+        raise ValueError("source must hold at least one run, got none")
+
+
 class Recorded:
     """Features of unaccelerated runs, in memory.
 
@@ -76,13 +91,16 @@ class Recorded:
     """
 
     def __init__(self, trajectories: Sequence[Sequence[Tensor]], sigmas: Sequence[float]) -> None:
-        self.sigmas = tuple(float(sigma) for sigma in sigmas)
+        self.sigmas = falling(sigmas)
+        check_type("trajectories", trajectories, Sequence, "a sequence of runs")
         if not trajectories:
             raise ValueError("trajectories must hold at least one run, got none")
         for index, trajectory in enumerate(trajectories):
+            check_type(f"trajectories[{index}]", trajectory, (Sequence, Tensor), "a sequence of features")
             if len(trajectory) != len(self.sigmas) - 1:
                 raise ValueError(
-                    f"trajectories[{index}] must hold {len(self.sigmas) - 1} features, got {len(trajectory)}"
+                    f"trajectories[{index}] must hold {len(self.sigmas) - 1} features (the steps of the sigmas), "
+                    f"got {len(trajectory)}"
                 )
         self._trajectories = trajectories
 
@@ -109,9 +127,10 @@ class Sampled:
     """
 
     def __init__(self, loop: Callable[[Sequence[int], Player], None], count: int, sigmas: Sequence[float]) -> None:
-        self.sigmas = tuple(float(sigma) for sigma in sigmas)
+        check_type("loop", loop, Callable, "a function")  # type: ignore[arg-type]
+        self.sigmas = falling(sigmas)
         self._loop = loop
-        self._count = count
+        self._count = integer("count", count, 0)
 
     def __len__(self) -> int:
         return self._count

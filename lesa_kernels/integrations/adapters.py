@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 from torch import nn
 
+from lesa_kernels.checks import check_type
 from lesa_kernels.integrations.blocks import find_block_lists
 
 MODEL_OUTPUT = ""
@@ -70,6 +72,7 @@ def find_adapter(model: nn.Module, capture: str | None = None) -> Adapter:
         ValueError: when there is none and the model has no submodule of the usual name or no list of blocks, or has
             nothing at the capture point.
     """
+    check_type("capture", capture, (str, NoneType), "the path of a submodule or None")
     name = type(model).__name__
     kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _ADAPTERS]
     adapter = _ADAPTERS[kinds[0]] if kinds else Adapter(name)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from lesa_kernels.checks import falling
+
 # Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
 _MAX_FLOW_SIGMA = 1.001
 
@@ -25,7 +27,7 @@ class Clock:
         sigmas: S+1 noise levels where there is no scheduler, or None.
 
     Raises:
-        ValueError: when none or several are given, or the scheduler has no sigmas, or there are fewer than two sigmas.
+        ValueError: when none or several are given, or the scheduler has no sigmas, or the sigmas do not fall.
     """
 
     def __init__(self, pipeline: Any = None, scheduler: Any = None, sigmas: Sequence[float] | None = None) -> None:
@@ -42,11 +44,9 @@ class Clock:
         # A strong reference would keep the pipeline's text encoders alive as long as its transformer.
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler if pipeline is None else pipeline.scheduler
-        self._sigmas = None if sigmas is None else read_sigmas(sigmas)
+        self._sigmas = None if sigmas is None else falling(sigmas)
         # Whether it came out of a pickle without its pipeline.
         self._strayed = False
-        if self._sigmas is not None and len(self._sigmas) < 2:
-            raise ValueError(f"lesa: sigmas must hold S+1 >= 2 values, got {len(self._sigmas)}")
         if self._sigmas is None and not hasattr(self._scheduler, "sigmas" if self.has_index else "timesteps"):
             raise ValueError(
                 "lesa: the scheduler must have sigmas and a step_index, or timesteps, "

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lesa_kernels.checks import falling, integer, items, number
 from lesa_kernels.contract import MAX_HISTORY
-from lesa_kernels.plan import Row, RowRule, falling
+from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
 from lesa_kernels.predictors.kan import GRID_SIZE, KAN, SPLINE_ORDER
 from lesa_kernels.predictors.saved import Saved
-from lesa_kernels.schedule import Schedule
+from lesa_kernels.schedule import MAX_STEPS, Schedule
 
 PUBLISHED_STAGES = ((0.9, 4), (0.5, 8), (0.0, 8))
 """(threshold, K) of FLUX and HunyuanVideo: a stage serves sigmas above its threshold, the last one all that is left."""
 
 MAX_STAGES = 1000
+# Of its KANs: hidden units, knots and the order of splines.
+MAX_WIDTH = 65_536
 """Schedules have fewer steps; a config that asks for more is none of ours."""
 
 
@@ -65,31 +68,29 @@ class LesaPredictor(
         full_steps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in [
-            ("num_steps", num_steps, 1),
-            ("hidden_dim", hidden_dim, 1),
-            ("grid_size", grid_size, 1),
-            ("spline_order", spline_order, 0),
-        ]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for index, (threshold, window) in enumerate(stages):
-            if not math.isfinite(threshold):
-                raise ValueError(f"stages[{index}] must have a finite threshold, got {threshold}")
+        self.num_steps = integer("num_steps", num_steps, 1, MAX_STEPS)
+        hidden_dim = integer("hidden_dim", hidden_dim, 1, MAX_WIDTH)
+        grid_size = integer("grid_size", grid_size, 1, MAX_WIDTH)
+        spline_order = integer("spline_order", spline_order, 0, MAX_WIDTH)
+        pairs = items("stages", stages, "pairs of threshold and history")
+        for index, stage in enumerate(pairs):
+            if not isinstance(stage, Sequence) or len(stage) != 2:
+                raise ValueError(f"stages[{index}] must be a pair of threshold and history, got {reprlib.repr(stage)}")
+            number(f"threshold of stages[{index}]", stage[0])
+            window = number(f"history of stages[{index}]", stage[1])
             if window != int(window) or not 1 <= window <= MAX_HISTORY:
                 raise ValueError(f"stages[{index}] must have a history of 1 to {MAX_HISTORY} features, got {window}")
-        self.num_steps = num_steps
-        self.stages = tuple((float(threshold), int(window)) for threshold, window in stages)
+        self.stages = tuple((float(threshold), int(window)) for threshold, window in pairs)
         thresholds = [threshold for threshold, _ in self.stages]
         if len(thresholds) > MAX_STAGES:
             raise ValueError(f"stages must be at most {MAX_STAGES}, got {len(thresholds)}")
         if not thresholds or any(low >= high for high, low in itertools.pairwise(thresholds)):
             raise ValueError(f"stages must have falling thresholds, got {thresholds}")
-        widths = (num_steps + 1, hidden_dim, hidden_dim, 1)
+        widths = (self.num_steps + 1, hidden_dim, hidden_dim, 1)
         self.latent = nn.ModuleList(nn.Linear(window, 1) for _, window in self.stages)
         self.timestep = nn.ModuleList(KAN(widths, grid_size, spline_order) for _ in self.stages)
         self.trained_sigmas = trained_sigmas
-        self.trained_schedule = None if full_steps is None else Schedule(num_steps, tuple(full_steps))
+        self.trained_schedule = None if full_steps is None else Schedule(self.num_steps, full_steps)  # type: ignore[arg-type]
 
     @property
     def trained_sigmas(self) -> tuple[float, ...] | None:
@@ -98,7 +99,11 @@ class LesaPredictor(
 
     @trained_sigmas.setter
     def trained_sigmas(self, sigmas: Sequence[float] | None) -> None:
-        self._trained_sigmas = None if sigmas is None else falling(self._levels(sigmas).tolist())
+        self._trained_sigmas = None if sigmas is None else falling(sigmas, "trained_sigmas")
+        if self._trained_sigmas is not None and len(self._trained_sigmas) != self.num_steps + 1:
+            raise ValueError(
+                f"trained_sigmas must hold num_steps + 1 = {self.num_steps + 1} values, got {len(self._trained_sigmas)}"
+            )
         self._note_config(trained_sigmas=self._trained_sigmas)
 
     @property

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa_kernels.checks import falling
 from lesa_kernels.contract import MAX_HISTORY
-from lesa_kernels.plan import Row, RowRule, falling
+from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import Schedule
@@ -52,7 +53,7 @@ class LinearPredictor(
         self.trained_sigmas = falling(sigmas)
         if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= MAX_HISTORY:
             raise ValueError(f"window must be 1 to {MAX_HISTORY} features, got {window!r}")
-        self._schedule = Schedule(len(self.trained_sigmas) - 1, tuple(full_steps))
+        self._schedule = Schedule(len(self.trained_sigmas) - 1, full_steps)  # type: ignore[arg-type]
         self.window = window
         self.over_all = over_all
         steps = self._schedule.num_steps

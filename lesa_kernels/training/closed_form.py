@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lesa_kernels.checks import number
 from lesa_kernels.plan import Row
 from lesa_kernels.predictors import LinearPredictor
 from lesa_kernels.predictors.taylor import taylor_weights
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.sources import Call, Source, watch
+from lesa_kernels.sources import Call, Source, check_source, watch
 from lesa_kernels.training.players import batches
 from lesa_kernels.training.progress import progress_bar
 
@@ -28,9 +29,14 @@ def resolved(sigmas: Sequence[float], schedule: Schedule | ScheduleRule) -> Sche
     """Return a schedule for these sigmas.
 
     Raises:
+        TypeError: when it is neither a schedule nor a rule that makes one.
         ValueError: when it is for another number of steps, or leaves nothing to forecast.
     """
+    if not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(f"schedule must be a Schedule or a rule that makes one, got {type(schedule).__name__}")
     found = schedule if isinstance(schedule, Schedule) else schedule(sigmas)
+    if not isinstance(found, Schedule):
+        raise TypeError(f"schedule must make a Schedule from the sigmas, got {type(found).__name__}")
     if found.num_steps != len(sigmas) - 1:
         raise ValueError(f"schedule must have {len(sigmas) - 1} steps, got {found.num_steps}")
     if len(found.full_steps) == found.num_steps:
@@ -102,10 +108,8 @@ def fit_features(
         ValueError: when an argument is out of range or the source has no runs.
         FloatingPointError: when a feature is not finite; names the step.
     """
-    if not ridge >= 0:
-        raise ValueError(f"ridge must not be negative, got {ridge}")
-    if not len(source):
-        raise ValueError("source must have at least one run, got none")
+    check_source(source)
+    ridge = number("ridge", ridge, least=0)
     placement = resolved(source.sigmas, schedule)
     statistics = GramStatistics(placement)
     with progress_bar(progress) as bar:

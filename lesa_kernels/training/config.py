@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lesa_kernels.checks import integer, number
+
 Phase = Literal["guided", "closed loop"]
 
 
@@ -32,6 +34,7 @@ class TrainingConfig:
         seed: of that order.
 
     Raises:
+        TypeError: for something else than a number.
         ValueError: for a number out of range.
     """
 
@@ -49,12 +52,13 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("guided_epochs", "closed_loop_epochs", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "decay_every", "decay_factor", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name, least in (("guided_epochs", 0), ("closed_loop_epochs", 0), ("decay_every", 1), ("batch_size", 1)):
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+        number("weight_decay", self.weight_decay, least=0)
+        for name in ("learning_rate", "decay_factor"):
+            number(name, getattr(self, name), above=0)
+        # Infinite: gradients are not clipped.
+        number("clip_norm", self.clip_norm, above=0, finite=False)
         if self.decay not in ("step", "cosine"):
             raise ValueError(f'decay must be "step" or "cosine", got {self.decay!r}')
 
@@ -115,9 +119,9 @@ def agenda(config: TrainingConfig, num_runs: int) -> list[Batch]:
             order = list(range(num_runs))
             if config.shuffle:
                 random.Random(f"{config.seed}, {phase}, {epoch}").shuffle(order)
-            for number in range(of_epoch):
-                runs = tuple(order[number * config.batch_size : (number + 1) * config.batch_size])
-                batches.append(Batch(phase, epoch, runs, epoch * of_epoch + number, epochs * of_epoch))
+            for index in range(of_epoch):
+                runs = tuple(order[index * config.batch_size : (index + 1) * config.batch_size])
+                batches.append(Batch(phase, epoch, runs, epoch * of_epoch + index, epochs * of_epoch))
     return batches
 
 

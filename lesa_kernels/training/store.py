@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lesa_kernels.checks import falling
 from lesa_kernels.files import opened_tensors, parsed, read_json, replacing, shortened
-from lesa_kernels.plan import falling
 from lesa_kernels.sources import Call, Player, Source, watch
 from lesa_kernels.training.files import reserved
 from lesa_kernels.training.ranks import Ranks

@@ -19,9 +19,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from lesa_kernels.checks import check_type
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.sources import ONLY_BRANCH, Call, Source, watch
+from lesa_kernels.sources import ONLY_BRANCH, Call, Source, check_source, watch
 from lesa_kernels.training.checkpoint import Checkpoint
 from lesa_kernels.training.config import Batch, TrainingConfig, TrainingResult, agenda, losses_by_phase
 from lesa_kernels.training.files import reserved
@@ -78,7 +79,7 @@ def train(
         ModuleNotFoundError: when a package for what is to be written is missing.
         RuntimeError: when torchrun started this process and torch.distributed is not initialised.
     """
-    config = config or TrainingConfig()
+    config = TrainingConfig() if config is None else config
     ranks = Ranks()
     folder = None if out is None else Path(out)
     training = _Training(predictor, source, schedule, config, ranks)
@@ -140,11 +141,14 @@ class _Training:
         config: TrainingConfig,
         ranks: Ranks,
     ) -> None:
+        check_type("config", config, TrainingConfig, "a TrainingConfig")
+        check_type("predictor", predictor, (LesaPredictor, Mapping), "a LesaPredictor or a mapping of them")
         self.predictors = {ONLY_BRANCH: predictor} if isinstance(predictor, LesaPredictor) else dict(predictor)
         if not self.predictors:
             raise ValueError("predictor must name at least one branch, got none")
-        if len(source) < 1:
-            raise ValueError("source must hold at least one run, got none")
+        for branch, each in self.predictors.items():
+            check_type(f"predictor[{branch!r}]", each, LesaPredictor, "a LesaPredictor")
+        check_source(source)
         ranks.check(len(source), config.batch_size)
         self._source = source
         self._config = config

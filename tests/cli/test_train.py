@@ -184,7 +184,7 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
         (["--model", "digits", "--set", "height"], "--set must be name=value, got height"),
         (["--model", "digits", "--guidance", "2"], "DigitsPipeline, which takes no guidance_scale"),
         (["--model", "digits", "--capture", "nowhere"], "no submodule 'nowhere'"),
-        (["--model", "digits", "--epochs", "-1", "0"], "guided_epochs must not be negative, got -1"),
+        (["--model", "digits", "--epochs", "-1", "0"], "guided_epochs must be at least 0, got -1"),
         (["--model", "digits", "--prompts", "cats.txt"], "prompt must be a digit from 0 to 9, got 'a cat'"),
         (["--model", "digits", "--prompts", "empty.txt"], "empty.txt must hold a prompt a line, it holds none"),
         (["--model", "some/model"], "--prompts must name a text file with a prompt a line"),

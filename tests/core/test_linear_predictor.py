@@ -129,5 +129,5 @@ def test_hermite_polynomials_take_the_place_of_powers() -> None:
 
 
 def test_hermite_checks_its_contraction() -> None:
-    with pytest.raises(ValueError, match="contraction must be above 0"):
+    with pytest.raises(ValueError, match="contraction must be greater than 0"):
         lesa.HiCache(contraction=0.0)

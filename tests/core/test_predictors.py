@@ -78,19 +78,19 @@ def test_half_precision_features_with_float32_parameters() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"stages": [(0.5, 4), (0.9, 8)]}, "stages must have falling thresholds"),
         ({"stages": []}, "stages must have falling thresholds"),
-        ({"num_steps": 5.0}, "num_steps must be an integer of at least 1, got 5.0"),
-        ({"grid_size": 0}, "grid_size must be an integer of at least 1, got 0"),
-        ({"spline_order": -1}, "spline_order must be an integer of at least 0"),
-        ({"stages": [(float("nan"), 4)]}, r"stages\[0\] must have a finite threshold"),
+        ({"num_steps": 5.0}, "num_steps must be an integer, got 5.0"),
+        ({"grid_size": 0}, "grid_size must be at least 1, got 0"),
+        ({"spline_order": -1}, "spline_order must be at least 0"),
+        ({"stages": [(float("nan"), 4)]}, r"threshold of stages\[0\] must be finite"),
         ({"stages": [(0.0, 4.7)]}, r"stages\[0\] must have a history of 1 to 64 features, got 4.7"),
         ({"stages": [(0.9, 0), (0.0, 8)]}, r"stages\[0\] must have a history of 1 to 64 features, got 0"),
     ],
 )
 def test_constructor_errors(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         _small(**arguments)
 
 
@@ -116,7 +116,7 @@ def test_autocast_does_not_touch_the_gains() -> None:
 
 @pytest.mark.parametrize("bad", [[1.0, float("nan"), 0.0], [1.0, 0.5, 0.5, 0.0], [0.0, 0.5, 1.0], [1.0]])
 def test_a_plan_refuses_sigmas_that_do_not_fall(bad: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"sigmas must hold S\+1 >= 2 falling numbers"):
+    with pytest.raises(ValueError, match=r"sigmas(\[1\] must be finite, got nan| must hold S\+1 >= 2 falling numbers)"):
         TaylorSeer().plan(bad, Schedule.explicit(max(len(bad) - 1, 1), [0]))
 
 

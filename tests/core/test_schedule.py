@@ -58,7 +58,7 @@ def test_explicit_sorts_and_drops_repeats() -> None:
         (lambda: Schedule.interval(50, 0), ValueError, "interval must be at least 1, got 0"),
         (lambda: Schedule.interval(50, 7, 0), ValueError, "warmup must be at least 1, got 0"),
         (lambda: Schedule.uniform_in_sigma([1.0, 0.5, 0.0], 3), ValueError, "num_full must be at most 2"),
-        (lambda: Schedule.uniform_in_sigma([1.0, 1.0, 0.0], 1), ValueError, "must fall"),
+        (lambda: Schedule.uniform_in_sigma([1.0, 1.0, 0.0], 1), ValueError, "falling"),
     ],
 )
 def test_errors(make: object, error: type[Exception], message: str) -> None:

@@ -59,15 +59,17 @@ def _copies(arguments: dict[str, Any]) -> list[Any]:
     """The arguments as torch reads them, none of which shares memory with another."""
     plain = lambda tensor: tensor.detach().as_subclass(Tensor).resolve_neg().clone()  # noqa: E731
     copies = tree_map_only(Tensor, plain, arguments)
-    for name in copies.keys() & {"slot", "eps", "history_needs_grad"}:
-        if isinstance(copies[name], Tensor):
-            copies[name] = copies[name].item()
+    for name, read in (("slot", int), ("eps", float), ("history_needs_grad", bool)):
+        if isinstance(copies.get(name), Tensor):
+            copies[name] = read(copies[name])
     return tree_map_only(bool, int, list(copies.values()))
 
 
 def _close(got: Tensor, want: Tensor, sums: torch.dtype) -> bool:
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
+    if got.is_meta:
+        return True
     if got.dtype in (torch.int8, torch.float8_e4m3fn):
         return True  # compared with its scales
     got, want, tolerance = got.double(), want.double(), max(TOLERANCES[got.dtype], TOLERANCES[sums])
@@ -101,7 +103,7 @@ def check(call: Call) -> None:
     try:
         copies = _copies(call.arguments)
     # What cannot be copied cannot be computed with either.
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         copies = None
     results, refusal = None, None
     try:

@@ -192,7 +192,7 @@ def test_a_native_cache_is_refused(pipe: TinyPipeline) -> None:
     [
         ({}, ValueError, "exactly one of a pipeline, scheduler= and sigmas=.* got none"),
         ({"scheduler": object()}, ValueError, "must have sigmas and a step_index, or timesteps, got object"),
-        ({"sigmas": [1.0]}, ValueError, "S\\+1 >= 2 values, got 1"),
+        ({"sigmas": [1.0]}, ValueError, "S\\+1 >= 2 falling numbers"),
         (
             {"sigmas": [1.0, 0.0], "scheduler": FlowMatchEulerDiscreteScheduler()},
             ValueError,

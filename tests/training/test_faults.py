@@ -151,12 +151,14 @@ def test_a_process_that_dies_lets_go(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from lesa_kernels.training.files import reserved\n"
         "with reserved(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with pytest.raises(BlockingIOError):
-        train(small_predictor(), runs(1), SCHEDULE, ONE, out=tmp_path, progress=False)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            with pytest.raises(BlockingIOError):
+                train(small_predictor(), runs(1), SCHEDULE, ONE, out=tmp_path, progress=False)
+        finally:
+            process.send_signal(signal.SIGKILL)
     train(small_predictor(), runs(1), SCHEDULE, ONE, out=tmp_path, progress=False)
     train(small_predictor(), runs(1), SCHEDULE, ONE, out=tmp_path, progress=False)
 

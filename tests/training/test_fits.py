@@ -388,7 +388,7 @@ def test_wrong_arguments_are_named() -> None:
         fit_through_tail(_source(), SCHEDULE, objective="feature", progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rounds must be at least 2"):
         fit_through_tail(_source(), SCHEDULE, rounds=1, progress=False)
-    with pytest.raises(ValueError, match="ridge must not be negative"):
+    with pytest.raises(ValueError, match="ridge must be at least 0"):
         fit_features(recorded, SCHEDULE, ridge=-1.0)
     with pytest.raises(ValueError, match="leave a step to forecast"):
         fit_features(recorded, lesa.Schedule(STEPS, tuple(range(STEPS))))

@@ -245,11 +245,11 @@ def test_a_run_of_mixed_features_is_named(wrong: Tensor, message: str) -> None:
     ("settings", "message"),
     [
         ({"decay": "linear"}, 'decay must be "step" or "cosine"'),
-        ({"guided_epochs": -1}, "guided_epochs must not be negative"),
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"learning_rate": math.nan}, "learning_rate must be positive"),
-        ({"weight_decay": math.nan}, "weight_decay must not be negative"),
-        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"guided_epochs": -1}, "guided_epochs must be at least 0, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate must be greater than 0, got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be finite, got nan"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite, got nan"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
