@@ -15,8 +15,8 @@ import torch
 from rich import box
 from rich.table import Table
 
+from lesa_kernels.files import replacing
 from lesa_kernels.machine import device_name
-from lesa_kernels.training.files import replacing
 
 RESULTS = Path(__file__).parent / "results.csv"
 """The committed results."""

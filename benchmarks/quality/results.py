@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.quality.methods import BASHFORTH, LESA, LESA_TAIL, LESA_TUNED, TAIL, TAYLOR, UNIFORM
-from lesa_kernels.training.files import replacing
+from lesa_kernels.files import replacing
 
 MAIN = (LESA_TAIL, TAIL, TAYLOR, BASHFORTH, LESA_TUNED, LESA)
 

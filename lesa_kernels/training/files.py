@@ -9,10 +9,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lesa_kernels.files import replacing
-
-__all__ = ["replacing", "reserved"]
-
 _LOCK = ".lock"
 
 
