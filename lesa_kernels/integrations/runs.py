@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from lesa_kernels.checks import falling
 from lesa_kernels.integrations.clock import Clock, Follower, Position
 from lesa_kernels.integrations.summaries import Summary, Tally
 from lesa_kernels.plan import Plan, check_count
@@ -50,8 +51,9 @@ def default_schedule(sigmas: Sequence[float]) -> Schedule:
     Raises:
         ValueError: when the sigmas do not fall.
     """
-    steps = len(sigmas) - 1
-    return Schedule.uniform_in_sigma(sigmas, num_full=min(steps, max(3, -(-steps // 5))))
+    levels = falling(sigmas)
+    steps = len(levels) - 1
+    return Schedule.uniform_in_sigma(levels, num_full=min(steps, max(3, -(-steps // 5))))
 
 
 class LesaWarning(UserWarning):

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.checks import falling, integer, items, number
+from lesa_kernels.checks import check_type, falling, integer, items, number
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
@@ -165,7 +165,7 @@ class LesaPredictor(
         Raises:
             ValueError: when there are not S+1 sigmas.
         """
-        kan = cast(KAN, self.timestep[stage])
+        kan = cast(KAN, self.timestep[integer("stage", stage, 0, len(self.stages) - 1)])
         levels = self._levels(sigmas)
         times = [t] if isinstance(t, (int, float)) else list(t)
         now = torch.tensor(times, dtype=torch.float64, device=levels.device)
@@ -176,7 +176,10 @@ class LesaPredictor(
         return gains[0] if isinstance(t, (int, float)) else gains
 
     def _levels(self, sigmas: Sequence[float] | Tensor) -> Tensor:
-        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").reshape(-1)
+        try:
+            levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"sigmas must be numbers, got {reprlib.repr(sigmas)}") from error
         if levels.numel() != self.num_steps + 1:
             raise ValueError(
                 f"sigmas must hold num_steps + 1 = {self.num_steps + 1} values (use scheduler.sigmas), "
@@ -215,6 +218,7 @@ class LesaPredictor(
         """
         t = float(t)
         window = self.window(t)
+        check_type("history", history, (Sequence, Tensor), "a sequence of features")
         if len(history) < window:
             raise ValueError(f"history must hold at least {window} features at t = {t}, got {len(history)}")
         result: Tensor = torch.ops.lesa.predict(list(history[-window:]), *self.parameters_at(sigmas, t))

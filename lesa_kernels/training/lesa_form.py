@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lesa_kernels.checks import check_type, falling, integer
 from lesa_kernels.predictors import LesaPredictor, LinearPredictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import Source
+from lesa_kernels.sources import Source, check_source
 from lesa_kernels.training.damped import DampedFit
 from lesa_kernels.training.expert import Expert
 from lesa_kernels.training.kan_gains import set_gains
@@ -34,9 +35,17 @@ def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8)
 
     Returns:
         (threshold, K) of each segment that has forecasts.
+
+    Raises:
+        TypeError: for something else than numbers, a schedule and an integer.
+        ValueError: when the sigmas do not fall or are not those of the schedule, or the window is empty.
     """
+    levels, window = falling(sigmas), integer("window", window, 1)
+    check_type("schedule", schedule, Schedule, "a Schedule")
+    if schedule.num_steps != len(levels) - 1:
+        raise ValueError(f"schedule must have {len(levels) - 1} steps (those of the sigmas), got {schedule.num_steps}")
     return tuple(
-        (0.0 if segment.end == schedule.num_steps else float(sigmas[segment.end]), min(window, segment.full_step + 1))
+        (0.0 if segment.end == schedule.num_steps else levels[segment.end], min(window, segment.full_step + 1))
         for segment in segments(schedule)
         if segment.steps
     )
@@ -71,13 +80,16 @@ def fit_lesa(
         TypeError: when its parameters are not float32.
         FloatingPointError: as `fit_through_tail`.
     """
+    check_type("predictor", predictor, LesaPredictor, "a LesaPredictor")
+    check_type("fitted", fitted, LinearPredictor, "a LinearPredictor")
+    check_source(source)
     for name, parameter in predictor.named_parameters():
         if parameter.dtype != torch.float32:
             raise TypeError(f"{name} of predictor must be float32, got {parameter.dtype}")
         if parameter.device.type != "cpu":
             raise ValueError(f"{name} of predictor must be on the CPU while it is fitted, got {parameter.device}")
-    if rounds < 2:
-        raise ValueError(f"rounds must be at least 2 (one to measure, one to judge a change), got {rounds}")
+    # One to measure, one to judge a change.
+    rounds = integer("rounds", rounds, 2)
     sigmas, schedule = fitted.trained_sigmas, fitted.schedule
     todo = [segment for segment in segments(schedule) if segment.steps]
     served = [{predictor.stage(sigmas[step]) for step in segment.steps} for segment in todo]

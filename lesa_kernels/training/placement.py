@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lesa_kernels.checks import check_type, integer, items, number
 from lesa_kernels.predictors import Forecaster
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import Source
+from lesa_kernels.sources import Source, check_source
 from lesa_kernels.training.players import Following, batches, reference_run
 from lesa_kernels.training.progress import progress_bar
 
@@ -49,6 +51,7 @@ class Judge:
     """
 
     def __init__(self, source: Source, *, batch: int = 1, progress: bool = True) -> None:
+        check_source(source)
         self.source = source
         self.sigmas = source.sigmas
         self._parts = batches(source, batch)
@@ -124,7 +127,13 @@ def search_placement(
     Raises:
         ValueError: when there are no moves, or fewer evaluations than starts.
     """
-    starts = [start] if isinstance(start, Schedule) else list(start)
+    starts = [start] if isinstance(start, Schedule) else items("start", start, "a Schedule or several")
+    for index, each in enumerate(starts):
+        check_type(f"start[{index}]", each, Schedule, "a Schedule")
+    check_type("judge", judge, Callable, "a Judge")  # type: ignore[arg-type]
+    check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
+    evaluations = integer("evaluations", evaluations, 1)
+    moves = [integer(f"moves[{index}]", move, 1) for index, move in enumerate(items("moves", moves, "distances"))]
     if not 1 <= len(starts) <= evaluations or not moves:
         raise ValueError(
             f"evaluations must be at least 1 a start and moves not empty, got {evaluations} evaluations for "
@@ -137,7 +146,7 @@ def search_placement(
         def score(full: tuple[int, ...]) -> float:
             if full not in seen:
                 schedule = Schedule(starts[0].num_steps, full)
-                seen[full] = judge(make(schedule), schedule)
+                seen[full] = _judged(judge, make, schedule)
                 bar.update(
                     task, advance=1, description=f"full steps: best {max(j.decibels for j in seen.values()):.2f} dB"
                 )
@@ -153,6 +162,15 @@ def search_placement(
             ends.append(best)
         best = max(ends, key=score)
     return Placement(Schedule(starts[0].num_steps, best), seen[best], len(seen))
+
+
+def _judged(judge: Judge, make: MakeForecaster, schedule: Schedule) -> Judged:
+    """Judge what the functions of a search make of a schedule."""
+    forecaster = make(schedule)
+    check_type("make(schedule)", forecaster, Forecaster, "a Forecaster")
+    judged = judge(forecaster, schedule)
+    check_type("judge(forecaster, schedule)", judged, Judged, "a Judged")
+    return judged
 
 
 def _climb(
@@ -205,13 +223,19 @@ def plan_for_budget(
     """
     if sum(budget is not None for budget in (calls, seconds, decibels)) != 1:
         raise ValueError("give one budget: calls, seconds or decibels")
+    if not callable(judge) or not hasattr(judge, "sigmas"):
+        raise TypeError(f"judge must be a Judge, got {reprlib.repr(judge)}")
+    check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
+    calls = calls if calls is None else integer("calls", calls, 1)
+    seconds = seconds if seconds is None else number("seconds", seconds, above=0)
+    decibels = decibels if decibels is None else number("decibels", decibels)
     steps = len(judge.sigmas) - 1
 
     def uniform(count: int) -> Schedule:
         return Schedule.uniform_in_sigma(judge.sigmas, count)
 
     def judged(count: int) -> Judged:
-        return judge(make(uniform(count)), uniform(count))
+        return _judged(judge, make, uniform(count))
 
     if seconds is not None:
         times = judged(min(_FEWEST_CALLS, steps))

@@ -18,10 +18,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from lesa_kernels.checks import check_type, integer
 from lesa_kernels.plan import Row
 from lesa_kernels.predictors import Forecaster, LinearPredictor, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.sources import Call, Enough, Source, watch
+from lesa_kernels.sources import Call, Enough, Source, check_source, watch
 from lesa_kernels.training.closed_form import resolved
 from lesa_kernels.training.damped import DampedFit
 from lesa_kernels.training.players import Reference, batches, euler, play, reference_run
@@ -183,7 +184,9 @@ def _start(sigmas: Sequence[float], predictor: LinearPredictor, schedule: Schedu
             given = rule(step, before)
             sources = predictor.sources(step)
             if given is None or not set(given.terms) <= set(sources) or given.offset:
-                raise ValueError(f"start must forecast step {step} from full steps within {sources}, got {given}")
+                raise ValueError(
+                    f"start must forecast step {step} from full steps within the window, {sources}, got {given}"
+                )
             rows.values[step] = {source: given.terms.get(source, 0.0) for source in sources}
     return rows
 
@@ -227,13 +230,15 @@ def fit_through_tail(
     """
     if objective not in ("latents", "output"):
         raise ValueError(f'objective must be "latents" or "output", got {objective!r}')
-    if rounds < 2:
-        raise ValueError(f"rounds must be at least 2 (one to measure, one to judge a change), got {rounds}")
-    if not len(source):
-        raise ValueError("source must have at least one run, got none")
+    # One to measure, one to judge a change.
+    rounds = integer("rounds", rounds, 2)
+    check_source(source)
     placement = resolved(source.sigmas, schedule)
     predictor = LinearPredictor(source.sigmas, placement.full_steps, window)
-    rows = _start(source.sigmas, predictor, placement, start or TaylorSeer(min(2, window - 1)))
+    if start is None:
+        start = TaylorSeer(min(2, window - 1))
+    check_type("start", start, Forecaster, "a Forecaster or None")
+    rows = _start(source.sigmas, predictor, placement, start)
     fit = _fit_latents if objective == "latents" else _fit_outputs
     fit(source, placement, rows, rounds, batch, progress)
     found = {step: Row(dict(values)) for step, values in rows.values.items()}

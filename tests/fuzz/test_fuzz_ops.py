@@ -59,10 +59,16 @@ def _copies(arguments: dict[str, Any]) -> list[Any]:
     """The arguments as torch reads them, none of which shares memory with another."""
     plain = lambda tensor: tensor.detach().as_subclass(Tensor).resolve_neg().clone()  # noqa: E731
     copies = tree_map_only(Tensor, plain, arguments)
-    for name, read in (("slot", int), ("eps", float), ("history_needs_grad", bool)):
-        if isinstance(copies.get(name), Tensor):
-            copies[name] = read(copies[name])
+    if isinstance(copies.get("eps"), int):
+        copies["eps"] = float(copies["eps"])
     return tree_map_only(bool, int, list(copies.values()))
+
+
+def _is_extreme(tensor: Tensor) -> bool:
+    """Whether a tensor holds a finite number that has no square in float32."""
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype == torch.float8_e4m3fn:
+        return False
+    return bool(((tensor.detach().abs() > 1e15) & tensor.detach().isfinite()).any())
 
 
 def _close(got: Tensor, want: Tensor, sums: torch.dtype) -> bool:
@@ -75,10 +81,9 @@ def _close(got: Tensor, want: Tensor, sums: torch.dtype) -> bool:
     got, want, tolerance = got.double(), want.double(), max(TOLERANCES[got.dtype], TOLERANCES[sums])
     both = got.isfinite() & want.isfinite()
     size = want[both].abs().max().item() if bool(both.any()) else 0.0
-    # Infinite and huge numbers overflow at another place of another order.
-    if not bool(both.all()):
-        return bool((got.isfinite() == want.isfinite()).all()) or size > 1e20 or not bool(want.isfinite().all())
-    return size > 1e20 or not got.numel() or (got - want).abs().max().item() <= tolerance * max(1.0, size) * 30
+    if not bool((got.isfinite() | ~want.isfinite()).all()):
+        return False
+    return not both.any() or (got - want)[both].abs().max().item() <= tolerance * max(1.0, size) * 30
 
 
 def _values(call: Call, arguments: list[Any], results: Any) -> list[Tensor]:
@@ -129,6 +134,10 @@ def check(call: Call) -> None:
     plain = tree_map_only(Tensor, lambda tensor: tensor.detach().as_subclass(Tensor), results)
     held = tree_map_only(Tensor, lambda tensor: tensor.detach().as_subclass(Tensor), arguments)
     sums = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    # Squares of such numbers overflow, at another place of another order.
+    if any(_is_extreme(tensor) for tensor in tensors):
+        COUNTS[call.op, "computed, too large to compare"] += 1
+        return
     for got, want in zip(_values(call, held, plain), _values(call, copies, wanted), strict=True):
         assert _close(got, want, sums), f"{told}: {got} is not {want}"
     may_change = _storages([call.arguments[name] for name in WRITTEN.get(call.op, [])])
