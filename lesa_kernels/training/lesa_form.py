@@ -77,7 +77,7 @@ def fit_lesa(
     Raises:
         ValueError: when rounds are fewer than 2, the predictor is not on the CPU or has other than a stage for each
             segment, or its plan other full steps than the schedule: a window is too long. And as `fit_through_tail`.
-        TypeError: when its parameters are not float32.
+        TypeError: when its parameters are not float32, or an argument is of another type.
         FloatingPointError: as `fit_through_tail`.
     """
     check_type("predictor", predictor, LesaPredictor, "a LesaPredictor")

@@ -125,6 +125,7 @@ def search_placement(
         The best schedule found, which is no worse than any start on these runs.
 
     Raises:
+        TypeError: when an argument is of another type, or judge or make returns something else.
         ValueError: when there are no moves, or fewer evaluations than starts.
     """
     starts = [start] if isinstance(start, Schedule) else items("start", start, "a Schedule or several")
@@ -219,6 +220,7 @@ def plan_for_budget(
         The best placement found.
 
     Raises:
+        TypeError: when an argument is of another type, or judge or make returns something else.
         ValueError: when not exactly one budget is given, or none of S calls meets it.
     """
     if sum(budget is not None for budget in (calls, seconds, decibels)) != 1:
