@@ -73,7 +73,7 @@ class CpuClock:
         """Return the peak of torch's allocations during a call; the result counts, what the C++ heap holds does not."""
         with (
             _without_messages(),
-            # torch 2.11 warns of a single cycle unless told to keep its events.
+            # torch before 2.13 warns of a single cycle unless told to keep its events.
             torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
             ) as profile,
