@@ -248,16 +248,31 @@ inline void check_distinct_elements(const char* op, Name name, const Tensor& ten
   }
 }
 
-// What is written shares no memory with other arguments. Where strides interleave, the caller answers for it.
+// From a tensor's first element to behind its last one, in elements; as many as it has, if there are no gaps.
+inline std::int64_t extent_of(const Tensor& tensor) {
+  std::int64_t extent = 1;
+  for (std::size_t d = 0; d < tensor.sizes().size(); ++d) {
+    extent += (tensor.sizes()[d] - 1) * tensor.strides()[d];
+  }
+  return extent;
+}
+
+// What is written shares no memory with other arguments. Where both have gaps, only a common first element is found:
+// they may interleave.
 inline void check_apart(const char* op, std::initializer_list<Argument> written, std::initializer_list<Argument> read) {
   const auto check = [op](const Argument& to, const Argument& from) {
+    if (to.tensor.numel() == 0 || from.tensor.numel() == 0) {
+      return;
+    }
     const auto* start = static_cast<const char*>(to.tensor.data_ptr());
     const auto* other = static_cast<const char*>(from.tensor.data_ptr());
-    const auto bytes = [](const Tensor& tensor) {
-      return tensor.numel() * static_cast<std::int64_t>(tensor.element_size());
+    const std::int64_t elements = extent_of(to.tensor), others = extent_of(from.tensor);
+    const bool dense = elements == to.tensor.numel() && others == from.tensor.numel();
+    const auto bytes = [](const Tensor& tensor, std::int64_t count) {
+      return count * static_cast<std::int64_t>(tensor.element_size());
     };
-    if (to.tensor.is_contiguous() && from.tensor.is_contiguous() && start < other + bytes(from.tensor) &&
-        other < start + bytes(to.tensor)) {
+    if (start == other ||
+        (dense && start < other + bytes(from.tensor, others) && other < start + bytes(to.tensor, elements))) {
       refuse(op, to.name, " must not share memory with ", from.name, ", got memory that starts ", start - other,
              " bytes after its start");
     }

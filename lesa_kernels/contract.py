@@ -372,20 +372,32 @@ def check_copy(op: str, name: str, written: Tensor, read: Tensor) -> None:
 
 
 def check_apart(op: str, written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
-    """Check that what is written shares no memory with other arguments; where strides interleave, the caller answers.
+    """Check that what is written shares no memory with other arguments.
+
+    Where both have gaps, only a common first element is found: they may interleave.
 
     Raises:
-        ValueError: when contiguous memory of two overlaps.
+        ValueError: when memory of two overlaps.
     """
     for position, (name, tensor) in enumerate(written.items()):
         for other_name, other in [*list(written.items())[position + 1 :], *read.items()]:
+            if not tensor.numel() or not other.numel():
+                continue
             start, at = tensor.data_ptr(), other.data_ptr()
-            end, other_end = (first + each.nbytes for first, each in ((start, tensor), (at, other)))
-            if tensor.is_contiguous() and other.is_contiguous() and start < other_end and at < end:
+            end, other_end = (
+                first + _extent(each) * each.element_size() for first, each in ((start, tensor), (at, other))
+            )
+            dense = all(_extent(each) == each.numel() for each in (tensor, other))
+            if start == at or (dense and start < other_end and at < end):
                 raise ValueError(
                     f"lesa::{op}: {name} must not share memory with {other_name}, "
                     f"got memory that starts {start - at} bytes after its start"
                 )
+
+
+def _extent(tensor: Tensor) -> int:
+    """From the first element to behind the last one, in elements; as many as there are, if there are no gaps."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def check_kan_linear(

@@ -152,3 +152,19 @@ def test_an_error_changes_nothing() -> None:
 def test_a_meta_tensor_is_refused_where_it_is_mixed_with_real_ones() -> None:
     with pytest.raises((ValueError, RuntimeError), match=r"must be on"):
         reference.predict([*H[:2], H[2].to("meta")], W, B, G)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "with gaps"])
+def test_what_is_written_may_not_be_an_input_as_well(layout: str) -> None:
+    make = {
+        "contiguous": lambda: torch.randn(3, 4),
+        "transposed": lambda: torch.randn(4, 3).T,
+        "with gaps": lambda: torch.randn(3, 8)[:, ::2],
+    }[layout]
+    history, target = [make(), make()], make()
+    for module in (torch.ops.lesa, reference):
+        for out, name in ((history[1], r"history\[1\]"), (target, "target")):
+            before = out.clone()
+            with pytest.raises((ValueError, RuntimeError), match=f"out must not share memory with {name}"):
+                module.predict_l1(history, target, torch.randn(2), torch.randn(1), torch.randn(1), out)
+            assert torch.equal(out, before)
