@@ -51,7 +51,7 @@ def op_calls() -> list[Callable[[], object]]:
     parameters = torch.randn(4), torch.randn(1), torch.randn(1)
     wanted = [each.clone().requires_grad_() for each in parameters]
     rows, offsets = torch.randn(2, 3), torch.randn(2)
-    ring, tokens = torch.randn(5, 3, 40), torch.randn(5, 2, 3, 8)
+    ring, tokens, (scale, shift) = torch.randn(5, 3, 40), torch.randn(5, 2, 3, 8), torch.randn(2, 2, 8)
     elements, scales = torch.zeros(5, 3, 40, dtype=torch.int8), torch.ones(5, 3)
     x, grid = torch.rand(6, 3), torch.arange(12.0).expand(3, 12).contiguous() / 4 - 1
     layer = torch.randn(4, 3), torch.randn(4, 3, 8), torch.randn(4, 3)
@@ -75,9 +75,7 @@ def op_calls() -> list[Callable[[], object]]:
         lambda: ops.forecast(history[:3], rows, offsets),
         lambda: ops.forecast_into(ring, rows, offsets, [0, 1, 2], [3, 4]),
         lambda: ops.push(ring, history[0], 1),
-        lambda: ops.forecast_norm(
-            tokens, rows[:1], offsets[:1], [0, 1, 2], [3], tokens[0, :, 0], tokens[1, :, 0], 1e-6
-        ),
+        lambda: ops.forecast_norm(tokens, rows[:1], offsets[:1], [0, 1, 2], [3], scale, shift, 1e-6),
         lambda: ops.push_scaled(elements, scales, history[0], 0),
         lambda: ops.forecast_scaled_into(elements, scales, ring[:2], rows, offsets, [0, 1, 2], [3, -1]),
         lambda: ops.gram(history),
