@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_type
-from lesa_kernels.contract import FEATURE_DTYPES, SCALED_LIMITS, arithmetic_dtype, check_feature
-from lesa_kernels.history import HostRing, Ring, ScaledRing
+from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype, check_feature
+from lesa_kernels.history import HostRing, Ring
 from lesa_kernels.plan import Check, Launch, Plan, Segment
 
 
@@ -20,15 +20,14 @@ class Session:
     plan's first step starts a new run, whatever became of the one before.
 
     Args:
-        plan: what to run; for a history of int8 or float8 its slots are assigned anew.
-        history_dtype: dtype of the ring; None takes that of the features. With int8 or float8_e4m3fn each row (the last
-            dimension) of a feature has a scale of its own.
+        plan: what to run.
+        history_dtype: dtype of the ring; None takes that of the features.
         history_device: None keeps the ring on the device of the features, "cpu" in the host's memory (pinned for CUDA),
             where the forecasts are then computed: a small card needs no room for it, and each step waits for a copy.
 
     Raises:
         TypeError: when history_dtype is no dtype for a history.
-        ValueError: when history_device is neither None nor "cpu", or "cpu" for a history of int8 or float8.
+        ValueError: when history_device is neither None nor "cpu".
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Session:
     ) -> None:
         check_type("plan", plan, Plan, "a Plan")
         check_history(history_dtype, history_device)
-        self.plan = plan = plan.for_history(scaled=history_dtype in SCALED_LIMITS)
+        self.plan = plan
         self._history_dtype = history_dtype
         self._on_host = history_device is not None
         self._feature_dtype = torch.float32
@@ -102,9 +101,8 @@ class Session:
             feature: [*feature], any strides. A new run may bring another shape, dtype or device.
 
         Raises:
-            ValueError: when the step is not full, the feature's shape or device changes within a run, or it has no
-                dimension for a history of int8 or float8.
-            TypeError: when the feature is of no feature dtype, not dense, or float64 for a history of int8 or float8.
+            ValueError: when the step is not full, or the feature's shape or device changes within a run.
+            TypeError: when the feature is of no feature dtype or not dense.
             RuntimeError: when the step is out of order.
         """
         check_type("feature", feature, Tensor, "a tensor")
@@ -150,7 +148,7 @@ class Session:
         """
         ring, launch, row = self._due(step)
         self._make(ring, launch)
-        return ring.handed_out(row, launch.write[row]).to(self._feature_dtype)
+        return ring[launch.write[row]].to(self._feature_dtype)
 
     def forecast_norm(self, step: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
         """Return the feature of a forecast step after the adaptive layer norm that a model has next.
@@ -252,12 +250,7 @@ class Session:
             )
         self._ring = None
         wanted = (self.plan.num_slots, feature.shape, dtype, feature.device)
-        if self.plan.scaled:
-            self._ring = ScaledRing(*wanted, self.plan.most_outputs, feature.dtype)
-        elif self._on_host and lies_elsewhere(feature.device):
-            self._ring = HostRing(*wanted)
-        else:
-            self._ring = Ring(*wanted)
+        self._ring = HostRing(*wanted) if self._on_host and lies_elsewhere(feature.device) else Ring(*wanted)
         self._rows = {
             launch.steps[0]: _row_tensors(launch, dtype, self._ring.memory)
             for segment in self.plan.segments
@@ -274,13 +267,10 @@ class Session:
 
 def check_history(dtype: torch.dtype | None, device: str | torch.device | None) -> None:
     """Check the options of a history; see `Session` for what it raises."""
-    allowed = (*FEATURE_DTYPES, *SCALED_LIMITS)
-    if dtype is not None and dtype not in allowed:
-        raise TypeError(f"history_dtype must be one of {allowed}, got {dtype}")
+    if dtype is not None and dtype not in FEATURE_DTYPES:
+        raise TypeError(f"history_dtype must be None or one of {FEATURE_DTYPES}, got {dtype}")
     if device is not None and not (isinstance(device, str | torch.device) and str(device).split(":")[0] == "cpu"):
         raise ValueError(f'history_device must be None (the device of the features) or "cpu", got {device}')
-    if device is not None and dtype in SCALED_LIMITS:
-        raise ValueError(f"history_device must be None for a history of {dtype}, got {device}")
 
 
 def lies_elsewhere(device: torch.device) -> bool:

@@ -57,8 +57,7 @@ def enable(
         sigmas: of a bare transformer: the S+1 noise levels. Its calls are counted for each cache context; a loop that
             may break off between two calls should say `cache_context(name, step_index=step)` or give a scheduler.
         capture: for a model without an adapter: the submodule whose first argument is the feature.
-        history_dtype: dtype of the history, None for that of the features. torch.int8 and torch.float8_e4m3fn keep one
-            byte an element and a scale for each row of channels; docs/adapters.md says what that saves.
+        history_dtype: dtype of the history, None for that of the features; torch.bfloat16 halves a float32 model's.
         history_device: "cpu" keeps the history in the host's memory, for small cards: slower, a warning after each run
             says by how much. None keeps it beside the model.
         on_other_sigmas: where a predictor knows the sigmas of its training and the run has others: "refuse" runs full

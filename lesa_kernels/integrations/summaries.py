@@ -24,7 +24,7 @@ class Summary:
         full_seconds: mean time of a full call, measured on the device; 0 where there was none.
         forecast_seconds: mean time of a forecast call, forecast and tail of the model.
         plan: the plan as text, empty where none could be made.
-        history_bytes: memory of the rings while it ran, with the scales and forecasts that lie beside their slots.
+        history_bytes: memory of the rings while it ran.
         history_memory: where they lay, empty where there was none.
         copied_bytes: carried between the features' device and a history in the host's memory.
         copy_seconds: time of these copies.
