@@ -57,22 +57,6 @@ class Ring:
         """Fill the slots `write` with forecasts of the slots `read`; see `torch.ops.lesa.forecast_into`."""
         torch.ops.lesa.forecast_into(self._slots, coefficients, offsets, read, write)
 
-    def forecast_norm(
-        self,
-        coefficients: Tensor,
-        offsets: Tensor,
-        read: Sequence[int],
-        write: Sequence[int],
-        scale: Tensor,
-        shift: Tensor,
-        eps: float,
-    ) -> Tensor:
-        """Return the norm of a forecast of the slots `read`; see `torch.ops.lesa.forecast_norm`."""
-        normed: Tensor = torch.ops.lesa.forecast_norm(
-            self._slots, coefficients, offsets, read, write, scale, shift, eps
-        )
-        return normed
-
     def error(self, coefficients: Tensor, offset: Tensor, read: Sequence[int], slot: int) -> Tensor:
         """Return how far a forecast of the slots `read` lies from the feature in another slot.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
 from typing import Any
@@ -138,17 +139,26 @@ def test_a_history_without_memory_costs_no_image(pipe: TinyPipeline, monkeypatch
     assert (summary(pipe).full, summary(pipe).forecast) == (STEPS, 0)
 
 
-def test_a_forecast_that_fails_costs_no_image(pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = pipe(STEPS)
+@pytest.mark.parametrize(("launch", "step"), [(1, 2), (2, 6)])
+def test_a_forecast_that_fails_costs_no_image(
+    pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch, launch: int, step: int
+) -> None:
+    """The memory may end in the middle of a run: the rest of it is full."""
+    enable(pipe, Reuse(), Schedule.explicit(STEPS, sorted({*FULL, *range(step, STEPS)})))
+    expected = pipe(STEPS)
     enable(pipe, Reuse(), SPARSE)
+    forecast, launches = Ring.forecast, itertools.count(1)
 
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+    def fail(*arguments: Any) -> None:
+        if next(launches) == launch:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        forecast(*arguments)
 
     monkeypatch.setattr(Ring, "forecast", fail)
-    with pytest.warns(LesaWarning, match="the feature of step 2 could not be forecast: tried to allocate"):
-        assert torch.equal(pipe(STEPS), plain)
-    assert (summary(pipe).full, summary(pipe).forecast) == (STEPS, 0)
+    with pytest.warns(LesaWarning, match=f"the feature of step {step} could not be forecast: tried to allocate"):
+        assert torch.equal(pipe(STEPS), expected)
+    made = len(set(range(step)) - set(FULL))
+    assert (summary(pipe).full, summary(pipe).forecast) == (STEPS - made, made)
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
