@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lesa_kernels.checks import check_type
 from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype, check_feature
-from lesa_kernels.history import HostRing, Ring
+from lesa_kernels.history import Ring
 from lesa_kernels.plan import Check, Launch, Plan, Segment
 
 
@@ -22,26 +22,16 @@ class Session:
     Args:
         plan: what to run.
         history_dtype: dtype of the ring; None takes that of the features.
-        history_device: None keeps the ring on the device of the features, "cpu" in the host's memory (pinned for CUDA),
-            where the forecasts are then computed: a small card needs no room for it, and each step waits for a copy.
 
     Raises:
         TypeError: when history_dtype is no dtype for a history.
-        ValueError: when history_device is neither None nor "cpu".
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        history_dtype: torch.dtype | None = None,
-        history_device: str | torch.device | None = None,
-    ) -> None:
+    def __init__(self, plan: Plan, *, history_dtype: torch.dtype | None = None) -> None:
         check_type("plan", plan, Plan, "a Plan")
-        check_history(history_dtype, history_device)
+        check_history(history_dtype)
         self.plan = plan
         self._history_dtype = history_dtype
-        self._on_host = history_device is not None
         self._feature_dtype = torch.float32
         self._ring: Ring | None = None
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
@@ -71,7 +61,7 @@ class Session:
         """How far the checked steps of this run were from what they would have been forecast.
 
         Of a plan that was made with `check_every`: full step -> mean |forecast - feature| / mean |feature|, [] in
-        float32 (float64 for float64 features). They lie where the history does; to read one is to wait for the device.
+        float32 (float64 for float64 features). To read one is to wait for the device.
         """
         return dict(self._errors)
 
@@ -126,9 +116,8 @@ class Session:
             step: a forecast step of the segment whose full step was pushed last.
 
         Returns:
-            [*feature], of the features' dtype and on their device. A view of the ring's memory where that has both:
-            valid until the next push (with a chunked plan: until the next call), and whoever wants to write to it,
-            copies it.
+            [*feature], of the features' dtype. A view of the ring's memory where that has it too: valid until the next
+            push (with a chunked plan: until the next call), and whoever wants to write to it, copies it.
 
         Raises:
             ValueError: when the step is not a forecast step of the plan.
@@ -172,32 +161,24 @@ class Session:
                 f"got {tuple(feature.shape)}, {dtype} on {feature.device}"
             )
         self._ring = None
-        wanted = (self.plan.num_slots, feature.shape, dtype, feature.device)
-        self._ring = HostRing(*wanted) if self._on_host and lies_elsewhere(feature.device) else Ring(*wanted)
+        self._ring = Ring(self.plan.num_slots, feature.shape, dtype, feature.device)
         self._rows = {
-            launch.steps[0]: _row_tensors(launch, dtype, self._ring.memory)
+            launch.steps[0]: _row_tensors(launch, dtype, feature.device)
             for segment in self.plan.segments
             for launch in segment.launches
         }
         self._checks = {
-            segment.full_step: _check_tensors(segment.check, dtype, self._ring.memory)
+            segment.full_step: _check_tensors(segment.check, dtype, feature.device)
             for segment in self.plan.segments
             if segment.check is not None
         }
         return self._ring
 
 
-def check_history(dtype: torch.dtype | None, device: str | torch.device | None) -> None:
-    """Check the options of a history; see `Session` for what it raises."""
+def check_history(dtype: torch.dtype | None) -> None:
+    """Check the dtype of a history; see `Session` for what it raises."""
     if dtype is not None and dtype not in FEATURE_DTYPES:
         raise TypeError(f"history_dtype must be None or one of {FEATURE_DTYPES}, got {dtype}")
-    if device is not None and not (isinstance(device, str | torch.device) and str(device).split(":")[0] == "cpu"):
-        raise ValueError(f'history_device must be None (the device of the features) or "cpu", got {device}')
-
-
-def lies_elsewhere(device: torch.device) -> bool:
-    """Whether the host's memory is not the memory of a device."""
-    return device.type != "cpu"
 
 
 def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

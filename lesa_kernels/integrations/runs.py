@@ -65,14 +65,13 @@ class Options:
     """How runs are made; see `lesa.enable`."""
 
     history_dtype: torch.dtype | None = None
-    history_device: str | torch.device | None = None
     on_other_sigmas: OnOtherSigmas = "refuse"
     chunk: int | None = None
     check_every: int | None = None
     max_error: float | None = None
 
     def __post_init__(self) -> None:
-        check_history(self.history_dtype, self.history_device)
+        check_history(self.history_dtype)
         if self.on_other_sigmas not in ("refuse", "adapt"):
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
         check_count("chunk", self.chunk)
@@ -178,7 +177,6 @@ class Run(Position):
         """Drop the history of a track that has finished, or all of it."""
         for key, track in list(self.tracks.items()):
             if finished is None or track is finished:
-                self.tally.note_copies(track.session.ring)
                 del self.tracks[key]
 
 
@@ -283,8 +281,6 @@ class Runs:
             ended = [each for each in run.tracks.values() if each.step < run.num_steps - 1]
             for each in (track, *ended):
                 run.give_back(each)
-            if not run.tracks and run.tally.copied_bytes:
-                run.warn(f"history in the host's memory: {run.tally.summary().copies}")
 
     def _track(self, context: Any, latents: Tensor, foreign_cache: bool) -> tuple[Run, Track | None]:
         """Find the track of a call, None where the call is full and stands alone."""
@@ -311,9 +307,7 @@ class Runs:
                 return run, None
             if objection is not None:
                 run.warn(f"{objection}; it is used all the same, as on_other_sigmas says")
-            session = Session(
-                plan, history_dtype=self._options.history_dtype, history_device=self._options.history_device
-            )
+            session = Session(plan, history_dtype=self._options.history_dtype)
             run.tally.plan = run.tally.plan or str(session.plan)
             track = run.tracks[context.name, number] = Track(run, session, layout, step)
         return run, track
