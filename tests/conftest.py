@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# torch reads it once, at the first product of matrices on CUDA, and demands it for deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # `make fuzz` asks for the long one.
 settings.register_profile("short", derandomize=True, deadline=None, max_examples=100)
@@ -53,10 +57,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory() -> Iterator[None]:
     """Fill every fresh tensor with NaN while the test runs."""
-    # torch's matrix products on CUDA, which the reference uses, demand this where algorithms have to be deterministic.
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
