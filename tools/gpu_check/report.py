@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import results, targets
+from benchmarks.predictions import predictions
 from tools.gpu_check import counters, full_size, smoke
 from tools.gpu_check.records import FACTS, FAILED, LEFT_OUT, SUMMARY, Record, load, worst
 from tools.gpu_check.settings import RECORDS, REPORT, RESULTS, Settings
@@ -98,6 +99,31 @@ def verdict_table(verdicts: Sequence[targets.Verdict]) -> list[str]:
         for verdict in verdicts
     ]
     return table(["case", "time of one / time of the other", "target", "measured", ""], rows)
+
+
+def prediction_table(rows: Sequence[results.Measurement]) -> list[str]:
+    """Return what was predicted beside what was measured; empty where nothing was predicted for the device."""
+    measured = {(row.device, row.op, row.size, row.variant): row for row in rows}
+    lines = []
+    for predicted in predictions():
+        row = measured.get((predicted.device, predicted.op, predicted.size, predicted.variant))
+        if row is None:
+            continue
+        fast, slow = predicted.microseconds
+        share = "" if row.share_of_copy is None else f"{row.share_of_copy:.2f}"
+        peak = "" if row.share_of_peak is None else f"{100 * row.share_of_peak:.0f} %"
+        lines.append(
+            [
+                f"`{predicted.op}`, {predicted.size}",
+                f"{predicted.low:.2f} to {predicted.high:.2f}",
+                share,
+                f"{fast:.0f} to {slow:.0f}",
+                f"{1e6 * row.median_s:.1f}",
+                peak,
+            ]
+        )
+    head = ["captured", "share of a copy, predicted", "measured", "us, predicted", "measured", "of data-sheet peak"]
+    return table(head, lines) if lines else []
 
 
 def phase_table(records: Sequence[Record]) -> list[str]:

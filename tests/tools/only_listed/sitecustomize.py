@@ -1,4 +1,6 @@
-"""Hides every installed package that packages.txt does not list, as if this were the machine that has just these.
+"""Hides every installed package but those of packages.txt, as if this were the machine that has just these.
+
+What a listed package requires here stays too: another version of it may require something else there.
 
 Python imports this module at its start when the folder is on PYTHONPATH. LESA_ALSO_LISTED names further packages.
 """
@@ -10,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +22,24 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def _with_requirements(names: list[str]) -> set[str]:
+    """Return packages and what they require, directly or not, extras left out."""
+    found: set[str] = set()
+    while names:
+        name = _canonical(names.pop())
+        if name in found:
+            continue
+        found.add(name)
+        with suppress(importlib.metadata.PackageNotFoundError):
+            wanted = importlib.metadata.requires(name) or []
+            names += [re.split(r"[^\w.-]", line)[0] for line in wanted if "extra ==" not in line]
+    return found
+
+
 LISTED = {
-    _canonical(name)
-    for name in [
-        *Path(__file__).with_name("packages.txt").read_text().split(),
-        *os.environ.get("LESA_ALSO_LISTED", "").split(),
-        "lesa-kernels",  # the checkout itself
-    ]
+    "lesa-kernels",  # the checkout itself
+    *_with_requirements(Path(__file__).with_name("packages.txt").read_text().split()),
+    *map(_canonical, os.environ.get("LESA_ALSO_LISTED", "").split()),
 }
 HIDDEN = {
     module
