@@ -14,21 +14,13 @@ from benchmarks.clock import Clock
 from benchmarks.harness import Case
 from benchmarks.memory import pages_case
 from benchmarks.sweeps import elements_case, rows_case
-from benchmarks.tokens import norm_case, scaled_case
+from benchmarks.tokens import norm_case
 from benchmarks.training import gram_case, kan_case, predict_l1_case, training_step_case
 
 FLUX, QWEN, SMALL, TINY = "FLUX 1024x1024", "Qwen-Image 1328x1328", "digits, batch 20", "8 x 8"
 VIDEO, HIDDEN = "HunyuanVideo 720p, model output", "HunyuanVideo 720p, hidden"
 RESIDENT = "200 x 1000 elements"
 KAN_ROWS = (1, 50)
-# Dtype of a history, forecasts at once, whether they are kept.
-SCALED = (
-    (torch.int8, 1, False),
-    (torch.int8, 6, False),
-    (torch.int8, 1, True),
-    (torch.float8_e4m3fn, 1, False),
-    (torch.float8_e4m3fn, 6, False),
-)
 # Time against the number of elements, of inputs, of rows.
 ELEMENTS = tuple(4**power for power in range(3, 13))
 INPUTS = (1, 2, 3, 4, 6, 8, 12)
@@ -61,13 +53,7 @@ def suite(device: torch.device) -> list[Entry]:
         Entry("TaylorSeer segment", partial(taylor_case, FLUX)),
         Entry("training step", partial(training_step_case, FLUX)),
     ]
-    tokens = [
-        *(Entry("forecast_norm", partial(norm_case, FLUX, count=count)) for count in (1, 8)),
-        *(
-            Entry("forecast_scaled_into", partial(scaled_case, FLUX, dtype=dtype, rows=rows, keep=keep))
-            for dtype, rows, keep in SCALED
-        ),
-    ]
+    tokens = [Entry("forecast_norm", partial(norm_case, FLUX, count=count)) for count in (1, 8)]
     others = [
         Entry("push", partial(push_case, FLUX)),
         *(Entry("predict", partial(predict_case, FLUX, dtype=dtype)) for dtype in (torch.float32, torch.float16)),

@@ -1,4 +1,4 @@
-"""The cases of ops that take tokens whole: a forecast with its norm, and histories in int8 or float8."""
+"""The cases of the op that takes tokens whole: a forecast with its norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from benchmarks.cases import (
     SIZES,
     copy_variant,
     dtype_name,
-    ends,
     half_rounded,
     implementations,
     random_features,
@@ -22,11 +21,9 @@ from benchmarks.cases import (
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
 from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES
 
 INTO_AND_NORM = "lesa::forecast_into, then the model's norm"
 MODELS_NORM = "the model's norm"
-FROM_BFLOAT16 = "lesa::forecast_into of a history in bfloat16"
 EPS = 1e-6
 # Tokens at each end of an output that are checked.
 CHECKED_TOKENS = 512
@@ -92,56 +89,4 @@ def norm_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torc
             copy_variant(moved, sets, device),
         ],
         checked=some_tokens,
-    )
-
-
-@torch.inference_mode()
-def scaled_case(size: str, clock: Clock, dtype: torch.dtype, count: int = 8, rows: int = 1, keep: bool = False) -> Case:
-    """Forecasts of K features kept in int8 or float8, into bfloat16, against the same of these features in bfloat16.
-
-    Both histories hold the values that int8 or float8 left, so that no forecast may be off by more than roundings to
-    bfloat16. With `keep` the forecasts are kept in the history as well.
-    """
-    shape, device = SIZES[size], clock.device
-    elements = math.prod(shape)
-    moved = elements * (count + rows * (2 + keep))
-    sets = sets_needed(moved, clock.cache_bytes())
-    plain = [torch.stack(features) for features in random_features(shape, count + rows, torch.bfloat16, sets, device)]
-    rings = [torch.empty(ring.shape, dtype=dtype, device=device) for ring in plain]
-    scales = [torch.empty(ring.shape[:-1], device=device) for ring in plain]
-    for index, ring in enumerate(plain):
-        for slot in range(count):
-            torch.ops.lesa.push_scaled(rings[index], scales[index], ring[slot], slot)
-            ring[slot].copy_(reference.unscaled(rings[index][slot], scales[index][slot]))
-    coefficients, offsets = torch.randn(rows, count, device=device), torch.randn(rows, device=device)
-    read, write = list(range(count)), list(range(count, count + rows))
-    kept = write if keep else [-1] * rows
-    out = torch.zeros(rows, *shape, dtype=torch.bfloat16, device=device)
-
-    def scaled(ops: Any) -> Run:
-        def run(turn: int) -> list[Tensor]:
-            index = turn % sets
-            ops.forecast_scaled_into(rings[index], scales[index], out, coefficients, offsets, read, kept)
-            return list(out)
-
-        return run
-
-    def unscaled(turn: int) -> list[Tensor]:
-        torch.ops.lesa.forecast_into(plain[turn % sets], coefficients, offsets, read, write)
-        return list(plain[turn % sets][count:])
-
-    history = [ends(reference.unscaled(rings[0][slot], scales[0][slot])) for slot in range(count)]
-    kernels = implementations(device).items()
-    return Case(
-        "forecast_scaled_into",
-        f"{size}, {dtype_name(dtype)}, K={count}, M={rows}{', kept' if keep else ''}",
-        moved,
-        reference.forecast(history, coefficients, offsets),
-        reference.forecast([feature.abs() for feature in history], coefficients.abs(), offsets.abs()),
-        [
-            *(Variant(f"{name}forecast_scaled_into", scaled(ops), TOLERANCES[torch.bfloat16]) for name, ops in kernels),
-            Variant(FROM_BFLOAT16, unscaled, half_rounded(torch.bfloat16)),
-            copy_variant(moved, sets, device),
-        ],
-        checked=ends,
     )

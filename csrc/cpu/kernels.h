@@ -57,18 +57,6 @@ struct Kernels {
                accumulate_t<T>* unrounded, T* out, std::int64_t count);
 };
 
-// A scaled ring of Q (int8 or float8) and features of F beside it, token by token.
-template <typename Q, typename F>
-struct ScaledKernels {
-  // rounded[m] and, where it is not null, unrounded[m] from inputs[k] as they are: the scales are in the map.
-  void (*forecast)(const Rows<Q>& map, const Q* const* inputs, F* const* rounded, float* const* unrounded,
-                   std::int64_t count);
-  // The largest magnitude; a NaN is larger than all.
-  float (*largest)(const F* values, std::int64_t count);
-  // Elements values[i] * inverse, rounded; 0 whatever the value where inverse is 0.
-  void (*round)(const F* values, float inverse, Q* elements, std::int64_t count);
-};
-
 // Rows of products of matrices are multiples of so many elements, padded with zeros.
 inline constexpr std::int64_t kLayerUnit = 64;
 
@@ -112,10 +100,6 @@ struct Isa {
   int vector_bits;
   std::tuple<Kernels<float>, Kernels<float16>, Kernels<bfloat16>, Kernels<double>> kernels;
   std::tuple<LayerKernels<float>, LayerKernels<double>> layers;
-  std::tuple<ScaledKernels<std::int8_t, float>, ScaledKernels<std::int8_t, float16>,
-             ScaledKernels<std::int8_t, bfloat16>, ScaledKernels<float8, float>, ScaledKernels<float8, float16>,
-             ScaledKernels<float8, bfloat16>>
-      scaled;
 
   template <typename T>
   const Kernels<T>& of() const {
@@ -125,11 +109,6 @@ struct Isa {
   template <typename A>
   const LayerKernels<A>& layers_of() const {
     return std::get<LayerKernels<A>>(layers);
-  }
-
-  template <typename Q, typename F>
-  const ScaledKernels<Q, F>& scaled_of() const {
-    return std::get<ScaledKernels<Q, F>>(scaled);
   }
 };
 

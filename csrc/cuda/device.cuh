@@ -40,10 +40,6 @@ template <>
 struct Word<2> {
   using type = unsigned short;
 };
-template <>
-struct Word<1> {
-  using type = unsigned char;
-};
 
 template <typename T, int kWidth>
 using Vector = std::array<T, kWidth>;

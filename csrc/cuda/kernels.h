@@ -106,31 +106,6 @@ struct NormedForecast {
 template <typename T>
 void normalize(const NormedForecast<T>& forecast, const Target& target);
 
-// A slot of a scaled ring: Q is std::int8_t or float8.
-template <typename Q>
-struct ScaledSlot {
-  Q* elements;    // [rows, channels]
-  float* scales;  // [rows]
-};
-
-// slot = feature [rows, channels], each row rounded by a scale of its own.
-template <typename Q, typename T>
-void copy_scaled(const Rows& rows, const T* feature, const ScaledSlot<Q>& slot, const Target& target);
-
-// M forecasts of K slots. All reads of a row precede its writes.
-template <typename Q, typename T>
-struct ScaledForecasts {
-  Rows rows;
-  std::vector<ScaledSlot<Q>> inputs;
-  std::vector<ScaledSlot<Q>> kept;  // M, which may be inputs; those without scales are not kept
-  T* out;                           // [M, rows, channels]
-  Parameter<T> coefficients;
-  Parameter<T> offsets;
-};
-
-template <typename Q, typename T>
-void forecast_scaled(const ScaledForecasts<Q, T>& forecasts, const Target& target);
-
 // to = from, rounded to nearest where the types differ; bits are kept where they do not.
 template <typename To, typename From>
 void copy(const Geometry& geometry, const Operand& to, const Operand& from, const Target& target);

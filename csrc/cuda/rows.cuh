@@ -1,4 +1,4 @@
-// What the kernels share that take a row of channels at a time: norm.cu, scaled.cuh. A row belongs to a team of
+// What the kernels share that take a row of channels at a time: norm.cu. A row belongs to a team of
 // threads, a block or one of its warps, whose members take vectors in turn.
 #pragma once
 

@@ -83,20 +83,14 @@ _QUICK: dict[str, dict[str, list[Any]]] = {
 _QUICK_TOKENS: dict[str, dict[str, list[Any]]] = {
     "gpu": {},
     "interpreter": {
-        "dtype": [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-        "source": [torch.bfloat16],
-        "out_dtype": [torch.float32],
-        "shape": [(3, 1), (3, 64), (3, 131), (3, 3072), (2, 3, 4, 9), (0, 8), (3, 0), (0,)],
+        "dtype": [torch.float32, torch.bfloat16],
         "channels": [1, 7, 131, 3072],
         "feature": [(40,), (0,), (0, 5), (5, 0), (1, 40), (2, 3, 5, 24), (0, 4, 8), (2, 0, 8)],
         "count": [1, 64],
         "rows": [1, 4, 17],
     },
     "ptx": {
-        "dtype": [torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-        "source": [torch.bfloat16],
-        "out_dtype": [torch.bfloat16],
-        "shape": [(3, 7), (3, 64), (3, 1030), (3, 0)],
+        "dtype": [torch.bfloat16],
         "channels": [7, 1030],
         "feature": [(40,), (5, 0), (3, 40)],
         "count": [8],
