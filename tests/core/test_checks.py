@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesa_kernels import Forecaster, LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer, session
-from lesa_kernels.history import HostRing
+from lesa_kernels import Forecaster, LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.plan import Row, RowRule
 
 STEPS = 20
@@ -95,16 +94,6 @@ def test_a_run_of_full_steps_alone_can_be_checked() -> None:
     run = Session(Reuse().plan(SIGMAS, every, check_every=1), history_dtype=torch.bfloat16)
     _run(run, features)
     assert run.errors.keys() == set(range(1, STEPS))
-
-
-def test_a_history_on_the_host_is_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, features = TaylorSeer(2).plan(SIGMAS, SPARSE, check_every=1), _features()
-    plain = Session(plan)
-    _run(plain, features)
-    monkeypatch.setattr(session, "lies_elsewhere", lambda device: True)
-    on_host = Session(plan, history_device="cpu")
-    _run(on_host, features)
-    assert isinstance(on_host.ring, HostRing) and on_host.errors == plain.errors
 
 
 def test_a_new_run_begins_without_errors() -> None:

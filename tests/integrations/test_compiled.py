@@ -99,7 +99,7 @@ def test_a_model_that_ran_compiled_can_be_enabled_and_disabled() -> None:
         torch.testing.assert_close(sample(model, "wan"), plain)
 
 
-@pytest.mark.parametrize("name", ["qwen", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "sd3"])
 def test_a_model_that_is_compiled_later_breaks_where_it_is_decided_alone(name: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

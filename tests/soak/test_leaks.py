@@ -51,7 +51,7 @@ def op_calls() -> list[Callable[[], object]]:
     parameters = torch.randn(4), torch.randn(1), torch.randn(1)
     wanted = [each.clone().requires_grad_() for each in parameters]
     rows, offsets = torch.randn(2, 3), torch.randn(2)
-    ring, tokens, (scale, shift) = torch.randn(5, 3, 40), torch.randn(5, 2, 3, 8), torch.randn(2, 2, 8)
+    ring = torch.randn(5, 3, 40)
     x, grid = torch.rand(6, 3), torch.arange(12.0).expand(3, 12).contiguous() / 4 - 1
     layer = torch.randn(4, 3), torch.randn(4, 3, 8), torch.randn(4, 3)
 
@@ -74,7 +74,6 @@ def op_calls() -> list[Callable[[], object]]:
         lambda: ops.forecast(history[:3], rows, offsets),
         lambda: ops.forecast_into(ring, rows, offsets, [0, 1, 2], [3, 4]),
         lambda: ops.push(ring, history[0], 1),
-        lambda: ops.forecast_norm(tokens, rows[:1], offsets[:1], [0, 1, 2], [3], scale, shift, 1e-6),
         lambda: ops.gram(history),
         lambda: ops.kan_linear(x, grid, *layer),
         lambda: ops.kan_linear_backward(x.new_ones(6, 4), x, grid, *layer),
