@@ -14,7 +14,6 @@ from benchmarks.clock import Clock
 from benchmarks.harness import Case
 from benchmarks.memory import pages_case
 from benchmarks.sweeps import elements_case, rows_case
-from benchmarks.tokens import norm_case
 from benchmarks.training import gram_case, kan_case, predict_l1_case, training_step_case
 
 FLUX, QWEN, SMALL, TINY = "FLUX 1024x1024", "Qwen-Image 1328x1328", "digits, batch 20", "8 x 8"
@@ -53,7 +52,6 @@ def suite(device: torch.device) -> list[Entry]:
         Entry("TaylorSeer segment", partial(taylor_case, FLUX)),
         Entry("training step", partial(training_step_case, FLUX)),
     ]
-    tokens = [Entry("forecast_norm", partial(norm_case, FLUX, count=count)) for count in (1, 8)]
     others = [
         Entry("push", partial(push_case, FLUX)),
         *(Entry("predict", partial(predict_case, FLUX, dtype=dtype)) for dtype in (torch.float32, torch.float16)),
@@ -73,10 +71,10 @@ def suite(device: torch.device) -> list[Entry]:
             *(Entry("fresh pages", partial(pages_case, size)) for size in (FLUX, QWEN)),
         ]
         loss = Entry("predict_l1", partial(predict_l1_case, SMALL, dtype=torch.float32))
-        return [*large, *steps, *tokens, *small, loss, *networks, *threads, *others, Entry("sampling run", _sampling)]
+        return [*large, *steps, *small, loss, *networks, *threads, *others, Entry("sampling run", _sampling)]
     large = [Entry(op, partial(make, size)) for size in (FLUX, QWEN) for op, make in makers.items()]
     hidden = [Entry(op, partial(makers[op], HIDDEN, published=False)) for op in ("predict", "forecast")]
-    return [*large, *networks, *steps, *tokens, *small, *others, *hidden, Entry("sampling run", _sampling)]
+    return [*large, *networks, *steps, *small, *others, *hidden, Entry("sampling run", _sampling)]
 
 
 def _sampling(clock: Clock) -> Case:

@@ -334,48 +334,6 @@ inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t s
   check_slot(op, {"slot"}, slot, ring);
 }
 
-inline void check_contiguous(const char* op, Name name, const Tensor& tensor) {
-  if (!tensor.is_contiguous()) {
-    refuse(op, name, " must be contiguous, got strides ", Shape{tensor.strides().data(), tensor.strides().size()},
-           " of ", shape_of(tensor));
-  }
-}
-
-// A contiguous ring [slots, batch, ..., channels], one row of K coefficients, at most one slot to write, scale and
-// shift [batch, channels].
-inline void check_forecast_norm(const Tensor& ring, const Tensor& coefficients, const Tensor& offsets,
-                                const std::vector<std::int64_t>& read, const std::vector<std::int64_t>& write,
-                                const Tensor& scale, const Tensor& shift) {
-  const char* op = "forecast_norm";
-  check_defined(op, {{{"ring"}, ring},
-                     {{"coefficients"}, coefficients},
-                     {{"offsets"}, offsets},
-                     {{"scale"}, scale},
-                     {{"shift"}, shift}});
-  check_ring(op, ring);
-  if (ring.dim() < 3 || ring.size(ring.dim() - 1) < 1) {
-    refuse(op, "ring must have shape (slots, batch, ..., channels >= 1), got ", shape_of(ring));
-  }
-  check_contiguous(op, {"ring"}, ring);
-  check_read(op, read, ring);
-  const std::int64_t row[] = {1, static_cast<std::int64_t>(read.size())};
-  check_shaped(op, {"coefficients"}, coefficients, {row, 2}, {"ring"}, ring);
-  check_shaped(op, {"offsets"}, offsets, {row, 1}, {"ring"}, ring);
-  if (write.size() > 1) {
-    refuse(op, "write must name one slot, or none to keep nothing, got ", write.size());
-  }
-  for (const std::int64_t slot : write) {
-    check_slot(op, {"write", 0}, slot, ring);
-  }
-  const std::int64_t channels[] = {ring.size(1), ring.size(ring.dim() - 1)};
-  check_shaped(op, {"scale"}, scale, {channels, 2}, {"ring"}, ring);
-  check_shaped(op, {"shift"}, shift, {channels, 2}, {"ring"}, ring);
-  if (!write.empty()) {
-    check_apart(op, {{{"ring"}, ring}},
-                {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}, {{"scale"}, scale}, {{"shift"}, shift}});
-  }
-}
-
 // A KAN layer of I inputs, O outputs and B bases: x [..., I], grid [I, B + order + 1], base_weight and spline_scaler
 // [O, I], spline_weight [O, I, B].
 inline void check_kan_linear(const char* op, const Tensor& x, const Tensor& grid, const Tensor& base_weight,

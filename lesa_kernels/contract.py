@@ -212,47 +212,6 @@ def check_forecast_into(
             raise ValueError(f"lesa::{op}: write must name distinct slots, got slot {slot} twice")
 
 
-def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor is row-major, without gaps.
-
-    Raises:
-        ValueError: when it is not.
-    """
-    if not tensor.is_contiguous():
-        raise ValueError(f"lesa::{op}: {name} must be contiguous, got strides {tensor.stride()} of {_shape(tensor)}")
-
-
-def check_forecast_norm(
-    ring: Tensor,
-    coefficients: Tensor,
-    offsets: Tensor,
-    read: Sequence[int],
-    write: Sequence[int],
-    scale: Tensor,
-    shift: Tensor,
-) -> None:
-    """Check `forecast_norm`: a contiguous ring, one row, at most one slot to write, scale and shift [batch, channels].
-
-    Raises:
-        ValueError: for a wrong shape, count, slot, layout or device.
-        TypeError: for a wrong dtype.
-    """
-    op = "forecast_norm"
-    check_ring(op, ring)
-    if ring.dim() < 3 or ring.shape[-1] < 1:
-        raise ValueError(f"lesa::{op}: ring must have shape (slots, batch, ..., channels >= 1), got {_shape(ring)}")
-    check_contiguous(op, "ring", ring)
-    _check_read(op, read, ring)
-    check_parameter(op, "coefficients", coefficients, (1, len(read)), "ring", ring)
-    check_parameter(op, "offsets", offsets, (1,), "ring", ring)
-    if len(write) > 1:
-        raise ValueError(f"lesa::{op}: write must name one slot, or none to keep nothing, got {len(write)}")
-    for position, slot in enumerate(write):
-        check_slot(op, f"write[{position}]", slot, ring)
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        check_parameter(op, name, tensor, (ring.shape[1], ring.shape[-1]), "ring", ring)
-
-
 def _check_read(op: str, read: Sequence[int], ring: Tensor) -> None:
     if not 1 <= len(read) <= MAX_HISTORY:
         raise ValueError(f"lesa::{op}: read must name 1 to {MAX_HISTORY} slots, got {len(read)}")

@@ -230,53 +230,6 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
     ring[slot].copy_(feature)
 
 
-def forecast_norm(
-    ring: Tensor,
-    coefficients: Tensor,
-    offsets: Tensor,
-    read: Sequence[int],
-    write: Sequence[int],
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-) -> Tensor:
-    """One forecast of K slots of a ring, and of it the adaptive layer norm that models have next, in one pass.
-
-    Over the channels of each token: (h - mean) / sqrt(variance + eps) * (1 + scale) + shift, of the unrounded forecast
-    h; the variance is the biased one. K = 1 with the coefficient 1 is the norm of a feature that is there. Equals
-    diffusers' `AdaLayerNormContinuous` without affine parameters, rounded once instead of after each operation.
-
-    Args:
-        ring: [slots, batch, ..., channels], contiguous. Written in place where `write` says so.
-        coefficients: [1, K], float32 or the ring's dtype.
-        offsets: [1], likewise.
-        read: K slots, repeats allowed.
-        write: one slot, which may be among those read, to keep the plain forecast in; none to keep nothing.
-        scale: [batch, channels], float32 or the ring's dtype, any strides.
-        shift: [batch, channels], likewise.
-        eps: added to the variance.
-
-    Returns:
-        A fresh contiguous tensor [batch, ..., channels] of the ring's dtype.
-
-    Raises:
-        ValueError: for a wrong shape, count, slot, layout or device.
-        TypeError: for a wrong dtype.
-    """
-    contract.check_forecast_norm(ring, coefficients, offsets, read, write, scale, shift)
-    if write:
-        parameters = {"coefficients": coefficients, "offsets": offsets, "scale": scale, "shift": shift}
-        contract.check_apart("forecast_norm", {"ring": ring}, parameters)
-    dtype = contract.arithmetic_dtype(ring.dtype)
-    feature = _mix([ring[slot] for slot in read], coefficients[0].to(dtype), offsets[0].to(dtype))
-    for slot in write:
-        ring[slot].copy_(feature)
-    per_batch = (ring.shape[1], *[1] * (ring.dim() - 3), ring.shape[-1])
-    centered = feature - feature.mean(-1, keepdim=True)
-    normed = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1 + scale.to(dtype).view(per_batch)) + shift.to(dtype).view(per_batch)).to(ring.dtype)
-
-
 def gram(features: Sequence[Tensor]) -> Tensor:
     """Sums of the products of all pairs of K features and the constant 1: what a least-squares fit needs of them.
 

@@ -23,14 +23,6 @@ struct Rows {
   bool past_cache;  // store so that the outputs do not go through the cache, where their addresses allow it
 };
 
-// The adaptive layer norm of a token: (h - mean) / sqrt(variance + eps) * gain + shift, gain and shift per channel.
-template <typename A>
-struct Norm {
-  const A* gain;
-  const A* shift;
-  double eps;
-};
-
 template <typename T>
 struct Kernels {
   // outputs[m][i] from inputs[k][i], i < count, all of type T. Every element's reads come before its writes, so outputs
@@ -51,10 +43,6 @@ struct Kernels {
   // 16-bit and float32 elements to and from float32.
   void (*to_float)(const T* from, float* to, std::int64_t count);
   void (*from_float)(const float* from, T* to, std::int64_t count);
-  // Of a token's forecast by the single row of map: writes the norm to `out`, the forecast to `keep`, which may be an
-  // input, unless that is null. `unrounded` has room for the token.
-  void (*norm)(const Rows<T>& map, const Norm<accumulate_t<T>>& norm, const T* const* inputs, T* keep,
-               accumulate_t<T>* unrounded, T* out, std::int64_t count);
 };
 
 // Rows of products of matrices are multiples of so many elements, padded with zeros.

@@ -82,30 +82,6 @@ std::int64_t gram_workspace(const Target& target);
 template <typename T>
 void sum_products(const Products<T>& products, double* workspace, double* result, const Target& target);
 
-// Rows of channels, one behind the other.
-struct Rows {
-  std::int64_t count;
-  std::int64_t channels;
-};
-
-// One forecast of K slots, and its layer norm over each row with a scale and a shift for each batch entry.
-template <typename T>
-struct NormedForecast {
-  Rows rows;
-  std::int64_t rows_per_entry;   // of the batch
-  std::vector<const T*> inputs;  // [rows, channels]
-  T* kept;                       // receives the forecast; null where nobody wants it; may be an input
-  T* out;
-  Parameter<T> coefficients;
-  Parameter<T> offsets;
-  Parameter<T> scale;  // [batch, channels]
-  Parameter<T> shift;
-  float eps;
-};
-
-template <typename T>
-void normalize(const NormedForecast<T>& forecast, const Target& target);
-
 // to = from, rounded to nearest where the types differ; bits are kept where they do not.
 template <typename To, typename From>
 void copy(const Geometry& geometry, const Operand& to, const Operand& from, const Target& target);

@@ -17,12 +17,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, harness, results, suite, targets, tokens
+from benchmarks import cases, compare, harness, results, suite, targets
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.clock import CpuClock, Run, clock_for
 from benchmarks.memory import pages_case
 from benchmarks.sweeps import elements_case, rows_case
-from benchmarks.tokens import norm_case
 from benchmarks.training import gram_case, kan_by_ops, kan_case, predict_l1_case, training_step_case
 from lesa_kernels.predictors.kan import KAN
 from lesa_kernels.reference import Tolerance
@@ -51,8 +50,6 @@ class Scripted(SmallCache):
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.SIZES, "tiny", (3, 5))
-    monkeypatch.setitem(cases.SIZES, "tokens", (2, 5, 3))
-    monkeypatch.setattr(tokens, "CHECKED_TOKENS", 2)
     monkeypatch.setitem(cases.SIZES, "two huge pages", (2**20,))
     monkeypatch.setitem(cases.SIZES, "long", (9, 5))
     monkeypatch.setattr(cases, "POOL", 20)
@@ -65,8 +62,6 @@ MAKERS: dict[str, Make] = {
     "predict, larger than its pool": lambda clock: cases.predict_case("long", clock, count=2, published=False),
     "predict, float32": lambda clock: cases.predict_case("tiny", clock, count=3, dtype=torch.float32),
     "forecast, float16": lambda clock: cases.forecast_case("tiny", clock, count=3, rows=2, dtype=torch.float16),
-    "forecast_norm": lambda clock: norm_case("tokens", clock, count=3),
-    "forecast_norm, of one": lambda clock: norm_case("tokens", clock, count=1, dtype=torch.float32),
     "TaylorSeer segment": lambda clock: cases.taylor_case("tiny", clock, rows=2),
     "fresh pages": lambda clock: pages_case("tiny", clock),
     "fresh pages, huge ones": lambda clock: pages_case("two huge pages", clock, torch.float32),

@@ -114,16 +114,6 @@ def push(draw: Draw) -> dict[str, Any]:
     return {"ring": ring, "feature": feature, "slot": draw(st.integers(0, len(ring) - 1))}
 
 
-def forecast_norm(draw: Draw) -> dict[str, Any]:
-    ring = _ring(draw, [(2, 5), (2, 3, 17), (1, 2, 3, 130), (0, 3, 4), (2, 0, 4), (1, 1)])
-    read, write = _slots(draw, len(ring), 9), draw(st.sampled_from([[], [0]]))
-    coefficients, offsets, scale, shift = _parameters(
-        draw, ring.dtype, (1, len(read)), (1,), (ring.shape[1], ring.shape[-1]), (ring.shape[1], ring.shape[-1])
-    )
-    return {"ring": ring, "coefficients": coefficients, "offsets": offsets, "read": read, "write": write,
-            "scale": scale, "shift": shift, "eps": draw(st.sampled_from([1e-6, 1e-5]))}  # fmt: skip
-
-
 def gram(draw: Draw) -> dict[str, Any]:
     return {"features": _history(draw, draw(st.sampled_from(DTYPES)))}
 
@@ -146,7 +136,7 @@ def kan_linear_backward(draw: Draw) -> dict[str, Any]:
 
 VALID: dict[str, Callable[[Draw], dict[str, Any]]] = {
     each.__name__: each
-    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, forecast_norm, gram,
+    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, gram,
                  kan_linear, kan_linear_backward)
 }  # fmt: skip
 

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from lesa_kernels import reference
 
-WRITTEN = {"forecast_into": ["ring"], "push": ["ring"], "forecast_norm": ["ring"],
-           "predict_l1": ["out"]}  # fmt: skip
+WRITTEN = {"forecast_into": ["ring"], "push": ["ring"], "predict_l1": ["out"]}
 # Sums of up to 65 products in other orders, of numbers around 1.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # torch itself refuses some layouts, and to write to what inference mode made.
@@ -58,10 +57,7 @@ def _storages(values: Any) -> set[int]:
 def _copies(arguments: dict[str, Any]) -> list[Any]:
     """The arguments as torch reads them, none of which shares memory with another."""
     plain = lambda tensor: tensor.detach().as_subclass(Tensor).resolve_neg().clone()  # noqa: E731
-    copies = tree_map_only(Tensor, plain, arguments)
-    if isinstance(copies.get("eps"), int):
-        copies["eps"] = float(copies["eps"])
-    return tree_map_only(bool, int, list(copies.values()))
+    return tree_map_only(bool, int, list(tree_map_only(Tensor, plain, arguments).values()))
 
 
 def _is_extreme(tensor: Tensor) -> bool:

@@ -15,7 +15,6 @@ from lesa_kernels import reference
 
 DEVICE = torch.device("cuda")
 SHAPE = (3, 1031)
-ROWS_SHAPE = (2, 3, 1032)  # batch, tokens, channels
 KAN_SHAPE = (5, 7, 6)  # rows, inputs, outputs
 
 Expected = list[tuple[Tensor, Tensor]]
@@ -176,23 +175,6 @@ def push(dtype: torch.dtype) -> Step:
     return Step([feature], run, expected)
 
 
-def forecast_norm(dtype: torch.dtype) -> Step:
-    ring, coefficients, offsets = _random(4, *ROWS_SHAPE, dtype=dtype), _random(1, 3), _random(1)
-    scale, shift = _random(2, *ROWS_SHAPE[::2])
-    read, write = [2, 0, 1], [3]
-
-    def run(ops: Any) -> list[Tensor]:
-        return [ops.forecast_norm(ring, coefficients, offsets, read, write, scale, shift, 1e-6), ring[3]]
-
-    def expected() -> Expected:
-        normed = reference.forecast_norm(
-            ring.double(), *wide([coefficients, offsets]), read, write, *wide([scale, shift]), 1e-6
-        )
-        return [*_by_largest([normed]), *_rows([ring[slot] for slot in read], coefficients, offsets)]
-
-    return Step([ring, coefficients, offsets, scale, shift], run, expected)
-
-
 def gram(dtype: torch.dtype) -> Step:
     features = _features(9, dtype)
 
@@ -243,7 +225,6 @@ STEPS: dict[str, Callable[[torch.dtype], Step]] = {
         forecast,
         forecast_into,
         push,
-        forecast_norm,
         gram,
         kan_linear,
         kan_linear_backward,

@@ -81,22 +81,6 @@ def test_push(ops: Any) -> None:
     assert torch.equal(ring[2], feature) and not ring[:2].any()
 
 
-CHANNELS = 1024
-ROWS = N // CHANNELS + 1
-
-
-def test_forecast_norm(ops: Any) -> None:
-    ring, matrix, offsets = _random(2, 1, ROWS, CHANNELS), *(torch.randn(s, device=DEVICE) for s in ((1, 2), (1,)))
-    scale, shift = torch.randn(2, 1, CHANNELS, device=DEVICE)
-    out = ops.forecast_norm(ring, matrix, offsets, [1, 0], [], scale, shift, 1e-6)
-    for window in _windows(ROWS):
-        part = ring[:, :, window].double()
-        want = reference.forecast_norm(
-            part, matrix.double(), offsets.double(), [1, 0], [], scale.double(), shift.double(), 1e-6
-        )
-        assert_close(out[:, window], want, want.abs().max().expand_as(want) * 10, DTYPE)
-
-
 def test_predict_backward(ops: Any) -> None:
     (grad, *history), parameters = [_random(N) for _ in range(3)], _parameters(2)
     (first, second), *got = ops.predict_backward(grad, history, *parameters, True)

@@ -32,12 +32,6 @@ def _into(seed: int) -> list[Tensor]:
     return [ring]
 
 
-def _norm(seed: int) -> list[Tensor]:
-    ring, (scale, shift) = _numbers(3, 2, 50, 200, seed=seed), _numbers(2, 2, 200, seed=3)
-    normed = torch.ops.lesa.forecast_norm(ring, _numbers(1, 2, seed=1), torch.ones(1), [0, 1], [2], scale, shift, 1e-6)
-    return [normed, ring]
-
-
 def _trained(seed: int) -> list[Tensor]:
     history = list(_numbers(4, ELEMENTS, seed=seed))
     parameters = [_numbers(length, seed=5).requires_grad_() for length in (4, 1, 1)]
@@ -49,7 +43,6 @@ def _trained(seed: int) -> list[Tensor]:
 
 OPS: dict[str, Callable[[int], list[Tensor]]] = {
     "forecast_into, push": _into,
-    "forecast_norm": _norm,
     "predict, backward, predict_l1": _trained,
     "gram": lambda seed: [torch.ops.lesa.gram(list(_numbers(6, ELEMENTS, seed=seed)))],
 }

@@ -21,7 +21,6 @@ ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 REGISTERS_OF_TWO_BLOCKS, REGISTERS_OF_ONE_BLOCK = 128, 255
 # Loads that must be under way together, or all of a kernel's inputs if they are fewer: csrc/cuda/plan.h.
 LOADS_IN_FLIGHT = 4
-ROW_FLOATS = 16  # csrc/cuda/plan.h
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,12 @@ class Shape:
     @classmethod
     def of(cls, name: str) -> Shape | None:
         """Read a kernel's name; None for kernels that do not walk features."""
-        found = re.search(r"(combine|reduce|gram|copy|norm)_kernel<([^>]*)>", name)
+        found = re.search(r"(combine|reduce|gram|copy)_kernel<([^>]*)>", name)
         if found is None:
             return None
         arguments = [argument.removeprefix("lesa::") for argument in found[2].split(", ")]
         sizes = [ELEMENT_BYTES[argument] for argument in arguments if argument in ELEMENT_BYTES]
         numbers = [int(argument) for argument in arguments if argument.isdigit()]
-        if found[1] == "norm":  # works row by row
-            inputs, size = LOADS_IN_FLIGHT * (ROW_FLOATS // numbers[0]), numbers[0] * sizes[0]
-            return cls("norm", inputs, numbers[0], False, size, size)
         flags = [argument == "true" for argument in arguments if argument in ("true", "false")]
         *_, width = numbers
         to, source = (sizes[0], sizes[-1])

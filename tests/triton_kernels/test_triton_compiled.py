@@ -106,26 +106,6 @@ def test_no_slot_number_compiles_anew(lesa: ModuleType, size: int) -> None:
     assert driver().compilations == before
 
 
-def test_no_slot_compiles_a_norm_anew(lesa: ModuleType) -> None:
-    before = None
-    for batch, tokens in ((1, 3), (2, 1), (1, 16)):
-        ring, parameters = torch.randn(40, batch, tokens, 64), (torch.randn(1, 3), torch.randn(1))
-        modulation = torch.randn(2, batch, 192)[..., 64:128]
-        for read, write in [([2, 3, 4], [5]), ([0, 1, 2], [16]), ([16, 15, 0], [0])]:
-            lesa.forecast_norm(ring, *parameters, read, write, *modulation, 1e-6 * len(driver().launches))
-            before = before or driver().compilations
-    assert driver().compilations == before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_forecast_with_its_norm_moves_16_bytes_at_a_time(lesa: ModuleType, dtype: torch.dtype) -> None:
-    ring, (scale, shift) = torch.randn(9, 1, 1, N).to(dtype), torch.randn(2, 1, N).to(dtype)
-    lesa.forecast_norm(ring, torch.randn(1, K), torch.randn(1), range(K), [2], scale, shift, 1e-6)
-    (compiled,) = driver().launches
-    # Three walks over the features; in the last, scale and shift, the forecast and its norm.
-    _assert_lean(compiled, 3 * K + 2, 2)
-
-
 def test_the_order_of_a_history_and_its_values_do_not_compile_anew(lesa: ModuleType) -> None:
     history, parameters = _features(3, torch.bfloat16), _parameters(3)
     lesa.predict(history, *parameters)

@@ -124,7 +124,6 @@ arguments = dict(
     forecast=(h, torch.randn(3, 2, requires_grad=True), torch.randn(3)),
     forecast_into=(torch.randn(4, 3), torch.randn(2, 2), torch.randn(2), [0, 1], [2, 0]),
     push=(torch.randn(3, 4), torch.randn(4), 2),
-    forecast_norm=(torch.randn(4, 1, 2, 3), torch.randn(1, 2), one, [0, 1], [2], *torch.randn(2, 1, 3), 1e-6),
     gram=(h,),
     kan_linear=tuple(layer),
     kan_linear_backward=(torch.randn(2, 1), *layer),

@@ -11,12 +11,10 @@ from lesa_kernels.backends.triton.features import forecast, forecast_into, predi
 from lesa_kernels.backends.triton.gradients import predict_backward, predict_l1
 from lesa_kernels.backends.triton.layers import kan_linear, kan_linear_backward
 from lesa_kernels.backends.triton.products import gram
-from lesa_kernels.backends.triton.tokens import forecast_norm
 
 __all__ = [
     "forecast",
     "forecast_into",
-    "forecast_norm",
     "gram",
     "kan_linear",
     "kan_linear_backward",
