@@ -17,14 +17,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, harness, results, suite, targets, tokens
+from benchmarks import cases, compare, harness, results, suite, targets
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.clock import CpuClock, Run, clock_for
 from benchmarks.memory import ceiling_case, pages_case
 from benchmarks.predictions import predictions
 from benchmarks.segments import spectrum_case, taylor_case
 from benchmarks.sweeps import elements_case, rows_case
-from benchmarks.tokens import norm_case, scaled_case
 from benchmarks.training import (
     gram_case,
     kan_by_ops,
@@ -75,8 +74,6 @@ class WithGraphs(Scripted):
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.SIZES, "tiny", (3, 5))
-    monkeypatch.setitem(cases.SIZES, "tokens", (2, 5, 3))
-    monkeypatch.setattr(tokens, "CHECKED_TOKENS", 2)
     monkeypatch.setitem(cases.SIZES, "two huge pages", (2**20,))
     monkeypatch.setitem(cases.SIZES, "long", (9, 5))
     monkeypatch.setattr(cases, "POOL", 20)
@@ -89,10 +86,6 @@ MAKERS: dict[str, Make] = {
     "predict, larger than its pool": lambda clock: cases.predict_case("long", clock, count=2, published=False),
     "predict, float32": lambda clock: cases.predict_case("tiny", clock, count=3, dtype=torch.float32),
     "forecast, float16": lambda clock: cases.forecast_case("tiny", clock, count=3, rows=2, dtype=torch.float16),
-    "forecast_norm": lambda clock: norm_case("tokens", clock, count=3),
-    "forecast_norm, of one": lambda clock: norm_case("tokens", clock, count=1, dtype=torch.float32),
-    "int8": lambda clock: scaled_case("tokens", clock, torch.int8, count=3, rows=2, keep=True),
-    "float8": lambda clock: scaled_case("tokens", clock, torch.float8_e4m3fn, count=2),
     "TaylorSeer segment": lambda clock: taylor_case("tiny", clock, rows=2),
     "Spectrum segment": lambda clock: spectrum_case("tiny", clock, rows=2),
     "ceiling": lambda clock: replace(ceiling_case(clock), variants=[cases.copy_variant(64, 1, clock.device)]),
@@ -159,18 +152,6 @@ def test_the_gate_sees_each_output_of_each_variant(make: Make) -> None:
             broken = replace(variant, run=off_by_a_tenth)
             with case.context(), pytest.raises(ValueError, match=f"output {number} of {re.escape(variant.name)} must"):
                 harness.check(case, broken)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_the_gate_of_a_scaled_history_allows_no_more_than_a_rounding(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    case = scaled_case("tokens", SmallCache(), dtype, count=2)
-    ours = case.variants[0]
-    larger = replace(ours, run=lambda turn: [1.01 * output.float() for output in ours.run(turn)])
-    with case.context():
-        harness.check(case, ours)
-        with pytest.raises(ValueError, match="output 0 of lesa::forecast_scaled_into must match the reference"):
-            harness.check(case, larger)
 
 
 def _case(value: float, *variants: harness.Variant) -> harness.Case:
