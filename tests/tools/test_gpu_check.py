@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tools.gpu_check import counters, memcheck, pack, phases, report, smoke, suite
+from tools.gpu_check import counters, full_size, memcheck, pack, phases, report, smoke, suite
 from tools.gpu_check.calls import CALLS, ODD, error_of
 from tools.gpu_check.launches import titles
 from tools.gpu_check.load import BUILD_SECONDS
@@ -299,6 +299,13 @@ def test_a_report_shows_ops_counters_and_the_model(settings: Settings) -> None:
     assert "| `predict` | triton | FAILED | 1 | 40 | values |" in page
     assert "| predict, lesa, kernel 0 | 47.25 | 96 |" in page
     assert "| history | 96 MiB |" in page and "### smoke: predict triton" in page
+
+
+def test_without_diffusers_no_model_of_full_size_is_timed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    full_size.run(settings, 60)
+    (record,) = load(settings.out / RECORDS)
+    assert record.status == LEFT_OUT and "diffusers is not installed and was not carried" in record.text
 
 
 def test_the_command_refuses_a_phase_that_is_none(tmp_path: Path) -> None:
