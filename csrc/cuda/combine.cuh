@@ -2,8 +2,8 @@
 //
 // A thread reads its item (one vector) of every input into registers, at most 64 floats, and only then computes and
 // writes the M outputs: each input is read from memory once, and an output may take the place of an input. Up to 8
-// inputs, their number is known at compile time and vectors have 16 bytes; 16 and 32 inputs take narrower vectors; more
-// inputs, odd alignments and most strides go one element at a time.
+// inputs, their number is known at compile time and vectors have 16 bytes; 16 and 32 inputs and tensors that are not
+// aligned alike take narrower vectors; more inputs and most strides go one element at a time.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +29,13 @@ struct CombineTask {
 };
 
 template <typename T, int kInputs, int kWidth, bool kStrided>
+inline constexpr int kCombineItems = kStrided ? 1 : items_in_flight(kInputs, kWidth * sizeof(T));
+
+template <typename T, int kInputs, int kWidth, bool kStrided>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     combine_kernel(const __grid_constant__ CombineTask<T, kInputs, kWidth, kStrided> task) {
-  constexpr bool kExact = !kStrided && kInputs <= kExactInputs;
-  constexpr int kItems = items_in_flight(kInputs);
+  constexpr bool kExact = !kStrided && kInputs <= kExactInputs && kWidth == vector_width(kInputs, sizeof(T));
+  constexpr int kItems = kCombineItems<T, kInputs, kWidth, kStrided>;
   alignas(16) __shared__ float coefficients[kMostOutputs * kInputs];
   __shared__ float offsets[kMostOutputs];
 
@@ -52,13 +55,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   for (std::int64_t first = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; first < task.items;
        first += kItems * threads) {
     Vector<T, kWidth> inputs[kItems][kInputs];
+    decltype(task.walk.place(0)) places[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const auto place = task.walk.place(first + i * threads);
+      places[i] = task.walk.place(first + i * threads);
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
         if (k >= unused && (i == 0 || first + i * threads < task.items)) {
-          inputs[i][k] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
+          inputs[i][k] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, places[i])));
         } else {
           inputs[i][k] = {};
         }
@@ -77,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
           features[k][e] = widen(inputs[i][k][e]);
         }
       }
-      const std::int64_t output = task.walk.output(task.walk.place(first + i * threads));
+      const std::int64_t output = task.walk.output(places[i]);
 #pragma unroll 1
       for (int m = 0; m < task.rows; ++m) {
         Vector<T, kWidth> result;
@@ -120,15 +124,15 @@ void launch_combine(const Combination<T>& combination, const Target& target) {
     }
     task.walk.outputs = steps_of(geometry, operands[num_inputs], kWidth, sizeof(T));
   }
-  launch<combine_kernel<T, kInputs, kWidth, kStrided>>(task, items_in_flight(kInputs), target);
+  launch<combine_kernel<T, kInputs, kWidth, kStrided>>(task, kCombineItems<T, kInputs, kWidth, kStrided>, target);
 }
 
 template <typename T>
 void combine(const Combination<T>& combination, const Target& target) {
-  run_pass<T>(FeatureKernels<1, 2, 3, 4, 5, 6, 7, 8, 16, 32>{}, combination,
-              [&]<int kInputs, int kWidth, bool kStrided>(const Combination<T>& part) {
-                launch_combine<T, kInputs, kWidth, kStrided>(part, target);
-              });
+  run_pass<sizeof(T)>(FeatureKernels<1, 2, 3, 4, 5, 6, 7, 8, 16, 32>{}, combination,
+                      [&]<int kInputs, int kWidth, bool kStrided>(const Combination<T>& part) {
+                        launch_combine<T, kInputs, kWidth, kStrided>(part, target);
+                      });
 }
 
 }  // namespace lesa::cuda

@@ -88,7 +88,7 @@ __device__ void write(const Result& result, std::int64_t index, double value) {
 
 // The dimensions that a kernel walks, right-aligned (the others have size 1), in items along the last one.
 struct Extent {
-  std::int64_t sizes[kWalkedDims];
+  Divisor sizes[kWalkedDims];
 };
 
 // Strides of one tensor along those dimensions, in bytes from item to item.
@@ -96,9 +96,10 @@ struct Steps {
   std::int64_t bytes[kWalkedDims];
 };
 
-using Coordinates = std::array<std::int64_t, kWalkedDims>;
+using Coordinates = std::array<std::uint32_t, kWalkedDims>;
 
-// Where an item lies in each tensor, in bytes from its first element. This one: in tensors of any strides.
+// Where an item lies in each tensor, in bytes from its first element. This one: in tensors of any strides, of at most
+// kMostStrided items.
 template <int kInputs>
 struct StridedWalk {
   Extent extent;
@@ -107,12 +108,14 @@ struct StridedWalk {
 
   __device__ Coordinates place(std::int64_t item) const {
     Coordinates result{};
+    auto rest = static_cast<std::uint32_t>(item);
 #pragma unroll
     for (int d = kWalkedDims - 1; d > 0; --d) {
-      result[d] = item % extent.sizes[d];
-      item /= extent.sizes[d];
+      const std::uint32_t quotient = extent.sizes[d].quotient(rest);
+      result[d] = rest - quotient * extent.sizes[d].size;
+      rest = quotient;
     }
-    result[0] = item;
+    result[0] = rest;
     return result;
   }
 
@@ -142,9 +145,10 @@ using Walk = std::conditional_t<kStrided, StridedWalk<kInputs>, ContiguousWalk<k
 
 inline Extent extent_of(const Geometry& geometry, int width) {
   Extent extent;
-  std::fill_n(extent.sizes, kWalkedDims, 1);
-  std::copy_n(geometry.sizes, geometry.dims, extent.sizes + kWalkedDims - geometry.dims);
-  extent.sizes[kWalkedDims - 1] /= width;
+  for (int d = 0; d < geometry.dims; ++d) {
+    const bool last = d == geometry.dims - 1;
+    extent.sizes[kWalkedDims - geometry.dims + d] = Divisor(last ? geometry.sizes[d] / width : geometry.sizes[d]);
+  }
   return extent;
 }
 
@@ -159,42 +163,6 @@ inline Steps steps_of(const Geometry& geometry, const Operand& operand, int widt
 
 __host__ __device__ inline void* advance(void* data, std::int64_t bytes) {
   return static_cast<std::byte*>(data) + bytes;
-}
-
-// Whether a tensor can be walked in vectors of `width` elements; in one dimension a few elements may be left over.
-inline bool takes_vectors(const Geometry& geometry, const Operand& operand, int width, std::int64_t element_size) {
-  const int last = geometry.dims - 1;
-  bool fits = reinterpret_cast<std::uintptr_t>(operand.data) % (width * element_size) == 0 &&
-              operand.strides[last] == 1 && (last == 0 || geometry.sizes[last] % width == 0);
-  for (int d = 0; d < last; ++d) {
-    fits = fits && operand.strides[d] % width == 0;
-  }
-  return fits;
-}
-
-// A geometry and a tensor at one place along the first dimension, without that dimension.
-inline Geometry without_first(Geometry geometry) {
-  geometry.numel /= geometry.sizes[0];
-  std::shift_left(std::begin(geometry.sizes), std::end(geometry.sizes), 1);
-  --geometry.dims;
-  return geometry;
-}
-
-inline Operand at_first(Operand operand, std::int64_t index, std::int64_t element_size) {
-  operand.data = advance(operand.data, index * operand.strides[0] * element_size);
-  std::shift_left(std::begin(operand.strides), std::end(operand.strides), 1);
-  return operand;
-}
-
-// One dimension from an element on.
-inline Geometry from_element(Geometry geometry, std::int64_t start) {
-  geometry.numel = geometry.sizes[0] -= start;
-  return geometry;
-}
-
-inline Operand from_element(Operand operand, std::int64_t start, std::int64_t element_size) {
-  operand.data = advance(operand.data, start * operand.strides[0] * element_size);
-  return operand;
 }
 
 inline void check(cudaError_t error, const Target& target) {

@@ -63,7 +63,7 @@ inline constexpr int kGramBlocks = kInputs <= kGramSharing ? kResidentBlocks : 1
 template <typename T, int kInputs, int kWidth, bool kStrided>
 __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
     gram_kernel(const __grid_constant__ GramTask<T, kInputs, kWidth, kStrided> task) {
-  constexpr int kItems = items_in_flight(kInputs);
+  constexpr int kItems = kStrided ? 1 : items_in_flight(kInputs, kWidth * sizeof(T));
   constexpr int kTurns = kGramTerms / (kItems * kWidth);
   constexpr int kPlaces = places_of(kInputs);
   constexpr int kEach = (kPlaces + kWarpThreads - 1) / kWarpThreads;
@@ -189,10 +189,10 @@ void gram_of_groups(const Products<T>& products, const Groups& groups, double* w
     part.operands.push_back(products.operands[groups.input(k)]);
   }
   int blocks = 0;
-  run_pass<T>(GramKernels<2, 5, 9, 12, kGramInputs>{}, part,
-              [&]<int kInputs, int kWidth, bool kStrided>(const Products<T>& launched) {
-                blocks = launch_gram<T, kInputs, kWidth, kStrided>(launched, workspace, blocks, target);
-              });
+  run_pass<sizeof(T)>(GramKernels<2, 5, 9, 12, kGramInputs>{}, part,
+                      [&]<int kInputs, int kWidth, bool kStrided>(const Products<T>& launched) {
+                        blocks = launch_gram<T, kInputs, kWidth, kStrided>(launched, workspace, blocks, target);
+                      });
   const GramMatrixTask task{workspace, gram_pitch(target),  blocks,
                             groups,    products.num_inputs, static_cast<double>(products.geometry.numel),
                             result};

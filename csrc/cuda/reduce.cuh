@@ -253,11 +253,11 @@ void launch_reduce(const Reduction<T>& reduction, Partials& partials, const Targ
 template <typename T>
 void reduce(const Reduction<T>& reduction, double* workspace, const Gradients& gradients, const Target& target) {
   Partials partials{workspace};
-  run_pass<T>(FeatureKernels<4, 8, 16, 32>{}, reduction,
-              [&]<int kInputs, int kWidth, bool kStrided>(const Reduction<T>& part) {
-                part.is_loss ? launch_reduce<T, kInputs, kWidth, kStrided, true>(part, partials, target)
-                             : launch_reduce<T, kInputs, kWidth, kStrided, false>(part, partials, target);
-              });
+  run_pass<sizeof(T)>(FeatureKernels<4, 8, 16, 32>{}, reduction,
+                      [&]<int kInputs, int kWidth, bool kStrided>(const Reduction<T>& part) {
+                        part.is_loss ? launch_reduce<T, kInputs, kWidth, kStrided, true>(part, partials, target)
+                                     : launch_reduce<T, kInputs, kWidth, kStrided, false>(part, partials, target);
+                      });
   GradientTask<T> task{};
   task.partials = workspace;
   task.rows = partials.rows;

@@ -77,6 +77,7 @@ class Engine(ABC):
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._alive: list[np.ndarray] = []
+        self.launches: list[str] = []  # kernels of the last call, where they have names
 
     @abstractmethod
     def address(self, storage: np.ndarray) -> int:
@@ -158,7 +159,6 @@ class Simulated(Engine):
 
     def __init__(self, library: Path, ptx: Sequence[Path]) -> None:
         super().__init__(library)
-        self.launches: list[str] = []  # kernels of the last call
         self._memory: Any = None
         self._error: BaseException | None = None
         callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
