@@ -95,7 +95,7 @@ def resources() -> list[tuple[str, dict[str, int]]]:
 
 
 def _blocks_meant(name: str) -> int:
-    """How many blocks of a kernel are to share a multiprocessor; reduce.cuh, gram.cuh and kan.cu have exceptions."""
+    """How many blocks of a kernel are to share a multiprocessor; reduce.cuh, gram.cuh and kan.cuh have exceptions."""
     shape = Shape.of(name)
     many_inputs = shape is not None and shape.inputs > {"reduce": 8, "gram": 9}.get(shape.family, shape.inputs)
     high_order = re.search(r"kan_\w+_kernel<.*, 8>", name) is not None

@@ -2,6 +2,8 @@
 // is how few launches there are and how many loads are under way, not arithmetic: eager torch launches some twenty
 // kernels for it. The forward of LESA's largest layer, 256 to 256, reads 2.6 MB of weights once for every four rows. Of
 // the bases of an input, only the order + 1 that are not zero meet their weights.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,15 +13,14 @@
 #include "spline.h"
 
 namespace lesa::cuda {
-namespace {
 
 // Rows whose sums share the weights that a warp has read.
-constexpr int kRowTile = 4;
+inline constexpr int kRowTile = 4;
 // Inputs and rows of grad_x that a block works on; its threads split the outputs.
-constexpr int kInputTile = 8;
-constexpr int kOutputGroups = kThreads / kInputTile;
+inline constexpr int kInputTile = 8;
+inline constexpr int kOutputGroups = kThreads / kInputTile;
 // Outputs whose weight gradients a thread sums at once, so that it evaluates a basis once for all of them.
-constexpr int kOutputTile = 16;
+inline constexpr int kOutputTile = 16;
 
 // Splines of a high order take more registers than two blocks leave each other.
 template <int kMost>
@@ -238,8 +239,6 @@ void launch_backward(const KanTask<T>& task, const Target& target) {
   launch_if_any<kan_weights_kernel<T, kMost>>(task, blocks, target);
 }
 
-}  // namespace
-
 template <typename T>
 void kan_forward(const KanLayer<T>& layer, T* out, const Target& target) {
   const KanTask<T> task{layer, nullptr, out, {}};
@@ -253,12 +252,5 @@ void kan_backward(const KanLayer<T>& layer, const T* grad, const KanGradients& g
   const KanTask<T> task{layer, grad, static_cast<T*>(gradients.x), gradients};
   layer.order <= 3 ? launch_backward<T, 3>(task, target) : launch_backward<T, kMostOrder>(task, target);
 }
-
-template void kan_forward(const KanLayer<float>&, float*, const Target&);
-template void kan_forward(const KanLayer<float16>&, float16*, const Target&);
-template void kan_forward(const KanLayer<bfloat16>&, bfloat16*, const Target&);
-template void kan_backward(const KanLayer<float>&, const float*, const KanGradients&, const Target&);
-template void kan_backward(const KanLayer<float16>&, const float16*, const KanGradients&, const Target&);
-template void kan_backward(const KanLayer<bfloat16>&, const bfloat16*, const KanGradients&, const Target&);
 
 }  // namespace lesa::cuda
