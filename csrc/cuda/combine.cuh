@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t first = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; first < task.items;
        first += kItems * threads) {
-    Vector<T, kWidth> inputs[kItems][kInputs];
+    Packed<T, kWidth> inputs[kItems][kInputs];
     decltype(task.walk.place(0)) places[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
         if (k >= unused && (i == 0 || first + i * threads < task.items)) {
-          inputs[i][k] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, places[i])));
+          inputs[i][k] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, places[i])));
         } else {
           inputs[i][k] = {};
         }
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       for (int k = 0; k < kInputs; ++k) {
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          features[k][e] = widen(inputs[i][k][e]);
+          features[k][e] = inputs[i][k].widened(e);
         }
       }
       const std::int64_t output = task.walk.output(places[i]);

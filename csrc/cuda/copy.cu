@@ -17,12 +17,17 @@ struct CopyTask {
   Walk<kStrided, 1, kWidth * sizeof(From), kWidth * sizeof(To)> walk;
 };
 
-template <typename To, typename From>
-__device__ To convert(From value) {
+template <typename To, typename From, int kWidth>
+__device__ Vector<To, kWidth> convert(const Packed<From, kWidth>& values) {
   if constexpr (std::is_same_v<To, From>) {
-    return value;
+    return std::bit_cast<Vector<To, kWidth>>(values);
   } else {
-    return narrow<To>(widen(value));
+    Vector<To, kWidth> converted;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      converted[e] = narrow<To>(values.widened(e));
+    }
+    return converted;
   }
 }
 
@@ -36,24 +41,19 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t first = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; first < task.items;
        first += kItems * threads) {
-    Vector<From, kWidth> values[kItems];
+    Packed<From, kWidth> values[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const std::int64_t item = first + i * threads;
       if (item < task.items) {
-        values[i] = load<From, kWidth>(advance(task.from, task.walk.input(0, task.walk.place(item))));
+        values[i] = load_packed<From, kWidth>(advance(task.from, task.walk.input(0, task.walk.place(item))));
       }
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const std::int64_t item = first + i * threads;
       if (item < task.items) {
-        Vector<To, kWidth> converted;
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          converted[e] = convert<To>(values[i][e]);
-        }
-        store<To, kWidth>(advance(task.to, task.walk.output(task.walk.place(item))), converted);
+        store<To, kWidth>(advance(task.to, task.walk.output(task.walk.place(item))), convert<To>(values[i]));
       }
     }
   }

@@ -48,11 +48,30 @@ struct Word<1> {
 template <typename T, int kWidth>
 using Vector = std::array<T, kWidth>;
 
+// A vector as it is loaded: 16-bit elements stay in pairs until they are widened.
+template <typename T, int kWidth>
+struct Packed {
+  typename Word<kWidth * sizeof(T)>::type bits;
+
+  // An element as a float. Of two bfloat16 in a word, one needs a shift and the other a mask, nothing more.
+  __device__ float widened(int element) const {
+    if constexpr (std::is_same_v<T, bfloat16> && kWidth % 2 == 0) {
+      const std::uint32_t word = std::bit_cast<std::array<std::uint32_t, kWidth / 2>>(bits)[element / 2];
+      return std::bit_cast<float>(element % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      return widen(std::bit_cast<Vector<T, kWidth>>(bits)[element]);
+    }
+  }
+};
+
+template <typename T, int kWidth>
+__device__ Packed<T, kWidth> load_packed(const void* address) {
+  return {*static_cast<const typename Word<kWidth * sizeof(T)>::type*>(address)};
+}
+
 template <typename T, int kWidth>
 __device__ Vector<T, kWidth> load(const void* address) {
-  using Bits = typename Word<kWidth * sizeof(T)>::type;
-  const Bits bits = *static_cast<const Bits*>(address);
-  return std::bit_cast<Vector<T, kWidth>>(bits);
+  return std::bit_cast<Vector<T, kWidth>>(load_packed<T, kWidth>(address));
 }
 
 template <typename T, int kWidth>

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
     float sums[kEach * kWarpThreads] = {};
 #pragma unroll 1
     for (int turn = 0; turn < kTurns && first < task.items; ++turn, first += kItems * threads) {
-      Vector<T, kWidth> inputs[kItems][kInputs];
+      Packed<T, kWidth> inputs[kItems][kInputs];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const std::int64_t item = first + i * threads + thread;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
         for (int k = 0; k < kInputs; ++k) {
           inputs[i][k] = {};
           if (k < task.used && item < task.items) {
-            inputs[i][k] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
+            inputs[i][k] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
           }
         }
       }
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
           float features[kInputs];
 #pragma unroll
           for (int column = 0; column < kInputs; ++column) {
-            features[column] = widen(inputs[i][column][e]);
+            features[column] = inputs[i][column].widened(e);
             sums[place_of(0, column + 1)] += features[column];
 #pragma unroll
             for (int row = 0; row <= column; ++row) {
