@@ -31,8 +31,13 @@ struct CombineTask {
 template <typename T, int kInputs, int kWidth, bool kStrided>
 inline constexpr int kCombineItems = kStrided ? 1 : items_in_flight(kInputs, kWidth * sizeof(T));
 
+// Places in tensors of any strides take registers too.
 template <typename T, int kInputs, int kWidth, bool kStrided>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+inline constexpr int kCombineBlocks =
+    kStrided ? 4 : combine_blocks(kCombineItems<T, kInputs, kWidth, kStrided> * kInputs * kWidth);
+
+template <typename T, int kInputs, int kWidth, bool kStrided>
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks<T, kInputs, kWidth, kStrided>)
     combine_kernel(const __grid_constant__ CombineTask<T, kInputs, kWidth, kStrided> task) {
   constexpr bool kExact = !kStrided && kInputs <= kExactInputs && kWidth == vector_width(kInputs, sizeof(T));
   constexpr int kItems = kCombineItems<T, kInputs, kWidth, kStrided>;
@@ -40,19 +45,21 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   __shared__ float offsets[kMostOutputs];
 
   const int unused = kExact ? 0 : task.unused;
-  for (int i = threadIdx.x; i < task.rows * kInputs; i += kThreads) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < task.rows * kInputs; i += kCombineThreads) {
     const int k = i % kInputs - unused;
     coefficients[i] = k < 0 ? 0.0f : task.coefficients.at(i / kInputs, k);
   }
-  for (int m = threadIdx.x; m < task.rows; m += kThreads) {
+#pragma unroll 1
+  for (int m = threadIdx.x; m < task.rows; m += kCombineThreads) {
     offsets[m] = task.offsets.at(0, m);
   }
   const bool predicts = task.gain.data != nullptr;
   const float gain = predicts ? task.gain.at(0, 0) : 0.0f;
   __syncthreads();
 
-  const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
-  for (std::int64_t first = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; first < task.items;
+  const std::int64_t threads = std::int64_t{gridDim.x} * kCombineThreads;
+  for (std::int64_t first = std::int64_t{blockIdx.x} * kCombineThreads + threadIdx.x; first < task.items;
        first += kItems * threads) {
     Packed<T, kWidth> inputs[kItems][kInputs];
     decltype(task.walk.place(0)) places[kItems];
@@ -124,7 +131,8 @@ void launch_combine(const Combination<T>& combination, const Target& target) {
     }
     task.walk.outputs = steps_of(geometry, operands[num_inputs], kWidth, sizeof(T));
   }
-  launch<combine_kernel<T, kInputs, kWidth, kStrided>>(task, kCombineItems<T, kInputs, kWidth, kStrided>, target);
+  launch<combine_kernel<T, kInputs, kWidth, kStrided>, kCombineThreads>(
+      task, kCombineItems<T, kInputs, kWidth, kStrided>, target);
 }
 
 template <typename T>

@@ -211,18 +211,18 @@ inline int multiprocessors(const Target& target) {
   });
 }
 
-// How many blocks of a kernel the device holds at a time.
-template <auto kKernel>
+// How many blocks of kBlock threads of a kernel the device holds at a time.
+template <auto kKernel, int kBlock>
 int resident_blocks(const Target& target) {
   static std::array<std::atomic<int>, 128> known{};
   return remembered(known, target, [&] {
     int each = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kThreads, 0), target);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kBlock, 0), target);
     return multiprocessors(target) * each;
   });
 }
 
-template <auto kKernel, typename Task>
+template <auto kKernel, int kBlock = kThreads, typename Task>
 void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) {
   static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
   if (blocks > std::numeric_limits<int>::max()) {
@@ -230,16 +230,17 @@ void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) 
                              " blocks, a grid has at most 2147483647");
   }
   void* arguments[] = {const_cast<Task*>(&task)};
-  check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, target.stream),
+  check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kBlock), arguments, 0, target.stream),
         target);
 }
 
 // Threads loop over the items, so that any grid is right; this one fills the device once.
-template <auto kKernel, typename Task>
+template <auto kKernel, int kBlock = kThreads, typename Task>
 void launch(const Task& task, int items_per_thread, const Target& target) {
-  const std::int64_t items_per_block = std::int64_t{kThreads} * items_per_thread;
+  const std::int64_t items_per_block = std::int64_t{kBlock} * items_per_thread;
   const std::int64_t wanted = (task.items + items_per_block - 1) / items_per_block;
-  launch_blocks<kKernel>(task, std::min<std::int64_t>(wanted, resident_blocks<kKernel>(target)), target);
+  launch_blocks<kKernel, kBlock>(task, std::min<std::int64_t>(wanted, resident_blocks<kKernel, kBlock>(target)),
+                                 target);
 }
 
 }  // namespace lesa::cuda

@@ -246,7 +246,7 @@ def _run_all(commands: Sequence[Sequence[str | Path]], folder: Path) -> None:
 
 
 def _kernel_sources(folder: Path) -> list[Path]:
-    """The files that hold kernels, all but the one that tells of the build; those of one dtype are written as by CMake."""
+    """The files that hold kernels: all but the one that tells of the build, those of one dtype written as by CMake."""
     sources = [path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "info"]
     for template in (CSRC / "cuda").glob("*.cu.in"):
         for feature in ("bfloat16", "float16", "float"):

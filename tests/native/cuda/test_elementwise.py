@@ -100,7 +100,7 @@ def test_odd_sizes(engine: Engine, dtype: str, size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("history", [1, 2, 3])
 def test_threads_loop_over_large_features(engine: Engine, dtype: str, history: int) -> None:
-    """Two blocks of 256 threads for more than 1,024 vectors and a rest."""
+    """Two blocks of 128 threads for more than 1,024 vectors and a rest."""
     check_functional(engine, dtype, (8803,), contiguous, history, rows=2)
     engine.check_launches("combine", "combine")
 
