@@ -43,41 +43,53 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks<T, kInputs, kW
   constexpr int kItems = kCombineItems<T, kInputs, kWidth, kStrided>;
   alignas(16) __shared__ float coefficients[kMostOutputs * kInputs];
   __shared__ float offsets[kMostOutputs];
+  __shared__ float gain;
 
-  const int unused = kExact ? 0 : task.unused;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < task.rows * kInputs; i += kCombineThreads) {
-    const int k = i % kInputs - unused;
-    coefficients[i] = k < 0 ? 0.0f : task.coefficients.at(i / kInputs, k);
-  }
-#pragma unroll 1
-  for (int m = threadIdx.x; m < task.rows; m += kCombineThreads) {
-    offsets[m] = task.offsets.at(0, m);
-  }
+  const int unused = kExact ? 0 : task.unused, thread = static_cast<int>(threadIdx.x);
   const bool predicts = task.gain.data != nullptr;
-  const float gain = predicts ? task.gain.at(0, 0) : 0.0f;
-  __syncthreads();
-
+  bool ready = false;
   const std::int64_t threads = std::int64_t{gridDim.x} * kCombineThreads;
-  for (std::int64_t first = std::int64_t{blockIdx.x} * kCombineThreads + threadIdx.x; first < task.items;
-       first += kItems * threads) {
+  std::int64_t first = std::int64_t{blockIdx.x} * kCombineThreads + thread;
+  const bool idle = first >= task.items;  // such a thread reads the last item, so that loads need no condition
+  if (idle) {
+    first = task.items - 1;
+  }
+#pragma unroll 1
+  do {
     Packed<T, kWidth> inputs[kItems][kInputs];
     decltype(task.walk.place(0)) places[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      places[i] = task.walk.place(first + i * threads);
+      const std::int64_t item = first + i * threads;
+      places[i] = task.walk.place(item);
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
-        if (k >= unused && (i == 0 || first + i * threads < task.items)) {
+        if (k >= unused && (i == 0 || item < task.items)) {
           inputs[i][k] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, places[i])));
         } else {
           inputs[i][k] = {};
         }
       }
     }
+    if (!ready) {  // while the first items are under way; three warps wait for three parameters at once
+#pragma unroll 1
+      for (int i = thread; i < task.rows * kInputs; i += kCombineThreads) {
+        const int k = i % kInputs - unused;
+        coefficients[i] = k < 0 ? 0.0f : task.coefficients.at(i / kInputs, k);
+      }
+#pragma unroll 1
+      for (int m = kCombineThreads - 1 - thread; m < task.rows; m += kCombineThreads) {
+        offsets[m] = task.offsets.at(0, m);
+      }
+      if (thread == kWarpThreads) {
+        gain = predicts ? task.gain.at(0, 0) : 0.0f;
+      }
+      __syncthreads();
+      ready = true;
+    }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (i > 0 && first + i * threads >= task.items) {
+      if (i == 0 ? idle : first + i * threads >= task.items) {
         break;
       }
       float features[kInputs][kWidth];
@@ -105,7 +117,8 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks<T, kInputs, kW
         store<T, kWidth>(advance(task.outputs[m], output), result);
       }
     }
-  }
+    first += kItems * threads;
+  } while (first < task.items);
 }
 
 template <typename T, int kInputs, int kWidth, bool kStrided>
