@@ -40,10 +40,6 @@ template <>
 struct Word<2> {
   using type = unsigned short;
 };
-template <>
-struct Word<1> {
-  using type = unsigned char;
-};
 
 template <typename T, int kWidth>
 using Vector = std::array<T, kWidth>;
@@ -80,19 +76,13 @@ __device__ void store(void* address, const Vector<T, kWidth>& vector) {
   *static_cast<Bits*>(address) = std::bit_cast<Bits>(vector);
 }
 
-// Combines one value of every lane of a warp, all of which get the result.
-template <typename A, typename Combine>
-__device__ A reduce_warp(A value, const Combine& combine) {
-#pragma unroll
-  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffu, value, mask));
-  }
-  return value;
-}
-
 template <typename A>
 __device__ A sum_of_warp(A value) {
-  return reduce_warp(value, [](A a, A b) { return a + b; });
+#pragma unroll
+  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  return value;
 }
 
 // Writes a gradient of a parameter: float32 or the features' type.

@@ -52,15 +52,6 @@ inline constexpr int kGramSharing = 9;
 // Terms that a thread of `gram` adds up in float32 before it goes on from zero.
 inline constexpr int kGramTerms = 64;
 
-// Channels of a row that a thread of norm.cu or scaled.cuh holds from one pass over the row to the next.
-inline constexpr int kRowFloats = 16;
-// Rows that a warp can hold so take a warp each, longer ones a block.
-inline constexpr int kWarpRow = kWarpThreads * kRowFloats;
-// Channels of one vector in the kernels of scaled.cuh: those of 16 bytes of 16-bit features.
-inline constexpr int kScaledWidth = 8;
-// Loads of one row that a thread issues before it uses the first.
-inline constexpr int kRowLoads = 8;
-
 // Items that a thread takes at a time, so that as many bytes are in flight as in kLoadsInFlight vectors of 16.
 constexpr int items_in_flight(int inputs, int item_bytes) {
   const int items = kLoadsInFlight * kVectorBytes / (inputs * item_bytes);

@@ -11,12 +11,10 @@ import torch
 from cases import assert_close, wide
 from torch import Tensor
 
-from lesa_kernels import contract, reference
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels import reference
 
 DEVICE = torch.device("cuda")
 SHAPE = (3, 1031)
-ROWS_SHAPE = (2, 3, 1032)  # batch, tokens, channels
 KAN_SHAPE = (5, 7, 6)  # rows, inputs, outputs
 
 Expected = list[tuple[Tensor, Tensor]]
@@ -177,85 +175,6 @@ def push(dtype: torch.dtype) -> Step:
     return Step([feature], run, expected)
 
 
-def forecast_norm(dtype: torch.dtype) -> Step:
-    ring, coefficients, offsets = _random(4, *ROWS_SHAPE, dtype=dtype), _random(1, 3), _random(1)
-    scale, shift = _random(2, *ROWS_SHAPE[::2])
-    read, write = [2, 0, 1], [3]
-
-    def run(ops: Any) -> list[Tensor]:
-        return [ops.forecast_norm(ring, coefficients, offsets, read, write, scale, shift, 1e-6), ring[3]]
-
-    def expected() -> Expected:
-        normed = reference.forecast_norm(
-            ring.double(), *wide([coefficients, offsets]), read, write, *wide([scale, shift]), 1e-6
-        )
-        return [*_by_largest([normed]), *_rows([ring[slot] for slot in read], coefficients, offsets)]
-
-    return Step([ring, coefficients, offsets, scale, shift], run, expected)
-
-
-class _ScaledRing:
-    """A ring of int8 or float8_e4m3fn, of which the op itself tells what a slot holds: no other memory is needed."""
-
-    def __init__(self, dtype: torch.dtype, slots: int) -> None:
-        self.elements = _random(slots, *ROWS_SHAPE).to(dtype)
-        self.scales = _random(slots, *ROWS_SHAPE[:-1])
-        self._one, self._zero = torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE)
-        self._out = torch.empty(1, *ROWS_SHAPE, device=DEVICE)
-
-    def held(self, ops: Any, slot: int) -> Tensor:
-        ops.forecast_scaled_into(self.elements, self.scales, self._out, self._one, self._zero, [slot], [-1])
-        return self._out[0]
-
-    def features(self, slots: Sequence[int]) -> list[Tensor]:
-        return [self.elements[slot].double() * self.scales[slot].double().unsqueeze(-1) for slot in slots]
-
-    def rounded(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """What a slot holds that was given a feature in float64: the scale makes half a step the tolerance."""
-        largest = feature.abs().amax(-1, keepdim=True)
-        step = 1 / contract.SCALED_LIMITS[torch.int8] if self.elements.dtype == torch.int8 else 2.0**-3
-        return feature, largest * (1 + step / 2 / TOLERANCES[torch.float32].relative)
-
-
-def _scaled_rings(slots: int) -> list[_ScaledRing]:
-    return [_ScaledRing(dtype, slots) for dtype in contract.SCALED_LIMITS]
-
-
-def push_scaled(dtype: torch.dtype) -> Step:
-    rings, feature = _scaled_rings(3), _random(*ROWS_SHAPE, dtype=dtype)
-
-    def run(ops: Any) -> list[Tensor]:
-        for ring in rings:
-            ops.push_scaled(ring.elements, ring.scales, feature, 1)
-        return [ring.held(ops, 1) for ring in rings]
-
-    return Step([feature], run, lambda: [ring.rounded(feature.double()) for ring in rings])
-
-
-def forecast_scaled_into(dtype: torch.dtype) -> Step:
-    rings, coefficients, offsets = _scaled_rings(7), _random(3, 4), _random(3)
-    outs = [torch.empty(3, *ROWS_SHAPE, dtype=dtype, device=DEVICE) for _ in rings]
-    read, write = [6, 1, 1, 4], [0, -1, 3]
-
-    def run(ops: Any) -> list[Tensor]:
-        outputs: list[Tensor] = []
-        for ring, out in zip(rings, outs, strict=True):
-            ops.forecast_scaled_into(ring.elements, ring.scales, out, coefficients, offsets, read, write)
-            outputs += [*out, ring.held(ops, 0)]
-        return outputs
-
-    def expected() -> Expected:
-        wanted: Expected = []
-        for ring in rings:
-            rows = _rows(ring.features(read), coefficients, offsets)
-            want, scale = rows[0]
-            wanted += [*rows, (want, ring.rounded(want)[1] + scale.amax(-1, keepdim=True))]
-        return wanted
-
-    inputs = [tensor for ring in rings for tensor in (ring.elements, ring.scales)]
-    return Step([*inputs, coefficients, offsets], run, expected)
-
-
 def gram(dtype: torch.dtype) -> Step:
     features = _features(9, dtype)
 
@@ -306,9 +225,6 @@ STEPS: dict[str, Callable[[torch.dtype], Step]] = {
         forecast,
         forecast_into,
         push,
-        forecast_norm,
-        push_scaled,
-        forecast_scaled_into,
         gram,
         kan_linear,
         kan_linear_backward,

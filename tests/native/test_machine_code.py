@@ -16,12 +16,11 @@ import lesa_kernels as lesa
 from lesa_kernels.backends import libraries
 
 LIBRARY = Path(lesa.__file__).parent / "_cuda.so"
-ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "signed char": 1, "float8": 1}
+ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 # Of a multiprocessor; a thread has at most 255 of them, in steps of 8.
 REGISTERS = 65536
 # Loads that must be under way together, or all of a kernel's inputs if they are fewer: csrc/cuda/plan.h.
 LOADS_IN_FLIGHT = 4
-ROW_FLOATS = 16  # csrc/cuda/plan.h
 
 
 @dataclass(frozen=True)
@@ -43,29 +42,18 @@ class Shape:
     @classmethod
     def of(cls, name: str) -> Shape | None:
         """Read a kernel's name; None for kernels that do not walk features."""
-        found = re.search(r"(combine|reduce|gram|copy|norm|copy_scaled|forecast_scaled)_kernel<([^>]*)>", name)
+        found = re.search(r"(combine|reduce|gram|copy)_kernel<([^>]*)>", name)
         if found is None:
             return None
         arguments = [argument.removeprefix("lesa::") for argument in found[2].split(", ")]
         sizes = [ELEMENT_BYTES[argument] for argument in arguments if argument in ELEMENT_BYTES]
         numbers = [int(argument) for argument in arguments if argument.isdigit()]
-        if found[1] in ("norm", "copy_scaled", "forecast_scaled"):
-            return cls._of_rows(found[1], sizes, numbers[0])
         flags = [argument == "true" for argument in arguments if argument in ("true", "false")]
         *_, width = numbers
         to, source = (sizes[0], sizes[-1])
         only_sums = found[1] == "gram" or (found[1] == "reduce" and not flags[1])
         stores = 0 if only_sums else width * to
         return cls(found[1], numbers[0] if len(numbers) == 2 else 1, width, flags[0], width * source, stores)
-
-    @classmethod
-    def _of_rows(cls, family: str, sizes: list[int], width: int) -> Shape:
-        """Of a kernel that works row by row; elements of scaled rings come before those of features."""
-        element, feature = sizes[0], min(16, width * sizes[-1])
-        if family == "forecast_scaled":
-            return cls(family, 8, width, False, width * element, feature)
-        inputs = 1 if family == "copy_scaled" else LOADS_IN_FLIGHT
-        return cls(family, inputs * (ROW_FLOATS // width), width, False, feature, width * element)
 
 
 def _cuobjdump(*options: str) -> str:

@@ -52,14 +52,12 @@ def kernels(interpreted: bool) -> ModuleType:
 def interpreter() -> Iterator[ModuleType]:
     """Run kernels in Triton's interpreter, whose reductions are quick only for the functions that it knows."""
     package = kernels(interpreted=True)
-    standard = tl.standard
-    before = standard._sum_combine, standard._elementwise_max
-    standard._sum_combine, standard._elementwise_max = package.kernels.reduce.add, package.kernels.tokens.larger
+    before, tl.standard._sum_combine = tl.standard._sum_combine, package.kernels.reduce.add
     try:
         with np.errstate(all="ignore"):
             yield package
     finally:
-        standard._sum_combine, standard._elementwise_max = before
+        tl.standard._sum_combine = before
 
 
 @contextmanager

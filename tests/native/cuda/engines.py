@@ -57,16 +57,6 @@ class Result(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("is_float", ctypes.c_bool))
 
 
-class Rows(ctypes.Structure):
-    _fields_ = (("count", ctypes.c_int64), ("channels", ctypes.c_int64))
-
-
-class Slot(ctypes.Structure):
-    """A slot of a scaled ring."""
-
-    _fields_ = (("elements", ctypes.c_void_p), ("scales", ctypes.c_void_p))
-
-
 def integers(values: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
 

@@ -52,16 +52,9 @@ T shuffled(T value, int source) {
 
 inline void __syncthreads() { shim::wait_for_block(); }
 
-inline void __syncwarp() { shim::exchange_in_warp(0); }
-
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return shim::shuffled(value, static_cast<int>(threadIdx.x % shim::kWarp) ^ mask);
-}
-
-template <typename T>
-T __shfl_sync(unsigned, T value, int source) {
-  return shim::shuffled(value, source);
 }
 
 cudaError_t launch_result();
