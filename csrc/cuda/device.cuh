@@ -1,6 +1,11 @@
 // What all kernels share: vectors, walks over strided tensors, and the launch.
 #pragma once
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error \
+    "lesa-kernels needs GPUs of compute capability 8.0 or newer: older ones have no instruction that rounds to bfloat16"
+#endif
+
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -180,12 +185,26 @@ inline void check(cudaError_t error, const Target& target) {
   }
 }
 
-// A number that belongs to a device, asked for once.
+// Lets this thread load kernels and ask for facts while it captures a graph, which CUDA refuses by default: neither is
+// work for a stream. A kernel's code comes to a device when it is first asked for.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const Target& target) { check(cudaThreadExchangeStreamCaptureMode(&mode_), target); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// A number that belongs to a device, asked for once; it is never 0.
 template <typename Ask>
 int remembered(std::array<std::atomic<int>, 128>& known, const Target& target, const Ask& ask) {
   auto& entry = known.at(target.device);
   int value = entry.load(std::memory_order_relaxed);
   if (value == 0) {
+    const RelaxedCapture relaxed(target);
     value = ask();
     entry.store(value, std::memory_order_relaxed);
   }
@@ -212,6 +231,17 @@ int resident_blocks(const Target& target) {
   });
 }
 
+// Loads a kernel, unless the device has it: the launch may be captured, and would load it then.
+template <auto kKernel>
+void load_kernel(const Target& target) {
+  static std::array<std::atomic<int>, 128> known{};
+  remembered(known, target, [&] {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kKernel), target);
+    return 1;
+  });
+}
+
 template <auto kKernel, int kBlock = kThreads, typename Task>
 void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) {
   static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
@@ -219,6 +249,7 @@ void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) 
     throw std::runtime_error(std::string("lesa::") + target.op + ": needs " + std::to_string(blocks) +
                              " blocks, a grid has at most 2147483647");
   }
+  load_kernel<kKernel>(target);
   void* arguments[] = {const_cast<Task*>(&task)};
   check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kBlock), arguments, 0, target.stream),
         target);

@@ -52,20 +52,22 @@ def implementations() -> dict[str, Any]:
     return {"lesa": torch.ops.lesa, "triton": importlib.import_module("lesa_kernels.backends.triton")}
 
 
-def capture(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+def capture(run: Callable[[], list[Tensor]], warm: bool = True) -> tuple[Callable[[], None], list[Tensor]]:
     """Capture calls in a CUDA graph.
 
     Args:
-        run: called once before, to set up what a first call sets up, then captured.
+        run: what is captured.
+        warm: whether to call it once before, to set up what a first call sets up.
 
     Returns:
         What replays it, and the outputs that each replay writes.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
+    if warm:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = run()

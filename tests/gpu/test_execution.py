@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from steps import DEVICE, STEPS, Step, capture
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Schedule, Session
+from lesa_kernels.backends import libraries
 
 DELAY_CYCLES = 20_000_000  # some 10 ms: longer than the host needs to go on
 
@@ -38,6 +43,16 @@ def test_a_replayed_graph_sees_new_data_and_coefficients(step: Step, ops: Any) -
             output.fill_(torch.nan)
         replay()
         step.check(outputs)
+
+
+def test_the_first_call_may_be_captured() -> None:
+    """C++ kernels load themselves inside a capture; Triton compiles at the first call, which has to come before."""
+    if not any(library.name == "_cuda" and library.loaded for library in libraries.libraries()):
+        pytest.skip("the library _cuda is not loaded")
+    command = [sys.executable, str(Path(__file__).parent / "first_capture.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
 
 
 def test_no_op_waits_for_the_device(step: Step, ops: Any) -> None:
