@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,9 @@ import torch
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Schedule, Session
+from lesa_kernels.backends import libraries
 from tools.gpu_check.calls import CALLS, ODD, Call, capture
+from tools.gpu_check.records import PASSED, load
 
 DEVICE = torch.device("cuda")
 DELAY_CYCLES = 20_000_000  # some 10 ms: longer than the host needs to go on
@@ -39,6 +45,19 @@ def test_a_replayed_graph_sees_new_data_and_coefficients(call: Call, ops: Any) -
             output.fill_(torch.nan)
         replay()
         assert not call.wrong(outputs)
+
+
+def test_the_first_call_may_be_captured(tmp_path: Path) -> None:
+    """C++ kernels load themselves inside a capture; Triton compiles at the first call, which has to come before."""
+    if not any(library.name == "_cuda" and library.loaded for library in libraries.libraries()):
+        pytest.skip("the library _cuda is not loaded")
+    records = tmp_path / "records.jsonl"
+    command = [sys.executable, "-m", "tools.gpu_check.smoke", "cuda", "lesa", str(records), *CALLS, "--first-capture"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = load(records)
+    assert len(found) == len(CALLS) and [record for record in found if record.status != PASSED] == []
 
 
 def test_no_op_waits_for_the_device(call: Call, ops: Any) -> None:
