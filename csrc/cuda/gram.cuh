@@ -108,7 +108,7 @@ inline constexpr int kGramBlocks = kInputs <= kGramSharing ? kResidentBlocks : 1
 template <typename T, int kInputs, int kWidth, bool kStrided>
 __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
     gram_kernel(const __grid_constant__ GramTask<T, kInputs, kWidth, kStrided> task) {
-  constexpr int kItems = items_in_flight(kInputs);
+  constexpr int kItems = kStrided ? 1 : items_in_flight(kInputs, kWidth * sizeof(T));
   constexpr int kTurns = kGramTerms / (kItems * kWidth);
   constexpr int kPlaces = places_of(kInputs);
   constexpr int kEach = (kPlaces + kWarpThreads - 1) / kWarpThreads;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
     float sums[kEach * kWarpThreads] = {};
 #pragma unroll 1
     for (int turn = 0; turn < kTurns && first < task.items; ++turn, first += kItems * threads) {
-      Vector<T, kWidth> inputs[kItems][kInputs];
+      Packed<T, kWidth> inputs[kItems][kInputs];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const std::int64_t item = first + i * threads + thread;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
         for (int k = 0; k < kInputs; ++k) {
           inputs[i][k] = {};
           if (k < task.used && item < task.items) {
-            inputs[i][k] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
+            inputs[i][k] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
           }
         }
       }
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
           float features[kInputs];
 #pragma unroll
           for (int column = 0; column < kInputs; ++column) {
-            features[column] = widen(inputs[i][column][e]);
+            features[column] = inputs[i][column].widened(e);
             sums[place_of(0, column + 1)] += features[column];
 #pragma unroll
             for (int row = 0; row <= column; ++row) {
@@ -240,10 +240,10 @@ void gram_of_groups(const Products<T>& products, const Groups& groups, double* w
     part.operands.push_back(products.operands[groups.input(k)]);
   }
   int blocks = 0;
-  run_pass<T>(GramKernels<2, 5, 9, 12, kGramInputs>{}, part,
-              [&]<int kInputs, int kWidth, bool kStrided>(const Products<T>& launched) {
-                blocks = launch_gram<T, kInputs, kWidth, kStrided>(launched, workspace, blocks, target);
-              });
+  run_pass<sizeof(T)>(GramKernels<2, 5, 9, 12, kGramInputs>{}, part,
+                      [&]<int kInputs, int kWidth, bool kStrided>(const Products<T>& launched) {
+                        blocks = launch_gram<T, kInputs, kWidth, kStrided>(launched, workspace, blocks, target);
+                      });
   const GramMatrixTask task{workspace, gram_pitch(target),  blocks,
                             groups,    products.num_inputs, static_cast<double>(products.geometry.numel),
                             result};
