@@ -130,6 +130,7 @@ class CudaClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._side: torch.cuda.Stream | None = None
 
     def sample(self, run: Run, first: int, calls: int, sets: int = 1) -> float:
         """Return the mean seconds of a call."""
@@ -147,13 +148,15 @@ class CudaClock:
 
     def capture(self, run: Run, sets: int, calls: int) -> Run | None:
         """Return the replay of one graph, whose outputs are those of its last call with input set 0."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        side = self._side = self._side or torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):  # what a first call sets up must not be captured
             run(0)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        current.wait_stream(side)
         graph, kept = torch.cuda.CUDAGraph(), deque[Sequence[Tensor]](maxlen=sets)
-        with torch.cuda.graph(graph):
+        # A capture that fails leaves its stream the current one.
+        with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side):
             for turn in range(calls):
                 kept.append(run(turn))
 

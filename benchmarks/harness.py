@@ -248,10 +248,9 @@ def rows_of(
     case: Case, rounds: Sequence[dict[str, float]], known: Mapping[str, Known], origin: Origin
 ) -> list[Measurement]:
     """Make the rows of a case from what its variants took, in seconds, in each round."""
+    copies = [statistics.median(times[name] for times in rounds) for name in (COPY, COPY + CAPTURED) if name in known]
     rows = []
     for variant in case.variants:
-        # Copies are launched like what they are compared with.
-        copy = COPY + (CAPTURED if variant.name.endswith(CAPTURED) else "")
         row = row_of(
             case.op,
             case.size,
@@ -259,7 +258,7 @@ def rows_of(
             [times[variant.name] for times in rounds],
             origin,
             moved_bytes=case.moved_bytes,
-            copy=statistics.median(times[copy] for times in rounds) if copy in rounds[0] else None,
+            copy=min(copies, default=None),
         )
         facts = asdict(known[variant.name])
         del facts["calls"]

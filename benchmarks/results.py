@@ -49,7 +49,7 @@ class Measurement:
         p20_s: their 20 % quantile.
         p80_s: their 80 % quantile.
         gb_per_s: the bytes that must be moved at least, per second.
-        share_of_copy: time that a copy of as many bytes took in the same run, divided by this one.
+        share_of_copy: time that a copy of as many bytes took in the same run, captured or not, divided by this one.
         extra_bytes: peak memory of a call beyond its inputs, what it returns included.
         device: name of the processor or GPU.
         threads: of the host.

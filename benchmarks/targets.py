@@ -33,7 +33,7 @@ class Target:
         op: of the case.
         size: of the case.
         ours: the variant that has to be fast.
-        against: the variant it is compared with; where it was tuned as well, the faster one counts.
+        against: the variant it is compared with; where it was also tuned, or captured, the fastest counts.
         at_least: how many times as long that one has to take; None where microseconds count.
         within_us: how many microseconds more ours may take.
     """
@@ -136,8 +136,8 @@ def judge(rows: Sequence[Measurement], wanted: Iterable[Target] | None = None) -
     medians = {(row.op, row.size, row.variant): row.median_s for row in rows}
     verdicts = []
     for target in targets() if wanted is None else wanted:
-        tuned = target.against.removesuffix(CAPTURED) + TUNED + CAPTURED * target.against.endswith(CAPTURED)
-        names = (target.ours, target.against, tuned)
+        plain = target.against.removesuffix(CAPTURED)
+        names = (target.ours, target.against, plain, plain + TUNED, plain + TUNED + CAPTURED)
         found = {name: medians.get((target.op, target.size, name)) for name in names}
         ours, rivals = found.pop(target.ours), {name: seconds for name, seconds in found.items() if seconds}
         against = min(rivals, key=rivals.__getitem__, default=target.against)

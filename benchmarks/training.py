@@ -110,14 +110,10 @@ def predict_backward_case(size: str, clock: Clock, count: int = 8, dtype: torch.
         forecast, leaves = graphs[turn % sets]
         return torch.autograd.grad(forecast, leaves, features[turn % sets][0], retain_graph=True)
 
-    def wanted(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        weight, bias, gain = tensors[count + 1 :]
-        of_history, *sums = reference.predict_backward(tensors[0], tensors[1 : count + 1], weight, bias, gain, True)
-        return of_history, sums
-
     wide = [tensor.to(wider(dtype)) for tensor in (*features[0], *parameters)]
-    of_history, want = wanted(wide)
-    sizes_of_history, sizes = wanted([tensor.abs() for tensor in wide])
+    terms = [tensor.abs() for tensor in wide]
+    of_history, *want = reference.predict_backward(wide[0], wide[1:-3], wide[-3], wide[-2], wide[-1], True)
+    sizes_of_history, *sizes = reference.predict_backward(terms[0], terms[1:-3], terms[-3], terms[-2], terms[-1], True)
     exact = TOLERANCES[dtype]
     # Sums of as many terms are off by far less than a rounded element is.
     scale = [

@@ -137,6 +137,7 @@ ARCHITECTURES = [
     pytest.param("80", marks=pytest.mark.exhaustive),
     "90",
     pytest.param("100", marks=pytest.mark.exhaustive),
+    pytest.param("120", marks=pytest.mark.exhaustive),
 ]
 
 

@@ -9,18 +9,15 @@ from typing import Any
 import cases
 import pytest
 import torch
-from triton_places import ON_GPU, PTXSIM
 
 from lesa_kernels.reference import TOLERANCES, Tolerance
 
+ON_GPU = torch.cuda.is_available()
 ENGINES = ["gpu"] if ON_GPU else ["interpreter", "ptx"]
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
-_needs_simulator = pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX simulator is not at ../shared/ptxsim")
-_PARAMETERS = [pytest.param(name, marks=[_needs_simulator] if name == "ptx" else []) for name in ENGINES]
 
-
-@pytest.fixture(params=_PARAMETERS)
+@pytest.fixture(params=ENGINES)
 def lesa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The package of launchers; its kernels run on the engine of the test, on tensors of its device."""
     from triton_engines import interpreter, on_gpu, simulator

@@ -8,9 +8,6 @@ from types import ModuleType
 import pytest
 import torch
 from triton_engines import Compiled, driver, simulator
-from triton_places import PTXSIM
-
-pytestmark = pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX simulator is not at ../shared/ptxsim")
 
 K = 8
 N = 2048

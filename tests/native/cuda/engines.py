@@ -11,26 +11,22 @@ import concurrent.futures
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
-import re
 import shutil
 import subprocess
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import ptxsim
 from arrays import Array
 from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 CSRC = REPOSITORY / "csrc"
-PTXSIM = REPOSITORY.parent / "shared" / "ptxsim" / "ptxsim.py"
 SANITIZERS = "-fsanitize=address,undefined"
 
 
@@ -149,23 +145,16 @@ class Simulated(Engine):
 
     def __init__(self, library: Path, ptx: Sequence[Path]) -> None:
         super().__init__(library)
-        self._memory: Any = None
+        self._memory = ptxsim.Memory()
         self._error: BaseException | None = None
         callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
         self._callback = callback(self._launch)
         self._library.on_launch(self._callback)
-        texts = [path.read_text() for path in ptx]
-        parts = [part for text in texts for part in re.split(r"\.entry ", text)[1:]]
-        self._ptx = {re.match(r"\w+", part)[0]: part for part in parts}  # type: ignore[index]
-        # What inlined functions share is declared outside of the kernels; the simulator wants it inside.
-        shared = [
-            found for text in texts for found in re.finditer(r"^(?:\.weak )?(\.shared .*?(\w+)\[\d+\];)", text, re.M)
-        ]
-        self._shared = {found[2]: found[1] for found in shared}
-        self._modules: dict[str, tuple[Any, int]] = {}
+        modules = [ptxsim.Module(path.read_text()) for path in ptx]
+        self._modules = {name: module for module in modules for name in module.names}
 
     def begin(self) -> None:
-        self._memory = simulator().Memory()
+        self._memory = ptxsim.Memory()
 
     def call(self, function: str, *arguments: Any) -> None:
         self.launches, self._error = [], None
@@ -180,49 +169,19 @@ class Simulated(Engine):
             raise self._error
 
     def address(self, storage: np.ndarray) -> int:
-        address: int = self._memory.add(storage)
-        return address
+        return self._memory.add(storage)
 
-    def _module(self, kernel: str) -> tuple[Any, int]:
-        """The simulator's module for a kernel and the size of its task.
-
-        The simulator does not know parameters that are indexed at run time. So the task goes to global memory, where
-        reads are checked as well, and the kernel gets its address.
-        """
-        if kernel not in self._modules:
-            text = self._ptx[kernel]
-            name = f"{kernel}_param_0"
-            size = re.search(rf"\.param \.align \d+ \.b8 {name}\[(\d+)\]", text)
-            assert size is not None
-            head, brace, body = text.partition("{")
-            head = head.replace(size[0], f".param .u64 {name}")
-            body = body.replace("ld.param.", "ld.global.").replace(name, "%task")
-            used = "\n".join(text for variable, text in self._shared.items() if variable in body)
-            text = f".entry {head}{brace}\n{used}\nld.param.u64 %task, [{name}];\n{body}"
-            self._modules[kernel] = simulator().Module(text), int(size[1])
-        return self._modules[kernel]
-
-    def _launch(self, kernel: bytes, blocks: int, threads: int, task: int) -> None:
+    def _launch(self, name: bytes, blocks: int, threads: int, task: int) -> None:
         try:
-            module, size = self._module(kernel.decode())
-            module.memory = self._memory
-            self.launches.append(kernel.decode())
-            module.launch(
-                kernel.decode(), (blocks,), (threads,), [np.frombuffer(ctypes.string_at(task, size), np.uint8)]
-            )
+            module = self._modules[name.decode()]
+            kernel = module.kernel(name.decode())
+            self.launches.append(kernel.name)
+            arguments = [ctypes.string_at(task, kernel.parameters[0].size)]
+            accesses = ptxsim.GlobalAccesses()
+            module.launch(kernel, (blocks,), (threads,), arguments, memory=self._memory, observer=accesses.add)
+            accesses.check()
         except BaseException as error:
             self._error = self._error or error
-
-
-@functools.cache
-def simulator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ptxsim", PTXSIM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ptxsim"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _run(command: Sequence[str | Path], folder: Path) -> None:
@@ -271,13 +230,11 @@ def build_ptx(cache: Path) -> Simulated:
     """Compile with nvcc to PTX for sm_90 and to a host library, and simulate.
 
     Raises:
-        Unavailable: without nvcc or the simulator.
+        Unavailable: without nvcc.
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise Unavailable("nvcc is not on the PATH")
-    if not PTXSIM.exists():
-        raise Unavailable("the PTX simulator is not at ../shared/ptxsim")
 
     def build(folder: Path) -> None:
         sources = _kernel_sources(folder)

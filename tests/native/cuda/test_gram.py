@@ -22,6 +22,7 @@ from arrays import (
     tensor_of,
     transposed,
 )
+from cases import assert_close_gram
 from engines import Engine, integers
 
 from lesa_kernels import reference
@@ -131,6 +132,20 @@ def test_the_same_input_gives_the_same_bits(engine: Engine) -> None:
     features = features_of("float32", (8803,), contiguous, count=9)
     first, second = (gram(engine, features).storage for _ in range(2))
     assert (first == second).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("layout", "shape"), [(contiguous, (2051,)), (padded, (5, 16)), (misaligned, (300,))])
+def test_products_that_leave_the_range_of_float32(
+    engine: Engine, dtype: str, layout: Layout, shape: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(0)
+    features = [filled(layout(shape, dtype), rng) for _ in range(5)]
+    scales = np.array([1e25, 1.0, 1e-25])
+    mixed = scales[rng.integers(3, size=shape)]
+    for feature, scale in zip(features, [*scales, mixed, np.sort(mixed, axis=None).reshape(shape)], strict=True):
+        feature.view[...] = encode(feature.values * scale, dtype)
+    assert_close_gram(torch.from_numpy(gram(engine, features).values.copy()), list(map(tensor_of, features)))
 
 
 def test_a_nan_stays_in_its_row_and_column(engine: Engine) -> None:
