@@ -112,6 +112,90 @@ def published_taylor_forecast(derivatives: Sequence[Tensor], distance: float) ->
     return output
 
 
+def published_taylor_segment(previous: Sequence[Tensor], feature: Tensor, interval: int, order: int) -> list[Tensor]:
+    """A full step of TaylorSeer and every other step until the next one, `interval` steps later.
+
+    Args:
+        previous: as in `published_taylor_update`, like the other arguments.
+        feature: [*feature].
+        interval: between full steps.
+        order: the highest that is kept.
+
+    Returns:
+        interval - 1 forecasts [*feature].
+    """
+    derivatives = published_taylor_update(previous, feature, interval, order)
+    return [published_taylor_forecast(derivatives, distance) for distance in range(1, interval)]
+
+
+def chebyshev_features(positions: Tensor, order: int) -> Tensor:
+    """Chebyshev polynomials T_0 to T_order: T_0 = 1, T_1 = x, T_i = 2 x T_(i-1) - T_(i-2).
+
+    Args:
+        positions: [K], between -1 and 1.
+        order: at least 1.
+
+    Returns:
+        [K, order + 1].
+    """
+    columns = [torch.ones_like(positions), positions]
+    while len(columns) <= order:
+        columns.append(2 * positions * columns[-1] - columns[-2])
+    return torch.stack(columns, dim=-1)
+
+
+def chebyshev_fit(buffer: Tensor, positions: Tensor, order: int, ridge: float) -> Tensor:
+    """What SGLang does on a full step to forecast by Spectrum: ridge regression of all features at once.
+
+    The order of operations and the dtypes are those of `ChebyshevForecaster` in
+    python/sglang/multimodal_gen/runtime/cache/spectrum.py of github.com/sgl-project/sglang at 13883d2.
+
+    Args:
+        buffer: [K, N], float32, the features of K full steps.
+        positions: [K], float32, their places between -1 and 1.
+        order: of the polynomials.
+        ridge: added to the diagonal.
+
+    Returns:
+        [order + 1, N], float32; kept in the features' dtype.
+    """
+    basis = chebyshev_features(positions, order)
+    normal = basis.T @ basis + ridge * torch.eye(order + 1, device=basis.device)
+    return torch.cholesky_solve(basis.T @ buffer, torch.linalg.cholesky(normal))
+
+
+def chebyshev_forecast(fitted: Tensor, position: Tensor, order: int) -> Tensor:
+    """What it does on every other step: the polynomials at one place times what was fitted, [N].
+
+    Args:
+        fitted: [order + 1, N], the features' dtype.
+        position: [], float32.
+        order: of the polynomials.
+    """
+    return (chebyshev_features(position[None], order).to(fitted.dtype) @ fitted)[0]
+
+
+def folded_backward(
+    grad: Tensor, history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor
+) -> list[Tensor]:
+    """Gradients of the folded sum in plain torch, in float32: what `torch.compile` fuses into loops.
+
+    Args:
+        grad: [*feature], the gradient of the forecast.
+        history: K tensors [*feature].
+        weight: [K], float32.
+        bias: [1], float32.
+        gain: [1], float32.
+
+    Returns:
+        K tensors [*feature], then [K], [1] and [1].
+    """
+    wide, newest = grad.float(), len(history) - 1
+    of_history = [(wide * (gain * weight[k] + float(k == newest))).to(grad.dtype) for k in range(len(history))]
+    sums, total = torch.stack([(wide * feature.float()).sum() for feature in history]), wide.sum()
+    return [*of_history, gain * sums, gain * total, (weight * sums).sum() + bias * total]
+
+
 def gram_by_matrix(features: Sequence[Tensor]) -> Tensor:
     """All products at once: the features and ones as rows of a float64 matrix, times its transpose.
 

@@ -11,31 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import (
-    folded_rows,
-    folded_sum,
-    kan_eager,
-    published_eager,
-    published_taylor_forecast,
-    published_taylor_update,
-)
+from benchmarks.baselines import folded_rows, folded_sum, kan_eager, published_eager
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import COPY, Case, Variant, sets_needed
 from lesa_kernels import reference
 from lesa_kernels.predictors.kan import KAN, KANLinear
-from lesa_kernels.predictors.taylor import taylor_weights
 from lesa_kernels.reference import TOLERANCES, Tolerance
 
 EAGER = "published eager form"
 COMPILED = "torch.compile of the folded sum"
 COMPILED_EAGER = "torch.compile of the published form"
 COMPILED_ROWS = "torch.compile of the folded rows"
-TAYLOR_LOOP = "TaylorSeer as its authors loop"
 ADDITION = "torch.add of two of the features"
 INTO = "lesa::forecast_into, memory that is there"
 ALL_THREADS = "lesa::forecast_into, all threads"
 ONE_THREAD = "lesa::forecast_into, one thread"
-CAPTURED = ", captured"
+TUNED = ", max-autotune"
+"""Ends the name of what is compiled with `mode="max-autotune-no-cudagraphs"`; graphs are captured of both."""
 KAN_WIDTHS = (51, 256, 256, 1)
 
 # The models' features at these resolutions; a video has 129 frames, so 33 latent ones.
@@ -111,38 +103,37 @@ def size_of(shape: Sequence[int]) -> str:
 def copy_variant(moved_bytes: int, sets: int, device: torch.device) -> Variant:
     """A plain copy that reads and writes as many bytes in all, into memory that is there."""
     elements = max(1, moved_bytes // 8)
-    sources = [torch.randn(elements, device=device) for _ in range(sets)]
-    target = torch.empty_like(sources[0])
-    return Variant(COPY, lambda turn: [target.copy_(sources[turn % sets])], None)
+    sources, targets = ([torch.randn(elements, device=device) for _ in range(sets)] for _ in range(2))
+    return Variant(COPY, lambda turn: [targets[turn % sets].copy_(sources[turn % sets])], None)
 
 
-def captured(variant: Variant, sets: int) -> Variant:
-    """Return a variant that replays what CUDA graphs, one an input set, have captured of another."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what a first call sets up must not be captured
-        variant.run(0)
-    torch.cuda.current_stream().wait_stream(side)
-    graphs, outputs = [], []
-    for index in range(sets):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            outputs.append(list(variant.run(index)))
+def compiled(
+    name: str,
+    function: Callable[..., Any],
+    of: Callable[[Callable[..., Any]], Run],
+    tolerance: Tolerance,
+    device: torch.device,
+) -> list[Variant]:
+    """Return variants that call what `torch.compile` makes of a function; on CUDA also one that it tunes.
 
-    def run(turn: int) -> Sequence[Tensor]:
-        graphs[turn % sets].replay()
-        return outputs[turn % sets]
+    Args:
+        name: of the variant.
+        function: to be compiled.
+        of: makes a run that calls the compiled function.
+        tolerance: of the variants.
+        device: of the case.
+    """
+    modes = {name: None, name + TUNED: "max-autotune-no-cudagraphs"}
+    return [
+        Variant(
+            title, of(torch.compile(function, fullgraph=True, dynamic=False, mode=mode)), tolerance, both_modes=False
+        )
+        for title, mode in modes.items()
+        if mode is None or device.type == "cuda"
+    ]
 
-    return Variant(variant.name + CAPTURED, run, variant.tolerance)
 
-
-def with_captured(variants: Sequence[Variant], sets: int, device: torch.device) -> list[Variant]:
-    """Return the variants and, on CUDA, each as a captured graph as well: at small sizes launching is what costs."""
-    graphs = [captured(variant, sets) for variant in variants] if device.type == "cuda" else []
-    return [*variants, *graphs]
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def predict_case(
     size: str,
     clock: Clock,
@@ -153,8 +144,8 @@ def predict_case(
 ) -> Case:
     """One forecast of K features, slots of a ring: into fresh memory, and into the slot after them.
 
-    `small` adds captured graphs and, to tell what a call costs apart from its work, an addition. `published` adds the
-    authors' form, which at video sizes wants more memory than machines have.
+    `small` adds an addition, to tell what a call costs apart from its work. `published` adds the authors' form, which
+    at video sizes wants more memory than machines have.
     """
     shape, device = SIZES[size], clock.device
     moved = (count + 1) * math.prod(shape) * dtype.itemsize
@@ -167,15 +158,13 @@ def predict_case(
     gain = kan_eager(level, layers).reshape(1)
     coefficients, offset = gain * weight, (gain * bias).reshape(())
     coefficients[-1] += 1
-    compiled: Callable[..., Tensor] = torch.compile(folded_sum, fullgraph=True, dynamic=False)
-    compiled_eager: Callable[..., Tensor] = torch.compile(published_eager, fullgraph=True, dynamic=False)
     exact = TOLERANCES[dtype]
 
     def at(turn: int) -> list[Tensor]:
         return history[turn % sets]
 
-    def served(ops: Any) -> Run:
-        return lambda turn: [ops.predict(at(turn), weight, bias, gain)]
+    def of(predict: Callable[..., Tensor]) -> Run:
+        return lambda turn: [predict(at(turn), weight, bias, gain)]
 
     def into(turn: int) -> list[Tensor]:
         ring = rings[turn % sets]
@@ -186,19 +175,19 @@ def predict_case(
         return [published_eager(at(turn), weight, bias, kan_eager(level, layers).reshape(1))]
 
     variants = [
-        *(Variant(f"{name}predict", served(ops), exact) for name, ops in implementations(device).items()),
+        *(Variant(f"{name}predict", of(ops.predict), exact) for name, ops in implementations(device).items()),
         Variant(INTO, into, exact),
-        Variant(COMPILED, lambda turn: [compiled(at(turn), coefficients, offset)], exact),
+        *compiled(COMPILED, folded_sum, lambda f: lambda turn: [f(at(turn), coefficients, offset)], exact, device),
     ]
     if published:
+        rounded = half_rounded(dtype)
         variants += [
-            Variant(EAGER, lambda turn: [published_eager(at(turn), weight, bias, gain)], half_rounded(dtype)),
-            Variant(f"{EAGER} with its KAN", with_network, half_rounded(dtype)),
-            Variant(COMPILED_EAGER, lambda turn: [compiled_eager(at(turn), weight, bias, gain)], half_rounded(dtype)),
+            Variant(EAGER, of(published_eager), rounded),
+            Variant(f"{EAGER} with its KAN", with_network, rounded),
+            *compiled(COMPILED_EAGER, published_eager, of, rounded, device),
         ]
     if small:
         variants.append(Variant(ADDITION, lambda turn: [torch.add(*at(turn)[:2])], None))
-        variants = with_captured(variants, sets, device)
     wide = [tensor.to(wider(dtype)) for tensor in (*map(ends, at(0)), weight, bias, gain)]
     return Case(
         "predict",
@@ -208,29 +197,28 @@ def predict_case(
         [reference.predict([tensor.abs() for tensor in wide[:count]], *(tensor.abs() for tensor in wide[count:]))],
         [*variants, copy_variant(moved, sets, device)],
         checked=ends,
+        sets=sets,
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forecast_case(
     size: str,
     clock: Clock,
     count: int = 8,
     rows: int = 6,
     dtype: torch.dtype = torch.bfloat16,
-    small: bool = False,
     published: bool = True,
 ) -> Case:
     """A segment: M forecasts of K features in one pass, against M single ones, into memory that is there or fresh.
 
-    `small` and `published` as in `predict_case`.
+    `published` as in `predict_case`.
     """
     shape, device = SIZES[size], clock.device
     moved = (count + rows) * math.prod(shape) * dtype.itemsize
     sets = sets_needed(moved, clock.cache_bytes())
     rings = [torch.stack(features) for features in random_features(shape, count + rows, dtype, sets, device)]
     coefficients, offsets = torch.randn(rows, count, device=device), torch.randn(rows, device=device)
-    compiled: Callable[..., list[Tensor]] = torch.compile(folded_rows, fullgraph=True, dynamic=False)
     read, write = list(range(count)), list(range(count, count + rows))
     # A predict adds the newest feature once; the row without it gives the same forecast.
     rest, one = coefficients.clone(), torch.ones(1, device=device)
@@ -249,8 +237,8 @@ def forecast_case(
 
         return run
 
-    def fresh(ops: Any) -> Run:
-        return lambda turn: ops.forecast(at(turn), coefficients, offsets)
+    def fresh(forecast: Callable[..., list[Tensor]]) -> Run:
+        return lambda turn: forecast(at(turn), coefficients, offsets)
 
     def one_by_one(turn: int) -> list[Tensor]:
         for m in range(rows):
@@ -265,15 +253,13 @@ def forecast_case(
     kernels = implementations(device).items()
     variants = [
         *(Variant(f"{name}forecast_into", into(ops), exact) for name, ops in kernels),
-        *(Variant(f"{name}forecast", fresh(ops), exact) for name, ops in kernels),
+        *(Variant(f"{name}forecast", fresh(ops.forecast), exact) for name, ops in kernels),
         Variant(f"{rows} x lesa::forecast_into of one", one_by_one, exact),
         Variant(f"{rows} x lesa::predict", singles(torch.ops.lesa.predict), exact),
-        Variant(COMPILED_ROWS, lambda turn: compiled(at(turn), coefficients, offsets), exact),
+        *compiled(COMPILED_ROWS, folded_rows, fresh, exact, device),
     ]
     if published:
         variants.append(Variant(f"{rows} x {EAGER}", singles(published_eager), half_rounded(dtype)))
-    if small:
-        variants = with_captured(variants, sets, device)
     features = [ends(feature).to(wider(dtype)) for feature in at(0)]
     matrix, shifts = coefficients.to(wider(dtype)), offsets.to(wider(dtype))
     # Single forecasts add the newest feature and, by its coefficient, take it off again.
@@ -287,59 +273,11 @@ def forecast_case(
         reference.forecast([feature.abs() for feature in features], magnitudes, shifts.abs()),
         [*variants, copy_variant(moved, sets, device)],
         checked=ends,
+        sets=sets,
     )
 
 
-@torch.inference_mode()
-def taylor_case(size: str, clock: Clock, rows: int = 6, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """TaylorSeer's whole segment: the feature of a full step, and M forecasts of order 2 from it."""
-    order, interval = 2, rows + 1
-    shape, device = SIZES[size], clock.device
-    # The feature is read and kept; three are read for the forecasts.
-    moved = (2 + order + 1 + rows) * math.prod(shape) * dtype.itemsize
-    sets = sets_needed(moved, clock.cache_bytes())
-    features = random_features(shape, order + 1, dtype, sets, device)
-    rings = [torch.stack([*fulls[:order], *[fulls[0]] * (rows + 1)]) for fulls in features]
-    known = [published_taylor_update([oldest], middle, interval, order) for oldest, middle, _ in features]
-    nodes = [0.0, float(interval), 2.0 * interval]
-    weights = [taylor_weights(nodes, nodes[-1] + distance) for distance in range(1, interval)]
-    coefficients, offsets = torch.tensor(weights, device=device), torch.zeros(rows, device=device)
-    read, write = list(range(order + 1)), list(range(order + 1, order + 1 + rows))
-
-    def of(ops: Any) -> Run:
-        def run(turn: int) -> list[Tensor]:
-            ring = rings[turn % sets]
-            ops.push(ring, features[turn % sets][-1], order)
-            ops.forecast_into(ring, coefficients, offsets, read, write)
-            return list(ring[order + 1 :])
-
-        return run
-
-    def published(turn: int) -> list[Tensor]:
-        derivatives = published_taylor_update(known[turn % sets], features[turn % sets][-1], interval, order)
-        return [published_taylor_forecast(derivatives, distance) for distance in range(1, interval)]
-
-    wide = [ends(feature).to(wider(dtype)) for feature in features[0]]
-    matrix, zeros = coefficients.to(wider(dtype)), offsets.to(wider(dtype))
-    return Case(
-        "TaylorSeer segment",
-        f"{size}, order {order}, M={rows}, {dtype_name(dtype)}",
-        moved,
-        reference.forecast(wide, matrix, zeros),
-        reference.forecast([feature.abs() for feature in wide], matrix.abs(), zeros),
-        [
-            *(
-                Variant(f"{name}push, forecast_into", of(ops), TOLERANCES[dtype])
-                for name, ops in implementations(device).items()
-            ),
-            Variant(TAYLOR_LOOP, published, half_rounded(dtype)),
-            copy_variant(moved, sets, device),
-        ],
-        checked=ends,
-    )
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def threads_case(
     size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16, cold: bool = True
 ) -> Case:
@@ -371,11 +309,12 @@ def threads_case(
             replace(copy, name=f"{COPY}, one thread", threads=1),
         ],
         checked=ends,
+        sets=sets,
     )
 
 
-@torch.inference_mode()
-def push_case(size: str, clock: Clock, dtype: torch.dtype = torch.bfloat16, small: bool = False) -> Case:
+@torch.no_grad()
+def push_case(size: str, clock: Clock, dtype: torch.dtype = torch.bfloat16) -> Case:
     """A feature kept in the ring, against `Tensor.copy_`."""
     shape, device = SIZES[size], clock.device
     moved = 2 * math.prod(shape) * dtype.itemsize
@@ -395,9 +334,13 @@ def push_case(size: str, clock: Clock, dtype: torch.dtype = torch.bfloat16, smal
         *(Variant(f"{name}push", served(ops), exact) for name, ops in implementations(device).items()),
         Variant("Tensor.copy_", lambda turn: [ring[turn % sets].copy_(features[turn % sets])], exact),
     ]
-    if small:
-        variants = with_captured(variants, sets, device)
     want = features[0].float()
     return Case(
-        "push", f"{size}, {dtype_name(dtype)}", moved, [want], [want], [*variants, copy_variant(moved, sets, device)]
+        "push",
+        f"{size}, {dtype_name(dtype)}",
+        moved,
+        [want],
+        [want],
+        [*variants, copy_variant(moved, sets, device)],
+        sets=sets,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +35,17 @@ class Clock(Protocol):
     sample_seconds: float
     warm_seconds: float
 
-    def sample(self, run: Run, first: int, calls: int) -> float:
-        """Return the mean seconds of a call, over `calls` calls in a row with input sets from `first` on."""
+    def sample(self, run: Run, first: int, calls: int, sets: int = 1) -> float:
+        """Return the mean seconds of a call, over `calls` calls in a row with input sets from `first` on.
+
+        Where an allocator would hand out the same memory again, the outputs of `sets` calls are kept.
+        """
+
+    def capture(self, run: Run, sets: int, calls: int) -> Run | None:
+        """Return a run that replays `calls` calls, a multiple of `sets`, at once; None where devices have no graphs."""
+
+    def host_seconds(self, run: Run) -> float | None:
+        """Return how long the host takes to launch a call; None where it computes the call itself."""
 
     def cache_bytes(self) -> int:
         """Return the size of the largest cache between the device and its memory."""
@@ -50,7 +61,7 @@ class CpuClock:
     sample_seconds = 2e-3
     warm_seconds = 0.0
 
-    def sample(self, run: Run, first: int, calls: int) -> float:
+    def sample(self, run: Run, first: int, calls: int, sets: int = 1) -> float:
         """Return the mean seconds of a call."""
         total = 0.0
         for turn in range(first, first + calls):
@@ -59,6 +70,14 @@ class CpuClock:
             total += time.perf_counter() - begin
             del result
         return total / calls
+
+    def capture(self, run: Run, sets: int, calls: int) -> Run | None:
+        """Return None: there are no graphs."""
+        return None
+
+    def host_seconds(self, run: Run) -> float | None:
+        """Return None: a call is over when it returns."""
+        return None
 
     def cache_bytes(self) -> int:
         """Return the size of the last-level cache; 32 MiB where the system does not tell."""
@@ -111,18 +130,53 @@ class CudaClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._side: torch.cuda.Stream | None = None
 
-    def sample(self, run: Run, first: int, calls: int) -> float:
+    def sample(self, run: Run, first: int, calls: int, sets: int = 1) -> float:
         """Return the mean seconds of a call."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The allocator would hand out the output before again, and the L2 would take the writes.
+        kept: deque[Sequence[Tensor]] = deque(maxlen=sets)
         # Not timed: while the GPU works on it, the host gets ahead, and no idle time enters the sample.
-        run(first)
+        kept.append(run(first))
         begin.record()
         for turn in range(first + 1, first + 1 + calls):
-            run(turn)
+            kept.append(run(turn))
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3 / calls
+
+    def capture(self, run: Run, sets: int, calls: int) -> Run | None:
+        """Return the replay of one graph, whose outputs are those of its last call with input set 0."""
+        side = self._side = self._side or torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # what a first call sets up must not be captured
+            run(0)
+        current.wait_stream(side)
+        graph, kept = torch.cuda.CUDAGraph(), deque[Sequence[Tensor]](maxlen=sets)
+        # A capture that fails leaves its stream the current one.
+        with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side):
+            for turn in range(calls):
+                kept.append(run(turn))
+
+        def replay(turn: int) -> Sequence[Tensor]:
+            graph.replay()
+            return kept[0]
+
+        return replay
+
+    def host_seconds(self, run: Run) -> float | None:
+        """Return the median over bursts that start on an idle GPU and are too short to fill its queue of launches."""
+        bursts = []
+        for _ in range(9):
+            torch.cuda.synchronize(self.device)
+            begin = time.perf_counter()
+            for turn in range(5):
+                run(turn)
+            bursts.append((time.perf_counter() - begin) / 5)
+        torch.cuda.synchronize(self.device)
+        return statistics.median(bursts)
 
     def cache_bytes(self) -> int:
         """Return the size of the L2 cache."""
@@ -136,6 +190,17 @@ class CudaClock:
         peak = torch.cuda.max_memory_allocated(self.device)
         del result
         return peak - before
+
+
+class OneSet(CpuClock):
+    """For cases on any device that are made and run once but not timed: without a cache, one input set is enough."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def cache_bytes(self) -> int:
+        """Return 0."""
+        return 0
 
 
 def clock_for(device: torch.device) -> Clock:

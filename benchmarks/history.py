@@ -22,7 +22,7 @@ from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import TrainingConfig, train
 
 COMMAND = "python -m benchmarks.history"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CALLS = 10
 LEARN = 16
 

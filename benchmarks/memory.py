@@ -1,4 +1,4 @@
-"""What an output costs beyond its values: the pages that an allocator hands out fresh."""
+"""What memory allows: the bandwidth of one large copy, and the pages that an allocator hands out fresh."""
 
 from __future__ import annotations
 
@@ -47,4 +47,11 @@ def pages_case(size: str, clock: Clock, dtype: torch.dtype = torch.bfloat16) -> 
             copy_variant(moved, 2, clock.device),
         ],
         checked=ends,
+        sets=2,
     )
+
+
+def ceiling_case(clock: Clock) -> Case:
+    """One large copy: the bandwidth that this machine's memory gives, to which shares of data sheets are compared."""
+    moved = 4 * 10**9 if clock.device.type == "cuda" else 2**28
+    return Case("ceiling", f"copy of {moved / 1e9:.2g} GB", moved, [], [], [copy_variant(moved, 1, clock.device)])

@@ -21,6 +21,9 @@ from lesa_kernels.machine import device_name
 RESULTS = Path(__file__).parent / "results.csv"
 """The committed results."""
 
+PEAKS = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12, "NVIDIA A100-SXM4-80GB": 2.039e12}
+"""GPUs as torch names them -> bytes a second of their memory, by the data sheet."""
+
 
 class Origin(NamedTuple):
     """What all rows of a run share."""
@@ -46,7 +49,7 @@ class Measurement:
         p20_s: their 20 % quantile.
         p80_s: their 80 % quantile.
         gb_per_s: the bytes that must be moved at least, per second.
-        share_of_copy: time that a copy of as many bytes took in the same run, divided by this one.
+        share_of_copy: time that a copy of as many bytes took in the same run, captured or not, divided by this one.
         extra_bytes: peak memory of a call beyond its inputs, what it returns included.
         device: name of the processor or GPU.
         threads: of the host.
@@ -55,6 +58,9 @@ class Measurement:
         commit: of this repository.
         date: of the run.
         command: that made it.
+        share_of_peak: of the data sheet's bandwidth; None where it is not in `PEAKS`.
+        host_no_grad_us: microseconds that the host takes to launch a call under `torch.no_grad`; None on the CPU.
+        host_inference_us: the same under `torch.inference_mode`.
     """
 
     op: str
@@ -73,6 +79,9 @@ class Measurement:
     commit: str
     date: str
     command: str
+    share_of_peak: float | None = None
+    host_no_grad_us: float | None = None
+    host_inference_us: float | None = None
 
 
 COLUMNS = [field.name for field in fields(Measurement)]
@@ -111,8 +120,10 @@ def commit(folder: Path = RESULTS.parent) -> str:
 def table(rows: Sequence[Measurement]) -> Table:
     """Lay out the rows of one case; `x ours` is the time as a multiple of the first row's."""
     out = Table(title=f"{rows[0].op} at {rows[0].size}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    on_gpu = any(row.host_inference_us or row.host_no_grad_us or row.share_of_peak for row in rows)
+    further = ("of peak", "host us", "no_grad") if on_gpu else ()
     out.add_column("variant")
-    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours", "extra MB"):
+    for name in ("median ms", "p20", "p80", "GB/s", "of copy", "x ours", "extra MB", *further):
         out.add_column(name, justify="right", no_wrap=True)
     own = rows[0].median_s
     for row in rows:
@@ -121,12 +132,25 @@ def table(rows: Sequence[Measurement]) -> Table:
         out.add_row(
             row.variant,
             *numbers,
-            "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",
-            "" if row.share_of_copy is None else f"{100 * row.share_of_copy:.0f} %",
+            _shown(row.gb_per_s, 1),
+            _shown(row.share_of_copy, 0, 100, " %"),
             f"{row.median_s / own:.2f}",
-            "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.1f}",
+            _shown(row.extra_bytes, 1, 1e-6),
+            *(
+                (
+                    _shown(row.share_of_peak, 0, 100, " %"),
+                    _shown(row.host_inference_us, 1),
+                    _shown(row.host_no_grad_us, 1),
+                )
+                if on_gpu
+                else ()
+            ),
         )
     return out
+
+
+def _shown(value: float | None, digits: int, times: float = 1, unit: str = "") -> str:
+    return "" if value is None else f"{times * value:.{digits}f}{unit}"
 
 
 def save(rows: Sequence[Measurement], path: Path) -> None:
@@ -164,8 +188,9 @@ def load(path: Path) -> list[Measurement]:
 
 
 def _parsed(row: dict[str, str]) -> Measurement:
-    values: dict[str, Any] = {name: row.get(name, "") for name in COLUMNS}
+    values: dict[str, Any] = {name: row.get(name, "") for name in COLUMNS}  # older versions lack the newer columns
+    may_lack = ("gb_per_s", "share_of_copy", "share_of_peak", "host_no_grad_us", "host_inference_us")
     values |= {name: float(row[name]) for name in ("median_s", "p20_s", "p80_s")}
-    values |= {name: float(row[name]) if row[name] else None for name in ("gb_per_s", "share_of_copy")}
-    extra = row.get("extra_bytes")
+    values |= {name: float(values[name]) if values[name] else None for name in may_lack}
+    extra = values["extra_bytes"]
     return Measurement(**{**values, "threads": int(row["threads"]), "extra_bytes": int(extra) if extra else None})

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import folded_rows, published_eager
-from benchmarks.cases import SIZES, copy_variant, dtype_name, ends, half_rounded, random_features, size_of, wider
-from benchmarks.clock import Clock
+from benchmarks.cases import (
+    SIZES,
+    compiled,
+    copy_variant,
+    dtype_name,
+    ends,
+    half_rounded,
+    random_features,
+    size_of,
+    wider,
+)
+from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
 from lesa_kernels import reference
 from lesa_kernels.reference import TOLERANCES
@@ -23,7 +33,7 @@ def elements_case(elements: int, clock: Clock) -> Case:
     return rows_case(size_of((elements,)), clock, count=8, rows=1, op="elements", published=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rows_case(
     size: str,
     clock: Clock,
@@ -57,7 +67,6 @@ def rows_case(
     read, write = list(range(count)), list(range(count, count + rows))
     rest, one = coefficients[0].clone(), torch.ones(1, device=device)
     rest[-1] -= 1
-    compiled: Callable[..., list[Tensor]] = torch.compile(folded_rows, fullgraph=True, dynamic=False)
 
     def into(turn: int) -> Sequence[Tensor]:
         torch.ops.lesa.forecast_into(rings[turn % sets], coefficients, offsets, read, write)
@@ -66,11 +75,14 @@ def rows_case(
     def eager(turn: int) -> Sequence[Tensor]:
         return [published_eager(histories[turn % sets], rest, offsets, one)]
 
+    def of(forecast: Callable[..., Sequence[Tensor]]) -> Run:
+        return lambda turn: forecast(histories[turn % sets], coefficients, offsets)
+
     exact = TOLERANCES[dtype]
     variants = [
         Variant(INTO, into, exact),
-        Variant(FRESH, lambda turn: torch.ops.lesa.forecast(histories[turn % sets], coefficients, offsets), exact),
-        Variant(COMPILED, lambda turn: compiled(histories[turn % sets], coefficients, offsets), exact),
+        Variant(FRESH, of(torch.ops.lesa.forecast), exact),
+        *compiled(COMPILED, folded_rows, of, exact, device),
     ]
     if published:
         variants.append(Variant(EAGER, eager, half_rounded(dtype)))
@@ -87,4 +99,5 @@ def rows_case(
         reference.forecast([feature.abs() for feature in features], magnitudes, shifts.abs()),
         [*variants, copy_variant(moved, sets, device)],
         checked=ends,
+        sets=sets,
     )

@@ -10,25 +10,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.baselines import gram_by_dots, gram_by_matrix, kan_eager, published_eager, published_l1
+from benchmarks.baselines import (
+    folded_backward,
+    gram_by_dots,
+    gram_by_matrix,
+    kan_eager,
+    published_eager,
+    published_l1,
+)
 from benchmarks.cases import (
     KAN_WIDTHS,
     SIZES,
+    compiled,
     copy_variant,
     dtype_name,
     half_rounded,
     implementations,
     random_features,
     wider,
-    with_captured,
 )
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
 from lesa_kernels import reference
 from lesa_kernels.ops import predict_l1_loss
 from lesa_kernels.predictors.kan import KAN, KANLinear
-from lesa_kernels.reference import Tolerance
+from lesa_kernels.reference import TOLERANCES, Tolerance
 
+EAGER_BACKWARD = "autograd of the published form, backward only"
+COMPILED_BACKWARD = "torch.compile of the folded backward"
 EAGER_STEP = "eager forward and backward"
 COMPILED_STEP = "torch.compile of the eager form"
 
@@ -40,9 +49,9 @@ FLOAT32_SUMS = Tolerance(1e-3, 1e-6)
 LAYERS = Tolerance(5e-5, 1e-6)
 
 
-@torch.inference_mode()
-def gram_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """The sums of products that a closed-form fit needs."""
+@torch.no_grad()
+def gram_case(size: str, clock: Clock, count: int = 9, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """The sums of products that a closed-form fit needs, of a history and its target."""
     shape, device = SIZES[size], clock.device
     moved = count * math.prod(shape) * dtype.itemsize
     sets = sets_needed(moved, clock.cache_bytes())
@@ -64,6 +73,68 @@ def gram_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torc
         [reference.gram(features[0])],
         [reference.gram([feature.abs() for feature in features[0]])],
         variants,
+        sets=sets,
+    )
+
+
+@torch.no_grad()
+def predict_backward_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """The gradients of one forecast: of its history, weight, bias and gain."""
+    shape, device = SIZES[size], clock.device
+    moved = (2 * count + 1) * math.prod(shape) * dtype.itemsize
+    sets = sets_needed(moved, clock.cache_bytes())
+    features = random_features(shape, count + 1, dtype, sets, device)
+    parameters = [torch.randn(length, device=device) for length in (count, 1, 1)]
+
+    def of(backward: Callable[..., Sequence[Tensor]]) -> Run:
+        def run(turn: int) -> Sequence[Tensor]:
+            grad, *history = features[turn % sets]
+            return backward(grad, history, *parameters)
+
+        return run
+
+    def served(ops: Any) -> Run:
+        def backward(*inputs: Any) -> list[Tensor]:
+            of_history, *of_parameters = ops.predict_backward(*inputs, True)
+            return [*of_history, *of_parameters]
+
+        return of(backward)
+
+    graphs = []
+    with torch.enable_grad():
+        for _, *history in features:
+            leaves = [tensor.detach().requires_grad_() for tensor in (*history, *parameters)]
+            graphs.append((published_eager(leaves[:count], *leaves[count:]), leaves))
+
+    def eager(turn: int) -> Sequence[Tensor]:
+        forecast, leaves = graphs[turn % sets]
+        return torch.autograd.grad(forecast, leaves, features[turn % sets][0], retain_graph=True)
+
+    wide = [tensor.to(wider(dtype)) for tensor in (*features[0], *parameters)]
+    terms = [tensor.abs() for tensor in wide]
+    of_history, *want = reference.predict_backward(wide[0], wide[1:-3], wide[-3], wide[-2], wide[-1], True)
+    sizes_of_history, *sizes = reference.predict_backward(terms[0], terms[1:-3], terms[-3], terms[-2], terms[-1], True)
+    exact = TOLERANCES[dtype]
+    # Sums of as many terms are off by far less than a rounded element is.
+    scale = [
+        *sizes_of_history,
+        *(sum_.abs() + SUMS.relative / exact.relative * size for sum_, size in zip(want, sizes, strict=True)),
+    ]
+    return Case(
+        "predict_backward",
+        f"{size}, K={count}, {dtype_name(dtype)}",
+        moved,
+        [*of_history, *want],
+        scale,
+        [
+            *(Variant(f"{name}predict_backward", served(ops), exact) for name, ops in implementations(device).items()),
+            *compiled(COMPILED_BACKWARD, folded_backward, of, exact, device),
+            # Autograd runs on the stream of the forward pass, which no graph holds.
+            Variant(EAGER_BACKWARD, eager, half_rounded(dtype), capture=False, both_modes=False),
+            copy_variant(moved, sets, device),
+        ],
+        context=torch.no_grad,
+        sets=sets,
     )
 
 
@@ -75,7 +146,6 @@ def predict_l1_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype 
     features = random_features(shape, count + 1, dtype, sets, device)
     parameters = [torch.randn(length, device=device, requires_grad=True) for length in (count, 1, 1)]
     constants = [parameter.detach() for parameter in parameters]
-    compiled: Callable[..., Tensor] = torch.compile(published_l1, fullgraph=True, dynamic=False)
 
     def at(turn: int) -> tuple[list[Tensor], Tensor]:
         *history, target = features[turn % sets]
@@ -85,6 +155,7 @@ def predict_l1_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype 
         return lambda turn: ops.predict_l1(*at(turn), *constants, None)
 
     def through_autograd(loss_of: Callable[..., Tensor]) -> Run:
+        @torch.enable_grad()
         def run(turn: int) -> list[Tensor]:
             loss = loss_of(*at(turn), *parameters)
             return [loss.detach(), *torch.autograd.grad(loss, parameters)]
@@ -98,15 +169,22 @@ def predict_l1_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype 
     rounded = half_rounded(dtype)
     variants = [
         *(Variant(f"{name}predict_l1", served(ops), SUMS) for name, ops in implementations(device).items()),
-        Variant("predict_l1_loss and autograd", through_autograd(predict_l1_loss), SUMS),
-        Variant(COMPILED_STEP, through_autograd(compiled), rounded),
-        Variant(EAGER_STEP, through_autograd(published_l1), rounded),
+        Variant("predict_l1_loss and autograd", through_autograd(predict_l1_loss), SUMS, both_modes=False),
+        *compiled(COMPILED_STEP, published_l1, through_autograd, rounded, device),
+        Variant(EAGER_STEP, through_autograd(published_l1), rounded, both_modes=False),
         copy_variant(moved, sets, device),
     ]
     # Each result is a mean of terms of about the size of the features, which is 1, times the parameters'.
     scale = [torch.ones((), device=device) + max(parameter.abs().max() for parameter in constants)] * 4
     return Case(
-        "predict_l1", f"{size}, K={count}, {dtype_name(dtype)}", moved, want, scale, variants, context=torch.enable_grad
+        "predict_l1",
+        f"{size}, K={count}, {dtype_name(dtype)}",
+        moved,
+        want,
+        scale,
+        variants,
+        context=torch.no_grad,
+        sets=sets,
     )
 
 
@@ -146,7 +224,6 @@ def kan_case(rows: int, clock: Clock) -> Case:
         copy.load_state_dict(layer.state_dict())
     sets = 2
     inputs = [2 * torch.rand(rows, KAN_WIDTHS[0], device=device) - 1 for _ in range(sets)]
-    compiled: Callable[..., Tensor] = torch.compile(kan_eager, fullgraph=True, dynamic=False)
 
     def step(forward: Callable[[Tensor], Tensor], layers: Sequence[KANLinear]) -> Callable[[Tensor], list[Tensor]]:
         def run(x: Tensor) -> list[Tensor]:
@@ -161,11 +238,14 @@ def kan_case(rows: int, clock: Clock) -> Case:
     def direct(ops: Any) -> Run:
         return rotated(lambda x: kan_by_ops(ops, layers, x))
 
+    def plain(network: Callable[..., Tensor]) -> Run:
+        return rotated(step(lambda x: network(x, layers), layers))
+
     variants = [
         Variant("lesa::kan_linear and autograd", rotated(step(network, layers)), LAYERS),
         *(Variant(f"{name}kan_linear, by hand", direct(ops), LAYERS) for name, ops in implementations(device).items()),
-        Variant(COMPILED_STEP, rotated(step(lambda x: compiled(x, layers), layers)), LAYERS),
-        Variant(EAGER_STEP, rotated(step(lambda x: kan_eager(x, layers), layers)), LAYERS),
+        *compiled(COMPILED_STEP, kan_eager, plain, LAYERS, device),
+        Variant(EAGER_STEP, plain(kan_eager), LAYERS),
     ]
     want = step(lambda x: kan_eager(x, wide), wide)(inputs[0].double())
     scale = [tensor.abs().max() for tensor in want]
@@ -177,8 +257,9 @@ def kan_case(rows: int, clock: Clock) -> Case:
         moved,
         want,
         scale,
-        [*with_captured(variants, sets, device), copy_variant(moved, sets, device)],
+        [*variants, copy_variant(moved, sets, device)],
         context=torch.enable_grad,
+        sets=sets,
     )
 
 
@@ -231,9 +312,11 @@ def training_step_case(size: str, clock: Clock, count: int = 8, dtype: torch.dty
         [loss, of_weight, of_bias, forecast],
         scale,
         [
-            Variant("lesa: predict_l1_loss, kan_linear", ours, half_rounded(dtype)),
-            Variant(EAGER_STEP, published, half_rounded(dtype)),
+            # The optimizer reads its step count on the host.
+            Variant("lesa: predict_l1_loss, kan_linear", ours, half_rounded(dtype), capture=False),
+            Variant(EAGER_STEP, published, half_rounded(dtype), capture=False),
             copy_variant(moved, sets, device),
         ],
         context=torch.enable_grad,
+        sets=sets,
     )

@@ -43,14 +43,16 @@ class Side:
         # Whatever an older package lacks is told, not raised.
         try:
             case = entry.make(self._clock)
-            own = [variant for variant in case.variants if "lesa" in variant.name or variant.name == COPY]
-            self._case = replace(case, variants=own)
+            own = [variant for variant in case.variants if variant.ours or variant.name == COPY]
+            dropped: list[harness.Dropped] = []
             with case.context():
-                harness.check(self._case)
-                self._calls = harness.calls_of(self._case, self._clock)
+                case, known = harness.prepare(replace(case, variants=own), self._clock, dropped.append)
         except Exception as error:
             return {"title": entry.op, "error": f"{type(error).__name__}: {error}"}
-        return {"title": case.title, "variants": [variant.name for variant in own]}
+        if dropped:
+            return {"title": case.title, "error": "; ".join(each.dropped for each in dropped)}
+        self._case, self._calls = case, {name: facts.calls for name, facts in known.items()}
+        return {"title": case.title, "variants": list(known)}
 
     def round(self, turn: int) -> dict[str, float]:
         """Take one sample of each variant."""

@@ -22,7 +22,15 @@ from typing import Any
 LIBRARIES = ("cpu", "cuda")
 TORCH_MINIMUM = (2, 11)
 NVCC_MINIMUM = (12, 0)
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
+OLDEST_ARCHITECTURE = 80  # nvcc converts float32 to bfloat16 from there on
+# What TORCH_CUDA_ARCH_LIST may hold besides numbers: torch's own names, as far as the kernels run there.
+ARCHITECTURE_NAMES = {
+    "Ampere": ("8.0", "8.6+PTX"),
+    "Ada": ("8.9+PTX",),
+    "Hopper": ("9.0+PTX",),
+    "Blackwell": ("10.0", "10.3", "12.0", "12.1+PTX"),
+}
 
 _TORCH_ROOT = """
 import importlib.util
@@ -175,19 +183,83 @@ def find_nvcc() -> Nvcc:
 def choose_architectures(known: tuple[int, ...]) -> tuple[str, list[str]]:
     """Return CMake's list of architectures and notes on what was left out.
 
-    CUDAARCHS wins as it is. By default machine code for each of ARCHITECTURES, and PTX of the newest for later GPUs.
+    CUDAARCHS wins, then TORCH_CUDA_ARCH_LIST. By default machine code for each of ARCHITECTURES, and PTX of the newest
+    for later GPUs.
 
     Args:
         known: tuple of int, the architectures that nvcc compiles for.
+
+    Raises:
+        BuildError: if a variable names what cannot be compiled.
+        Missing: if nothing is left.
     """
-    asked = os.environ.get("CUDAARCHS")
+    asked, of_torch = os.environ.get("CUDAARCHS"), os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
-        return asked, []
+        _check_cudaarchs(asked, known)
+        return asked, ["TORCH_CUDA_ARCH_LIST is set as well as CUDAARCHS: CUDAARCHS wins"] if of_torch else []
+    if of_torch:
+        return _of_torch_list(of_torch, known)
     chosen = [number for number in ARCHITECTURES if number in known]
     if not chosen:
         raise Missing("nvcc compiles for none of " + ", ".join(f"sm_{number}" for number in ARCHITECTURES))
     notes = [f"nvcc does not know sm_{number}: left out" for number in ARCHITECTURES if number not in known]
     return ";".join([*(f"{number}-real" for number in chosen), f"{chosen[-1]}-virtual"]), notes
+
+
+def _check_cudaarchs(asked: str, known: tuple[int, ...]) -> None:
+    """Refuse by name what CUDAARCHS must not hold; `native` is CMake's to resolve."""
+    for entry in asked.split(";") if asked != "native" else ():
+        found = re.fullmatch(r"(\d+)[af]?(-real|-virtual)?", entry)
+        if found is None:
+            raise BuildError(
+                f"CUDAARCHS must be `native` or architectures from {OLDEST_ARCHITECTURE} on as in `80;90-real`, got"
+                f" `{entry}` in `{asked}`."
+            )
+        number = int(found[1])
+        if number < OLDEST_ARCHITECTURE:
+            raise BuildError(
+                f"CUDAARCHS=`{asked}` asks for sm_{number}, but the kernels need sm_{OLDEST_ARCHITECTURE} or newer:"
+                " leave it out. For an older GPU set LESA_BUILD=cpu: without the CUDA library Triton serves, or the"
+                " reference where Triton cannot."
+            )
+        if number not in known:
+            raise BuildError(
+                f"CUDAARCHS=`{asked}` asks for sm_{number}, but nvcc knows {', '.join(map(str, known))} only."
+            )
+
+
+def _of_torch_list(asked: str, known: tuple[int, ...]) -> tuple[str, list[str]]:
+    """Return CMake's list for a TORCH_CUDA_ARCH_LIST, and notes.
+
+    Images set it for all that is built in them: what these kernels or this nvcc cannot have is left out with a note.
+    """
+    if asked == "native":
+        return asked, []
+    entries: list[str] = []
+    for word in filter(None, re.split(r"[\s;]+", asked)):
+        entries += ARCHITECTURE_NAMES.get(word, (word,))
+    chosen, notes = [], []
+    for entry in entries:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if found is None:
+            names = ", ".join(ARCHITECTURE_NAMES)
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must be `native` or hold numbers as in `8.0;9.0+PTX` or {names}, got `{entry}`"
+                f" in `{asked}`: mend it, or set CUDAARCHS, as in CUDAARCHS='80;90', which wins."
+            )
+        number = int(found[1] + found[2])
+        if number < OLDEST_ARCHITECTURE:
+            notes.append(f"TORCH_CUDA_ARCH_LIST: the kernels need sm_{OLDEST_ARCHITECTURE}: sm_{number} left out")
+        elif number not in known:
+            notes.append(f"TORCH_CUDA_ARCH_LIST: nvcc does not know sm_{number}: left out")
+        else:
+            name = f"{number}{found[3]}"
+            chosen += [f"{name}-real", f"{name}-virtual"] if found[4] else [f"{name}-real"]
+    if not chosen:
+        raise Missing(
+            f"TORCH_CUDA_ARCH_LIST=`{asked}` holds nothing that nvcc and the kernels know (CUDAARCHS wins over it)"
+        )
+    return ";".join(dict.fromkeys(chosen)), notes
 
 
 def find_pybind11() -> Path:

@@ -17,12 +17,6 @@ struct bfloat16 {
   std::uint16_t bits;
 };
 
-// An element of a scaled ring: the FP8 format E4M3 without infinities (the largest number is 448), as bits. The other
-// element is std::int8_t.
-struct float8 {
-  std::uint8_t bits;
-};
-
 // The type that sums are kept in: float, or double for double features.
 template <typename T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -50,22 +44,6 @@ constexpr float widen(float16 value) {
   }
   const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
   return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(subnormal));
-#endif
-}
-
-constexpr float widen(std::int8_t value) { return static_cast<float>(value); }
-
-// No hardware instruction: those are of newer devices than this has to run on.
-constexpr float widen(float8 value) {
-  const std::uint32_t sign = std::uint32_t{value.bits & 0x80u} << 24;
-  const std::uint32_t magnitude = value.bits & 0x7fu;
-#if defined(__CUDA_ARCH__)  // subnormals cost nothing there, and none are flushed
-  return magnitude == 0x7fu ? std::bit_cast<float>(0x7fc00000u)
-                            : std::bit_cast<float>(sign | (magnitude << 20)) * 0x1p120f;
-#else
-  const std::uint32_t normal = magnitude == 0x7fu ? 0x7fc00000u : (magnitude << 20) + (120u << 23);
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
-  return std::bit_cast<float>(sign | (magnitude < 8u ? std::bit_cast<std::uint32_t>(subnormal) : normal));
 #endif
 }
 
@@ -115,58 +93,16 @@ constexpr float16 narrow<float16>(float value) {
 #endif
 }
 
-// The elements of a scaled ring take what row_scale made fit: magnitudes of at most kScaledLimit and a rounding error.
-template <>
-constexpr std::int8_t narrow<std::int8_t>(float value) {
-#if defined(__CUDA_ARCH__)  // nvcc would fuse the addition below with the product that the caller passes
-  std::int32_t result;
-  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(result) : "f"(value));
-  return static_cast<std::int8_t>(result);
-#else
-  // Adding 1.5 * 2^23 leaves the integer, rounded, in the low bits of the sum.
-  return static_cast<std::int8_t>(std::bit_cast<std::int32_t>(value + 0x1.8p23f) - 0x4b400000);
-#endif
-}
-
-template <>
-constexpr float8 narrow<float8>(float value) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  const std::uint32_t sign = (bits >> 24) & 0x80u;
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  // 2^-6: normal in this format; below, adding 2^14 leaves the multiple of 2^-9, rounded, in the low bits of the sum.
-  const std::uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
-  const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0x1p14f) - 0x46800000u;
-  return {static_cast<std::uint8_t>(sign | (magnitude >= 0x3c800000u ? normal : subnormal))};
-}
-
-// The magnitude that the largest element of a row takes in a scaled ring.
-template <typename Q>
-inline constexpr float kScaledLimit = 0;
-template <>
-inline constexpr float kScaledLimit<std::int8_t> = 127.0f;
-template <>
-inline constexpr float kScaledLimit<float8> = 448.0f;
-
-// How a row with this largest magnitude is kept: element = narrow(value * inverse), value = element * scale. A row
-// below 2^-100 counts as zero, one that is not finite (pass NaN for a NaN: a maximum may lose it) reads as NaN.
-struct RowScale {
-  float scale;
-  float inverse;  // 0 where every element is to be 0: do not multiply then, an infinity would become NaN
-};
-
-template <typename Q>
-constexpr RowScale row_scale(float largest) {
-  if (!(largest <= 0x1.fffffep127f)) {
-    return {std::bit_cast<float>(0x7fc00000u), 0.0f};
-  }
-  return largest < 0x1p-100f ? RowScale{0.0f, 0.0f} : RowScale{largest / kScaledLimit<Q>, kScaledLimit<Q> / largest};
-}
-
 // One term of a sum over the history.
 template <typename A>
 constexpr A add_term(A sum, A coefficient, A feature) {
   return sum + coefficient * feature;
 }
+
+// Whether products with a feature, summed in float32, kept what they are, told by the sum of the feature's squares: if
+// this one and the other feature's neither overflowed nor are so small that what float32 left out counts, then the sum
+// of their products is as good, since it is no larger than the larger of the two (Cauchy-Schwarz).
+constexpr bool fits_float(double squares) { return squares >= 0x1p-96 && squares <= 0x1p127; }
 
 // predict: the newest feature plus the gain times the mix, mix = sum_k weight[k] * history[k] + bias (arXiv
 // 2602.20497).

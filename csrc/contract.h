@@ -103,11 +103,6 @@ template <>
 inline constexpr ScalarType dtype_of<bfloat16> = ScalarType::BFloat16;
 template <>
 inline constexpr ScalarType dtype_of<double> = ScalarType::Double;
-template <>
-inline constexpr ScalarType dtype_of<std::int8_t> = ScalarType::Char;
-template <>
-inline constexpr ScalarType dtype_of<float8> = ScalarType::Float8_e4m3fn;
-
 // Calls body.operator()<T>() for the one of Types that dtype stands for; false if it is none of them.
 template <typename... Types, typename Body>
 bool for_dtype(ScalarType dtype, Body&& body) {
@@ -291,9 +286,9 @@ inline void check_ring(const char* op, const Tensor& ring) {
   check_distinct_elements(op, {"ring"}, ring);
 }
 
-inline void check_slot(const char* op, Name name, std::int64_t slot, const Tensor& ring, const char* what = "a slot") {
+inline void check_slot(const char* op, Name name, std::int64_t slot, const Tensor& ring) {
   if (slot < 0 || slot >= ring.size(0)) {
-    refuse(op, name, " must be ", what, " in [0, ", ring.size(0), "), got ", slot);
+    refuse(op, name, " must be a slot in [0, ", ring.size(0), "), got ", slot);
   }
 }
 
@@ -337,126 +332,6 @@ inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t s
   }
   check_device(op, {"feature"}, feature, {"ring"}, ring);
   check_slot(op, {"slot"}, slot, ring);
-}
-
-inline void check_contiguous(const char* op, Name name, const Tensor& tensor) {
-  if (!tensor.is_contiguous()) {
-    refuse(op, name, " must be contiguous, got strides ", Shape{tensor.strides().data(), tensor.strides().size()},
-           " of ", shape_of(tensor));
-  }
-}
-
-// A contiguous ring [slots, batch, ..., channels], one row of K coefficients, at most one slot to write, scale and
-// shift [batch, channels].
-inline void check_forecast_norm(const Tensor& ring, const Tensor& coefficients, const Tensor& offsets,
-                                const std::vector<std::int64_t>& read, const std::vector<std::int64_t>& write,
-                                const Tensor& scale, const Tensor& shift) {
-  const char* op = "forecast_norm";
-  check_defined(op, {{{"ring"}, ring},
-                     {{"coefficients"}, coefficients},
-                     {{"offsets"}, offsets},
-                     {{"scale"}, scale},
-                     {{"shift"}, shift}});
-  check_ring(op, ring);
-  if (ring.dim() < 3 || ring.size(ring.dim() - 1) < 1) {
-    refuse(op, "ring must have shape (slots, batch, ..., channels >= 1), got ", shape_of(ring));
-  }
-  check_contiguous(op, {"ring"}, ring);
-  check_read(op, read, ring);
-  const std::int64_t row[] = {1, static_cast<std::int64_t>(read.size())};
-  check_shaped(op, {"coefficients"}, coefficients, {row, 2}, {"ring"}, ring);
-  check_shaped(op, {"offsets"}, offsets, {row, 1}, {"ring"}, ring);
-  if (write.size() > 1) {
-    refuse(op, "write must name one slot, or none to keep nothing, got ", write.size());
-  }
-  for (const std::int64_t slot : write) {
-    check_slot(op, {"write", 0}, slot, ring);
-  }
-  const std::int64_t channels[] = {ring.size(1), ring.size(ring.dim() - 1)};
-  check_shaped(op, {"scale"}, scale, {channels, 2}, {"ring"}, ring);
-  check_shaped(op, {"shift"}, shift, {channels, 2}, {"ring"}, ring);
-  if (!write.empty()) {
-    check_apart(op, {{{"ring"}, ring}},
-                {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}, {{"scale"}, scale}, {{"shift"}, shift}});
-  }
-}
-
-// A ring of int8 or float8_e4m3fn, and a scale for each of its rows.
-inline void check_scaled_ring(const char* op, const Tensor& ring, const Tensor& scales) {
-  if (ring.scalar_type() != ScalarType::Char && ring.scalar_type() != ScalarType::Float8_e4m3fn) {
-    refuse(op, "ring must have a dtype of int8 or float8_e4m3fn, got ", dtype_name(ring.scalar_type()));
-  }
-  if (ring.dim() < 2) {
-    refuse(op, "ring must have shape (slots, ..., channels), got ", shape_of(ring));
-  }
-  const Shape rows{ring.sizes().data(), ring.sizes().size() - 1};
-  if (!same_sizes(shape_of(scales), rows)) {
-    refuse(op, "scales must have shape ", rows, ", got ", shape_of(scales));
-  }
-  if (scales.scalar_type() != ScalarType::Float) {
-    refuse(op, "scales must have dtype float32, got ", dtype_name(scales.scalar_type()));
-  }
-  check_device(op, {"scales"}, scales, {"ring"}, ring);
-  check_contiguous(op, {"ring"}, ring);
-  check_contiguous(op, {"scales"}, scales);
-}
-
-// Features beside a scaled ring: of 16 or 32 bits, contiguous.
-inline void check_unscaled(const char* op, Name name, const Tensor& tensor, Shape shape, const Tensor& ring) {
-  const ScalarType dtype = tensor.scalar_type();
-  if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
-    refuse(op, name, " must have a dtype of float32, float16, bfloat16, got ", dtype_name(dtype));
-  }
-  if (!same_sizes(shape_of(tensor), shape)) {
-    refuse(op, name, " must have shape ", shape, ", got ", shape_of(tensor));
-  }
-  check_device(op, name, tensor, {"ring"}, ring);
-  check_contiguous(op, name, tensor);
-}
-
-inline void check_push_scaled(const Tensor& ring, const Tensor& scales, const Tensor& feature, std::int64_t slot) {
-  const char* op = "push_scaled";
-  check_defined(op, {{{"ring"}, ring}, {{"scales"}, scales}, {{"feature"}, feature}});
-  check_scaled_ring(op, ring, scales);
-  check_unscaled(op, {"feature"}, feature, {ring.sizes().data() + 1, ring.sizes().size() - 1}, ring);
-  check_slot(op, {"slot"}, slot, ring);
-  check_apart(op, {{{"ring"}, ring}, {{"scales"}, scales}}, {{{"feature"}, feature}});
-}
-
-// K slots to read, and for each of M rows a slot of its own to write or -1.
-inline void check_forecast_scaled_into(const Tensor& ring, const Tensor& scales, const Tensor& out,
-                                       const Tensor& coefficients, const Tensor& offsets,
-                                       const std::vector<std::int64_t>& read, const std::vector<std::int64_t>& write) {
-  const char* op = "forecast_scaled_into";
-  check_defined(op, {{{"ring"}, ring},
-                     {{"scales"}, scales},
-                     {{"out"}, out},
-                     {{"coefficients"}, coefficients},
-                     {{"offsets"}, offsets}});
-  check_scaled_ring(op, ring, scales);
-  check_read(op, read, ring);
-  std::vector<std::int64_t> shape(ring.sizes().begin(), ring.sizes().end());
-  shape[0] = out.dim() > 0 ? out.size(0) : 0;
-  check_unscaled(op, {"out"}, out, {shape.data(), shape.size()}, ring);
-  check_rows(op, coefficients, offsets, read.size(), {"out"}, out);
-  const std::int64_t rows = coefficients.size(0);
-  if (out.size(0) != rows) {
-    refuse(op, "out must hold ", rows, " features (the rows of coefficients), got ", out.size(0));
-  }
-  if (static_cast<std::int64_t>(write.size()) != rows) {
-    refuse(op, "write must hold ", rows, " numbers (the rows of coefficients), got ", write.size());
-  }
-  for (std::size_t m = 0; m < write.size(); ++m) {
-    if (write[m] == -1) {
-      continue;
-    }
-    check_slot(op, {"write", static_cast<std::int64_t>(m)}, write[m], ring, "-1 or a slot");
-    if (std::find(write.begin(), write.begin() + m, write[m]) != write.begin() + m) {
-      refuse(op, "write must name distinct slots, got slot ", write[m], " twice");
-    }
-  }
-  check_apart(op, {{{"ring"}, ring}, {{"scales"}, scales}, {{"out"}, out}},
-              {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}});
 }
 
 // A KAN layer of I inputs, O outputs and B bases: x [..., I], grid [I, B + order + 1], base_weight and spline_scaler

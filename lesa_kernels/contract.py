@@ -14,10 +14,6 @@ from torch import Tensor
 MAX_HISTORY = 64
 MAX_FORECASTS = 64
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SCALED_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""Dtypes of a scaled ring, and the magnitude that the largest element of a row takes there."""
-SCALABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of the features that it holds."""
 
 
 def arithmetic_dtype(features: torch.dtype) -> torch.dtype:
@@ -188,14 +184,14 @@ def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
                 )
 
 
-def check_slot(op: str, name: str, slot: int, ring: Tensor, what: str = "a slot") -> None:
+def check_slot(op: str, name: str, slot: int, ring: Tensor) -> None:
     """Check that a slot number lies in the ring.
 
     Raises:
         ValueError: when it does not.
     """
     if not 0 <= slot < ring.shape[0]:
-        raise ValueError(f"lesa::{op}: {name} must be {what} in [0, {ring.shape[0]}), got {slot}")
+        raise ValueError(f"lesa::{op}: {name} must be a slot in [0, {ring.shape[0]}), got {slot}")
 
 
 def check_forecast_into(
@@ -212,123 +208,6 @@ def check_forecast_into(
         )
     for position, slot in enumerate(write):
         check_slot(op, f"write[{position}]", slot, ring)
-        if slot in write[:position]:
-            raise ValueError(f"lesa::{op}: write must name distinct slots, got slot {slot} twice")
-
-
-def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor is row-major, without gaps.
-
-    Raises:
-        ValueError: when it is not.
-    """
-    if not tensor.is_contiguous():
-        raise ValueError(f"lesa::{op}: {name} must be contiguous, got strides {tensor.stride()} of {_shape(tensor)}")
-
-
-def check_forecast_norm(
-    ring: Tensor,
-    coefficients: Tensor,
-    offsets: Tensor,
-    read: Sequence[int],
-    write: Sequence[int],
-    scale: Tensor,
-    shift: Tensor,
-) -> None:
-    """Check `forecast_norm`: a contiguous ring, one row, at most one slot to write, scale and shift [batch, channels].
-
-    Raises:
-        ValueError: for a wrong shape, count, slot, layout or device.
-        TypeError: for a wrong dtype.
-    """
-    op = "forecast_norm"
-    check_ring(op, ring)
-    if ring.dim() < 3 or ring.shape[-1] < 1:
-        raise ValueError(f"lesa::{op}: ring must have shape (slots, batch, ..., channels >= 1), got {_shape(ring)}")
-    check_contiguous(op, "ring", ring)
-    _check_read(op, read, ring)
-    check_parameter(op, "coefficients", coefficients, (1, len(read)), "ring", ring)
-    check_parameter(op, "offsets", offsets, (1,), "ring", ring)
-    if len(write) > 1:
-        raise ValueError(f"lesa::{op}: write must name one slot, or none to keep nothing, got {len(write)}")
-    for position, slot in enumerate(write):
-        check_slot(op, f"write[{position}]", slot, ring)
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        check_parameter(op, name, tensor, (ring.shape[1], ring.shape[-1]), "ring", ring)
-
-
-def check_scaled_ring(op: str, ring: Tensor, scales: Tensor) -> None:
-    """Check a ring of int8 or float8_e4m3fn and the scales of its rows.
-
-    Raises:
-        ValueError: for a wrong shape, layout or device.
-        TypeError: for a wrong dtype.
-    """
-    if ring.dtype not in SCALED_LIMITS:
-        names = " or ".join(map(_name, SCALED_LIMITS))
-        raise TypeError(f"lesa::{op}: ring must have a dtype of {names}, got {_name(ring.dtype)}")
-    if ring.dim() < 2:
-        raise ValueError(f"lesa::{op}: ring must have shape (slots, ..., channels), got {_shape(ring)}")
-    if scales.shape != ring.shape[:-1]:
-        raise ValueError(f"lesa::{op}: scales must have shape {tuple(ring.shape[:-1])}, got {_shape(scales)}")
-    if scales.dtype != torch.float32:
-        raise TypeError(f"lesa::{op}: scales must have dtype float32, got {_name(scales.dtype)}")
-    check_device(op, "scales", scales, "ring", ring)
-    check_contiguous(op, "ring", ring)
-    check_contiguous(op, "scales", scales)
-
-
-def _check_unscaled(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], ring: Tensor) -> None:
-    """Check features beside a scaled ring: shape, device, contiguous, of 16 or 32 bits."""
-    if tensor.dtype not in SCALABLE_DTYPES:
-        raise TypeError(f"lesa::{op}: {name} must have a dtype of {_names(SCALABLE_DTYPES)}, got {_name(tensor.dtype)}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"lesa::{op}: {name} must have shape {shape}, got {_shape(tensor)}")
-    check_device(op, name, tensor, "ring", ring)
-    check_contiguous(op, name, tensor)
-
-
-def check_push_scaled(ring: Tensor, scales: Tensor, feature: Tensor, slot: int) -> None:
-    """Check `push_scaled`: a scaled ring, a contiguous feature of a slot's shape.
-
-    Raises:
-        ValueError: for a wrong shape, slot, layout or device.
-        TypeError: for a wrong dtype.
-    """
-    check_scaled_ring("push_scaled", ring, scales)
-    _check_unscaled("push_scaled", "feature", feature, tuple(ring.shape[1:]), ring)
-    check_slot("push_scaled", "slot", slot, ring)
-
-
-def check_forecast_scaled_into(
-    ring: Tensor,
-    scales: Tensor,
-    out: Tensor,
-    coefficients: Tensor,
-    offsets: Tensor,
-    read: Sequence[int],
-    write: Sequence[int],
-) -> None:
-    """Check `forecast_scaled_into`: K slots to read, for each of M rows a slot of its own to write or -1.
-
-    Raises:
-        ValueError: for a wrong shape, count, slot, layout or device.
-        TypeError: for a wrong dtype.
-    """
-    op = "forecast_scaled_into"
-    check_scaled_ring(op, ring, scales)
-    _check_read(op, read, ring)
-    _check_unscaled(op, "out", out, (out.shape[0] if out.dim() else 0, *ring.shape[1:]), ring)
-    check_rows(op, coefficients, offsets, len(read), "out", out)
-    rows = coefficients.shape[0]
-    if out.shape[0] != rows:
-        raise ValueError(f"lesa::{op}: out must hold {rows} features (the rows of coefficients), got {out.shape[0]}")
-    if len(write) != rows:
-        raise ValueError(f"lesa::{op}: write must hold {rows} numbers (the rows of coefficients), got {len(write)}")
-    for position, slot in enumerate(write):
-        if slot == -1:
-            continue
-        check_slot(op, f"write[{position}]", slot, ring, "-1 or a slot")
         if slot in write[:position]:
             raise ValueError(f"lesa::{op}: write must name distinct slots, got slot {slot} twice")
 

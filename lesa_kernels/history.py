@@ -7,10 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lesa_kernels.contract import SCALABLE_DTYPES
-from lesa_kernels.reference import unscaled
-from lesa_kernels.stopwatch import Stopwatch
-
 
 class Ring:
     """Slots for features of one shape, dtype and device.
@@ -23,8 +19,9 @@ class Ring:
     """
 
     def __init__(self, num_slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
-        self._slots = _empty((num_slots, *shape), dtype, device)
+        # Made under inference_mode, the ring could not be written to by a later run outside of it.
+        with torch.inference_mode(False):
+            self._slots = torch.empty((num_slots, *shape), dtype=dtype, device=device)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,14 +34,9 @@ class Ring:
         return self._slots.dtype
 
     @property
-    def memory(self) -> torch.device:
-        """Where the slots lie."""
+    def device(self) -> torch.device:
+        """Of the features, where the slots lie too."""
         return self._slots.device
-
-    @property
-    def num_slots(self) -> int:
-        """How many features it holds."""
-        return self._slots.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -59,26 +51,6 @@ class Ring:
         """Fill the slots `write` with forecasts of the slots `read`; see `torch.ops.lesa.forecast_into`."""
         torch.ops.lesa.forecast_into(self._slots, coefficients, offsets, read, write)
 
-    def handed_out(self, row: int, slot: int) -> Tensor:
-        """Return a forecast [*shape] of the latest launch on the features' device: its row, and the slot of that."""
-        return self[slot]
-
-    def forecast_norm(
-        self,
-        coefficients: Tensor,
-        offsets: Tensor,
-        read: Sequence[int],
-        write: Sequence[int],
-        scale: Tensor,
-        shift: Tensor,
-        eps: float,
-    ) -> Tensor:
-        """Return the norm of a forecast of the slots `read`; see `torch.ops.lesa.forecast_norm`."""
-        normed: Tensor = torch.ops.lesa.forecast_norm(
-            self._slots, coefficients, offsets, read, write, scale, shift, eps
-        )
-        return normed
-
     def error(self, coefficients: Tensor, offset: Tensor, read: Sequence[int], slot: int) -> Tensor:
         """Return how far a forecast of the slots `read` lies from the feature in another slot.
 
@@ -89,140 +61,15 @@ class Ring:
             slot: of the feature.
 
         Returns:
-            mean |forecast - feature| / mean |feature|, [], where the slots lie.
+            mean |forecast - feature| / mean |feature|, [].
         """
-        return _relative_error([self._slots[each] for each in read], self._slots[slot], coefficients, offset)
+        history, feature = [self._slots[each] for each in read], self._slots[slot]
+        rest, one = coefficients.clone(), torch.ones_like(offset)
+        rest[-1] -= 1  # predict_l1 adds the last feature once
+        error: Tensor = torch.ops.lesa.predict_l1(history, feature, rest, offset, one, None)[0]
+        size: Tensor = torch.linalg.vector_norm(feature, 1, dtype=error.dtype)
+        return error * feature.numel() / size
 
     def __getitem__(self, slot: int) -> Tensor:
-        """Return a slot [*shape] on the features' device: a view."""
+        """Return a slot [*shape]: a view."""
         return self._slots[slot]
-
-
-class HostRing(Ring):
-    """A ring in the host's memory for features of another device; forecasts are computed on the host.
-
-    Args:
-        num_slots: how many features it holds.
-        shape: of one feature.
-        dtype: of the slots.
-        device: of the features.
-    """
-
-    def __init__(self, num_slots: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
-        # Copies between pinned memory and the GPU run beside the host, in the order of the GPU's stream.
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._slots = _empty((num_slots, *shape), dtype, torch.device("cpu"), pinned=self._copied is not None)
-        self.copies = Stopwatch()
-        self.forecasts = Stopwatch()
-        self.copied_bytes = 0
-
-    def push(self, feature: Tensor, slot: int) -> None:
-        """Copy a feature [*shape] to the host."""
-        with self.copies.running(self.device):
-            # Converted before the copy: a smaller dtype has less to carry.
-            self._slots[slot].copy_(feature.detach().to(self.dtype), non_blocking=self._copied is not None)
-        self._note_copy()
-
-    def forecast(self, coefficients: Tensor, offsets: Tensor, read: Sequence[int], write: Sequence[int]) -> None:
-        """See `Ring.forecast`; waits until all copies from and to the slots are done."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        with self.forecasts.running(self.memory):
-            super().forecast(coefficients, offsets, read, write)
-
-    def error(self, coefficients: Tensor, offset: Tensor, read: Sequence[int], slot: int) -> Tensor:
-        """See `Ring.error`; waits until all copies from and to the slots are done."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return super().error(coefficients, offset, read, slot)
-
-    def __getitem__(self, slot: int) -> Tensor:
-        """Return a slot [*shape] on the features' device: a copy."""
-        with self.copies.running(self.device):
-            feature = self._slots[slot].to(self.device, non_blocking=self._copied is not None, copy=True)
-        self._note_copy()
-        return feature
-
-    def _note_copy(self) -> None:
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self.device))
-        self.copied_bytes += self.nbytes // self.num_slots
-
-
-class ScaledRing(Ring):
-    """A ring of int8 or float8; each row (the last dimension) of a feature has a scale. Forecasts lie beside the slots.
-
-    Args:
-        num_slots: how many features it holds.
-        shape: of one feature, at least one dimension.
-        dtype: of the slots, int8 or float8_e4m3fn.
-        device: of the features, where all of it lies too.
-        num_outputs: forecasts that a launch makes at most.
-        feature_dtype: of the features: float32, float16 or bfloat16.
-
-    Raises:
-        ValueError: when features have no dimension.
-        TypeError: when they are of another dtype.
-    """
-
-    def __init__(
-        self,
-        num_slots: int,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-        num_outputs: int,
-        feature_dtype: torch.dtype,
-    ) -> None:
-        if feature_dtype not in SCALABLE_DTYPES:
-            raise TypeError(f"feature must be of {SCALABLE_DTYPES} for a history of {dtype}, got {feature_dtype}")
-        if not shape:
-            raise ValueError(f"feature must have at least one dimension for a history of {dtype}, got shape ()")
-        super().__init__(num_slots, shape, dtype, device)
-        self._scales = _empty((num_slots, *shape[:-1]), torch.float32, device)
-        self._outputs = _empty((num_outputs, *shape), feature_dtype, device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes, with its scales and the forecasts."""
-        return self._slots.nbytes + self._scales.nbytes + self._outputs.nbytes
-
-    def push(self, feature: Tensor, slot: int) -> None:
-        """Round a feature [*shape] into a slot; see `torch.ops.lesa.push_scaled`. Forecasts take on its dtype."""
-        torch.ops.lesa.push_scaled(self._slots, self._scales, feature.detach().contiguous(), slot)
-        if feature.dtype != self._outputs.dtype:
-            self._outputs = _empty(self._outputs.shape, feature.dtype, self.device)
-
-    def forecast(self, coefficients: Tensor, offsets: Tensor, read: Sequence[int], write: Sequence[int]) -> None:
-        """Make forecasts of the slots `read`, kept in the slots `write`; see `torch.ops.lesa.forecast_scaled_into`."""
-        outputs = self._outputs[: len(write)]
-        torch.ops.lesa.forecast_scaled_into(self._slots, self._scales, outputs, coefficients, offsets, read, write)
-
-    def error(self, coefficients: Tensor, offset: Tensor, read: Sequence[int], slot: int) -> Tensor:
-        """See `Ring.error`; of the feature as the slot holds it."""
-        self.forecast(coefficients[None], offset, read, [-1])
-        one = torch.ones_like(offset)
-        return _relative_error([self._outputs[0]], self[slot].to(self._outputs.dtype), one, torch.zeros_like(one))
-
-    def handed_out(self, row: int, slot: int) -> Tensor:
-        """Return a forecast [*shape] of the latest launch: a view, valid until the next launch."""
-        return self._outputs[row]
-
-    def __getitem__(self, slot: int) -> Tensor:
-        """Return a slot [*shape] in float32: a copy."""
-        return unscaled(self._slots[slot], self._scales[slot])
-
-
-def _relative_error(history: Sequence[Tensor], feature: Tensor, coefficients: Tensor, offset: Tensor) -> Tensor:
-    rest, one = coefficients.clone(), torch.ones_like(offset)
-    rest[-1] -= 1  # predict_l1 adds the last feature once
-    error: Tensor = torch.ops.lesa.predict_l1(history, feature, rest, offset, one, None)[0]
-    size: Tensor = torch.linalg.vector_norm(feature, 1, dtype=error.dtype)
-    return error * feature.numel() / size
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, pinned: bool = False) -> Tensor:
-    # Made under inference_mode, the ring could not be written to by a later run outside of it.
-    with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)

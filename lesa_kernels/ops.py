@@ -26,11 +26,6 @@ _SCHEMAS = {
     "forecast": "(Tensor[] history, Tensor coefficients, Tensor offsets) -> Tensor[]",
     "forecast_into": "(Tensor(a!) ring, Tensor coefficients, Tensor offsets, int[] read, int[] write) -> ()",
     "push": "(Tensor(a!) ring, Tensor feature, int slot) -> ()",
-    "forecast_norm": "(Tensor(a!) ring, Tensor coefficients, Tensor offsets, int[] read, int[] write, Tensor scale,"
-    " Tensor shift, float eps) -> Tensor",
-    "push_scaled": "(Tensor(a!) ring, Tensor(b!) scales, Tensor feature, int slot) -> ()",
-    "forecast_scaled_into": "(Tensor(a!) ring, Tensor(b!) scales, Tensor(c!) out, Tensor coefficients, Tensor offsets,"
-    " int[] read, int[] write) -> ()",
     "gram": "(Tensor[] features) -> Tensor",
     "kan_linear": "(Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight, Tensor spline_scaler) -> Tensor",
     "kan_linear_backward": "(Tensor grad, Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight,"
@@ -119,39 +114,6 @@ def _forecast_into_fake(
 @_fake("push")
 def _push_fake(ring: Tensor, feature: Tensor, slot: int) -> None:
     contract.check_push(ring, feature, slot)
-
-
-@_fake("forecast_norm")
-def _forecast_norm_fake(
-    ring: Tensor,
-    coefficients: Tensor,
-    offsets: Tensor,
-    read: Sequence[int],
-    write: Sequence[int],
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-) -> Tensor:
-    contract.check_forecast_norm(ring, coefficients, offsets, read, write, scale, shift)
-    return ring.new_empty(ring.shape[1:])
-
-
-@_fake("push_scaled")
-def _push_scaled_fake(ring: Tensor, scales: Tensor, feature: Tensor, slot: int) -> None:
-    contract.check_push_scaled(ring, scales, feature, slot)
-
-
-@_fake("forecast_scaled_into")
-def _forecast_scaled_into_fake(
-    ring: Tensor,
-    scales: Tensor,
-    out: Tensor,
-    coefficients: Tensor,
-    offsets: Tensor,
-    read: Sequence[int],
-    write: Sequence[int],
-) -> None:
-    contract.check_forecast_scaled_into(ring, scales, out, coefficients, offsets, read, write)
 
 
 @_fake("gram")
@@ -282,9 +244,6 @@ def _not_differentiable(name: str, written: Sequence[int] = ()) -> None:
 for _name, _written in (
     ("forecast_into", [0]),
     ("push", [0]),
-    ("forecast_norm", [0]),
-    ("push_scaled", [0, 1]),
-    ("forecast_scaled_into", [0, 1, 2]),
     ("predict_l1", [5]),
     ("gram", []),
 ):

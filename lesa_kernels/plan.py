@@ -20,10 +20,6 @@ from lesa_kernels.schedule import Schedule, ScheduleRule
 # What one launch of `forecast_into` takes.
 MAX_INPUTS = 64
 MAX_OUTPUTS = 64
-# In place of a slot: the forecast is handed out and not kept.
-NOT_KEPT = -1
-# A scaled history holds elements of one byte, and a float32 scale for each row of them.
-_SCALED_ITEMSIZE, _SCALE_ITEMSIZE = 1, 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Launch:
         steps: the M steps whose features it makes.
         inputs: the K steps whose features it reads.
         read: their slots.
-        write: the M slots that it fills; in a plan for a scaled history, -1 for a forecast that no later launch reads.
+        write: the M slots that it fills.
         coefficients: M rows of K, float64.
         offsets: M, float64.
     """
@@ -108,7 +104,6 @@ class Plan:
         num_slots: features that the ring holds at once.
         num_terms: reads that the uncomposed, step-by-step form makes (for the passes that are saved).
         first_step: where the run starts (not 0 for image-to-image).
-        scaled: whether the ring is one of int8 or float8, with its forecasts handed out from beside it.
     """
 
     sigmas: tuple[float, ...]
@@ -116,7 +111,6 @@ class Plan:
     num_slots: int
     num_terms: int
     first_step: int = 0
-    scaled: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -146,33 +140,12 @@ class Plan:
         """
         return step in self.full_steps
 
-    @property
-    def most_outputs(self) -> int:
-        """Forecasts that a launch or a check makes at most."""
-        launches = max((len(launch.steps) for segment in self.segments for launch in segment.launches), default=0)
-        return max(launches, 1 if self.checked_steps else 0)
-
-    def for_history(self, *, scaled: bool) -> Plan:
-        """Assign the slots for a kind of history.
-
-        Args:
-            scaled: a ring of int8 or float8 hands its forecasts out from a buffer beside it: those that no later launch
-                reads take no slot. Any other ring hands them out from their slots.
-
-        Returns:
-            The plan itself where it is for that kind already, or another.
-        """
-        if scaled == self.scaled:
-            return self
-        segments, num_slots = _assign_slots(self.segments, keep_all=not scaled)
-        return replace(self, segments=segments, num_slots=num_slots, scaled=scaled)
-
     def ring_bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Return the bytes of the ring, and where it is scaled of its scales and of the forecasts beside it.
+        """Return the bytes of the ring.
 
         Args:
             shape: of a feature.
-            itemsize: bytes of an element of the ring; where that is scaled, of an element of the features.
+            itemsize: bytes of an element.
 
         Raises:
             TypeError: when the shape holds something else than sizes.
@@ -181,12 +154,7 @@ class Plan:
         if isinstance(shape, str | bytes) or not isinstance(shape, Sequence):
             raise TypeError(f"shape must be a sequence of sizes, got {reprlib.repr(shape)}")
         shape = [integer(f"shape[{dim}]", size, 0) for dim, size in enumerate(shape)]
-        itemsize = integer("itemsize", itemsize, 1)
-        elements = math.prod(shape)
-        if not self.scaled:
-            return self.num_slots * elements * itemsize
-        slot = elements * _SCALED_ITEMSIZE + math.prod(shape[:-1]) * _SCALE_ITEMSIZE
-        return self.num_slots * slot + self.most_outputs * elements * itemsize
+        return self.num_slots * math.prod(shape) * integer("itemsize", itemsize, 1)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -200,7 +168,7 @@ class Plan:
 
         Args:
             shape: of a feature, to tell the ring's size in MiB.
-            itemsize: bytes of an element, 2 for bfloat16; see `ring_bytes`.
+            itemsize: bytes of an element, 2 for bfloat16.
 
         Returns:
             The text.
@@ -225,8 +193,6 @@ class Plan:
                     + " ".join(map(str, launch.inputs))
                 )
         ring = f"ring: {self.num_slots} slots"
-        if self.scaled:
-            ring += f" of one byte an element, and the forecasts of a launch, at most {self.most_outputs}"
         if shape is not None:
             size = self.ring_bytes(shape, itemsize) / 2**20
             ring += f", {size:.1f} MiB for features of shape {tuple(shape)} with {itemsize} bytes an element"
@@ -310,7 +276,7 @@ def compile_plan(
             else segment
             for position, segment in enumerate(segments)
         ]
-    placed, num_slots = _assign_slots(segments, keep_all=True)
+    placed, num_slots = _assign_slots(segments)
     return Plan(levels, placed, num_slots, sum(len(row.terms) for row in rows.values()), first_step)
 
 
@@ -380,7 +346,7 @@ def _compose_launch(steps: Sequence[int], rows: dict[int, Row]) -> Launch:
     return Launch(tuple(steps), inputs, (), (), coefficients, offsets)
 
 
-def _last_uses(segments: Iterable[Segment], *, keep_all: bool) -> dict[int, int]:
+def _last_uses(segments: Iterable[Segment]) -> dict[int, int]:
     """Return the last event at which each slot is needed; pushes and launches are numbered as they happen."""
     last: dict[int, int] = {}
     event = 0
@@ -390,9 +356,8 @@ def _last_uses(segments: Iterable[Segment], *, keep_all: bool) -> dict[int, int]
             last.update(dict.fromkeys((*segment.check.inputs, segment.full_step), event))
         event += 1
         for launch in segment.launches:
-            if keep_all:
-                # A forecast is handed out between its own launch and the next event.
-                last.update(dict.fromkeys(launch.steps, event))
+            # A forecast is handed out between its own launch and the next event.
+            last.update(dict.fromkeys(launch.steps, event))
             last.update(dict.fromkeys(launch.inputs, event))
             event += 1
     return last
@@ -431,12 +396,9 @@ class _Slots:
         return [step for step in self._held if last[step] < event]
 
 
-def _assign_slots(segments: Sequence[Segment], *, keep_all: bool) -> tuple[tuple[Segment, ...], int]:
-    """Assign slots by liveness. An output may take the slot of an input of the same launch that nothing needs later.
-
-    With `keep_all` every forecast has a slot, without only one that a later launch reads.
-    """
-    last, slots, event = _last_uses(segments, keep_all=keep_all), _Slots(), 0
+def _assign_slots(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
+    """Assign slots by liveness. An output may take the slot of an input of the same launch that nothing needs later."""
+    last, slots, event = _last_uses(segments), _Slots(), 0
     placed = []
     for segment in segments:
         slots.release(slots.expired(last, event))
@@ -448,7 +410,7 @@ def _assign_slots(segments: Sequence[Segment], *, keep_all: bool) -> tuple[tuple
             slots.release(slots.expired(last, event))
             read = tuple(slots.of(step) for step in launch.inputs)
             slots.release([step for step in launch.inputs if last[step] == event])
-            write = tuple(slots.take(step) if step in last else NOT_KEPT for step in launch.steps)
+            write = tuple(map(slots.take, launch.steps))
             launches.append(replace(launch, read=read, write=write))
             event += 1
         placed.append(replace(segment, slot=slot, launches=tuple(launches), check=check))

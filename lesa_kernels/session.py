@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_type
-from lesa_kernels.contract import FEATURE_DTYPES, SCALED_LIMITS, arithmetic_dtype, check_feature
-from lesa_kernels.history import HostRing, Ring, ScaledRing
+from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype, check_feature
+from lesa_kernels.history import Ring
 from lesa_kernels.plan import Check, Launch, Plan, Segment
 
 
@@ -20,34 +20,21 @@ class Session:
     plan's first step starts a new run, whatever became of the one before.
 
     Args:
-        plan: what to run; for a history of int8 or float8 its slots are assigned anew.
-        history_dtype: dtype of the ring; None takes that of the features. With int8 or float8_e4m3fn each row (the last
-            dimension) of a feature has a scale of its own.
-        history_device: None keeps the ring on the device of the features, "cpu" in the host's memory (pinned for CUDA),
-            where the forecasts are then computed: a small card needs no room for it, and each step waits for a copy.
+        plan: what to run.
+        history_dtype: dtype of the ring; None takes that of the features.
 
     Raises:
         TypeError: when history_dtype is no dtype for a history.
-        ValueError: when history_device is neither None nor "cpu", or "cpu" for a history of int8 or float8.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        history_dtype: torch.dtype | None = None,
-        history_device: str | torch.device | None = None,
-    ) -> None:
+    def __init__(self, plan: Plan, *, history_dtype: torch.dtype | None = None) -> None:
         check_type("plan", plan, Plan, "a Plan")
-        check_history(history_dtype, history_device)
-        self.plan = plan = plan.for_history(scaled=history_dtype in SCALED_LIMITS)
+        check_history(history_dtype)
+        self.plan = plan
         self._history_dtype = history_dtype
-        self._on_host = history_device is not None
         self._feature_dtype = torch.float32
         self._ring: Ring | None = None
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
-        # The row that reads one feature and changes nothing.
-        self._as_it_is: tuple[Tensor, ...] = ()
         self._segments: dict[int, Segment] = {segment.full_step: segment for segment in plan.segments}
         self._previous = {
             full: plan.segments[position - 1].full_step if position else None
@@ -59,15 +46,10 @@ class Session:
             for launch in segment.launches
             for row, step in enumerate(launch.steps)
         }
-        # Forecasts that a later launch or a check reads; the others need not be kept.
-        self._read_later = {step for segment in plan.segments for each in segment.launches for step in each.inputs}
-        self._read_later |= {step for segment in plan.segments if segment.check for step in segment.check.inputs}
         self._checks: dict[int, tuple[Tensor, Tensor]] = {}
         self._errors: dict[int, Tensor] = {}
         self._full_step: int | None = None
         self._launched: Launch | None = None
-        # The launch whose forecasts lie in their slots: the last, unless that one left nothing but the norm of its own.
-        self._resident: Launch | None = None
 
     @property
     def ring(self) -> Ring | None:
@@ -75,16 +57,11 @@ class Session:
         return self._ring
 
     @property
-    def feature_dtype(self) -> torch.dtype:
-        """Dtype of the features, which forecasts have too; float32 before the first push."""
-        return self._feature_dtype
-
-    @property
     def errors(self) -> dict[int, Tensor]:
         """How far the checked steps of this run were from what they would have been forecast.
 
         Of a plan that was made with `check_every`: full step -> mean |forecast - feature| / mean |feature|, [] in
-        float32 (float64 for float64 features). They lie where the history does; to read one is to wait for the device.
+        float32 (float64 for float64 features). To read one is to wait for the device.
         """
         return dict(self._errors)
 
@@ -92,7 +69,7 @@ class Session:
         """Forget the run; the ring's memory is kept."""
         self._errors.clear()
         self._full_step = None
-        self._launched = self._resident = None
+        self._launched = None
 
     def push(self, step: int, feature: Tensor) -> None:
         """Hand in the feature of a full step; it is copied.
@@ -102,9 +79,8 @@ class Session:
             feature: [*feature], any strides. A new run may bring another shape, dtype or device.
 
         Raises:
-            ValueError: when the step is not full, the feature's shape or device changes within a run, or it has no
-                dimension for a history of int8 or float8.
-            TypeError: when the feature is of no feature dtype, not dense, or float64 for a history of int8 or float8.
+            ValueError: when the step is not full, or the feature's shape or device changes within a run.
+            TypeError: when the feature is of no feature dtype or not dense.
             RuntimeError: when the step is out of order.
         """
         check_type("feature", feature, Tensor, "a tensor")
@@ -129,7 +105,7 @@ class Session:
                 self._errors[step] = ring.error(*self._checks[step], segment.check.read, segment.slot)
         self._feature_dtype = feature.dtype
         self._full_step = step
-        self._launched = self._resident = None
+        self._launched = None
 
     def forecast(self, step: int) -> Tensor:
         """Return the feature of a forecast step.
@@ -140,76 +116,13 @@ class Session:
             step: a forecast step of the segment whose full step was pushed last.
 
         Returns:
-            [*feature], of the features' dtype and on their device. A view of the ring's memory where that has both:
-            valid until the next push (with a chunked plan: until the next call), and whoever wants to write to it,
-            copies it.
+            [*feature], of the features' dtype. A view of the ring's memory where that has it too: valid until the next
+            push (with a chunked plan: until the next call), and whoever wants to write to it, copies it.
 
         Raises:
             ValueError: when the step is not a forecast step of the plan.
             RuntimeError: when the step is out of order.
         """
-        ring, launch, row = self._due(step)
-        self._make(ring, launch)
-        return ring.handed_out(row, launch.write[row]).to(self._feature_dtype)
-
-    def forecast_norm(self, step: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        """Return the feature of a forecast step after the adaptive layer norm that a model has next.
-
-        A step that is alone in its launch takes one pass, which keeps the plain feature only if a later launch reads
-        it; the ring must have the features' dtype and device for that. Otherwise the feature is computed as `forecast`
-        does, and its norm takes one pass more. Not differentiable.
-
-        Args:
-            step: as in `forecast`, which may be called for the same step before or after.
-            scale: [batch, channels], or [1, channels] for all; float32 or the features' dtype.
-            shift: [batch, channels], likewise.
-            eps: added to the variance.
-
-        Returns:
-            A fresh tensor [batch, ..., channels] of the features' dtype, on their device; see
-            `torch.ops.lesa.forecast_norm`.
-
-        Raises:
-            ValueError: when the step is not a forecast step of the plan, or scale or shift has a wrong shape or device.
-            TypeError: when scale or shift is of another dtype.
-            RuntimeError: when the step is out of order, and from compiled kernels in place of the other two.
-        """
-        ring, launch, _ = self._due(step)
-        check_type("scale", scale, Tensor, "a tensor")
-        check_type("shift", shift, Tensor, "a tensor")
-        shape = ring.shape
-        scale, shift = _for_each(scale, shape), _for_each(shift, shape)
-        if launch is self._resident or not self._fuses(launch):
-            feature = self.forecast(step).unsqueeze(0)
-            normed: Tensor = torch.ops.lesa.forecast_norm(feature, *self._as_it_is, [0], [], scale, shift, eps)
-            return normed
-        kept = launch.write if step in self._read_later else ()
-        normed = ring.forecast_norm(*self._rows[step], launch.read, kept, scale, shift, eps)
-        self._launched, self._resident = launch, launch if kept else None
-        return normed
-
-    def prepare(self, step: int) -> None:
-        """Do what can be done for `forecast_norm` before scale and shift are known: all but a pass that does both.
-
-        Args:
-            step: as in `forecast`.
-
-        Raises:
-            ValueError: when the step is not a forecast step of the plan.
-            RuntimeError: when the step is out of order.
-        """
-        ring, launch, _ = self._due(step)
-        if not self._fuses(launch):
-            self._make(ring, launch)
-
-    def _make(self, ring: Ring, launch: Launch) -> None:
-        """Compute the forecasts of a launch, unless they lie in their slots."""
-        if launch is not self._resident:
-            ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
-            self._launched = self._resident = launch
-
-    def _due(self, step: int) -> tuple[Ring, Launch, int]:
-        """Return the ring, the launch of a forecast step and its row; raise what `forecast` does."""
         check_type("step", step, SupportsIndex, "an integer")
         if step not in self._launches:
             raise ValueError(
@@ -224,12 +137,9 @@ class Session:
             done = -1 if self._launched is None else segment.launches.index(self._launched)
             if segment.launches.index(launch) != done + 1:
                 raise RuntimeError(f"step {launch.steps[0]} must be asked for in its turn: chunks run once, in order")
-        return self._ring, launch, row
-
-    def _fuses(self, launch: Launch) -> bool:
-        """Whether one pass can compute the forecast of a launch and its norm."""
-        ring = self._ring
-        return len(launch.steps) == 1 and type(ring) is Ring and ring.dtype == self._feature_dtype
+            self._ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
+            self._launched = launch
+        return self._ring[launch.write[row]].to(self._feature_dtype)
 
     def _unfinished(self) -> int | None:
         """Return the first step of the current segment whose launch did not run."""
@@ -251,48 +161,24 @@ class Session:
                 f"got {tuple(feature.shape)}, {dtype} on {feature.device}"
             )
         self._ring = None
-        wanted = (self.plan.num_slots, feature.shape, dtype, feature.device)
-        if self.plan.scaled:
-            self._ring = ScaledRing(*wanted, self.plan.most_outputs, feature.dtype)
-        elif self._on_host and lies_elsewhere(feature.device):
-            self._ring = HostRing(*wanted)
-        else:
-            self._ring = Ring(*wanted)
+        self._ring = Ring(self.plan.num_slots, feature.shape, dtype, feature.device)
         self._rows = {
-            launch.steps[0]: _row_tensors(launch, dtype, self._ring.memory)
+            launch.steps[0]: _row_tensors(launch, dtype, feature.device)
             for segment in self.plan.segments
             for launch in segment.launches
         }
         self._checks = {
-            segment.full_step: _check_tensors(segment.check, dtype, self._ring.memory)
+            segment.full_step: _check_tensors(segment.check, dtype, feature.device)
             for segment in self.plan.segments
             if segment.check is not None
         }
-        self._as_it_is = (torch.ones(1, 1, device=feature.device), torch.zeros(1, device=feature.device))
         return self._ring
 
 
-def check_history(dtype: torch.dtype | None, device: str | torch.device | None) -> None:
-    """Check the options of a history; see `Session` for what it raises."""
-    allowed = (*FEATURE_DTYPES, *SCALED_LIMITS)
-    if dtype is not None and dtype not in allowed:
-        raise TypeError(f"history_dtype must be one of {allowed}, got {dtype}")
-    if device is not None and not (isinstance(device, str | torch.device) and str(device).split(":")[0] == "cpu"):
-        raise ValueError(f'history_device must be None (the device of the features) or "cpu", got {device}')
-    if device is not None and dtype in SCALED_LIMITS:
-        raise ValueError(f"history_device must be None for a history of {dtype}, got {device}")
-
-
-def lies_elsewhere(device: torch.device) -> bool:
-    """Whether the host's memory is not the memory of a device."""
-    return device.type != "cpu"
-
-
-def _for_each(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a parameter [1, channels] as that of each feature of a batch, any other as it is."""
-    if parameter.shape[:1] != (1,) or shape[:1] in ((), (1,)):
-        return parameter
-    return parameter.expand(shape[0], *parameter.shape[1:])
+def check_history(dtype: torch.dtype | None) -> None:
+    """Check the dtype of a history; see `Session` for what it raises."""
+    if dtype is not None and dtype not in FEATURE_DTYPES:
+        raise TypeError(f"history_dtype must be None or one of {FEATURE_DTYPES}, got {dtype}")
 
 
 def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -38,13 +36,6 @@ class Stopwatch:
             self._seconds += time.perf_counter() - began
         else:
             self._unread.append((began, _event(self._device)))
-
-    @contextmanager
-    def running(self, device: torch.device) -> Iterator[None]:
-        """Measure the length of a with statement."""
-        self.start(device)
-        yield
-        self.stop()
 
     @property
     def seconds(self) -> float:

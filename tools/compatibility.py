@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ VERSIONS = ("2.11.0", "2.12.1", "2.13.0")
 FOLDER = ROOT / "build" / "torch"
 
 
+class NotOfferedError(Exception):
+    """pip finds no such build; the text says why."""
+
+
 def installed() -> str:
     """Return the version of torch in this environment, without its build."""
     code = "import torch; print(torch.__version__)"
@@ -23,29 +28,38 @@ def installed() -> str:
     return found.stdout.strip().partition("+")[0]
 
 
-def fetch(version: str) -> Path | None:
+def fetch(version: str) -> Path:
     """Download the CPU build of a torch.
 
     Args:
         version: without the name of the build.
 
     Returns:
-        A folder for PYTHONPATH, None where pip finds no such build (a build for GPUs takes gigabytes and is not tried).
+        A folder for PYTHONPATH.
+
+    Raises:
+        NotOfferedError: where pip finds no such build (a build for GPUs takes gigabytes and is not tried).
     """
     folder = FOLDER / version
     if (folder / "torch").is_dir():
         return folder
     unfinished = folder.with_name(f".{version}")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--no-deps", "--upgrade"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--upgrade"]
     result = subprocess.run(
         [*pip, "--target", str(unfinished), f"torch=={version}+cpu"], capture_output=True, text=True
     )
     if result.returncode:
-        if "No matching distribution" in result.stderr:
-            return None
+        if re.search("No matching distribution|ResolutionImpossible", result.stderr):
+            raise NotOfferedError("pip finds no CPU build of it for this Python" + _constraints(result.stdout))
         sys.exit(f"torch {version}+cpu could not be fetched:\n{result.stderr}")
     unfinished.replace(folder)
     return folder
+
+
+def _constraints(said: str) -> str:
+    """Return the constraints that pip names; it does so whether they exclude a build or there is none."""
+    found = sorted(set(re.findall(r"\(constraint\) (\S+)", said)))
+    return f" under its constraint {', '.join(found)}" if found else ""
 
 
 def main(command: Sequence[str], versions: Sequence[str] = VERSIONS) -> int:
@@ -63,9 +77,10 @@ def main(command: Sequence[str], versions: Sequence[str] = VERSIONS) -> int:
     for version in versions:
         if version == own:
             continue
-        folder = fetch(version)
-        if folder is None:
-            outcomes[version] = "not run: pip finds no CPU build of it for this Python"
+        try:
+            folder = fetch(version)
+        except NotOfferedError as reason:
+            outcomes[version] = f"not run: {reason}"
             continue
         print(f"torch {version} ...", flush=True)
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])

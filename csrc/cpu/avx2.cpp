@@ -37,17 +37,6 @@ inline Floats load(const bfloat16* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-inline Floats load(const std::int8_t* from) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-}
-// By way of float16, whose exponent has a bit more: there the same bits mean 2^-8 of the value.
-inline Floats load(const float8* from) {
-  const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  const __m128i half = _mm_and_si128(_mm_slli_epi16(bits, 7), _mm_set1_epi16(-0x4080));
-  const __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(bits, _mm_set1_epi16(-0x80)), _mm_set1_epi16(-1));
-  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(half, nan)), fill(256.0f));
-}
-
 inline Doubles load_double(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
 
 inline __m128i pack(const float16*, Floats values) {
@@ -71,27 +60,6 @@ inline void store(T* to, Floats values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
 }
 
-inline void store(std::int8_t* to, Floats values) {
-  const __m256i words = _mm256_cvtps_epi32(values);
-  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(halves, halves));
-}
-// narrow<float8> for every lane.
-inline void store(float8* to, Floats values) {
-  const __m256i bits = _mm256_castps_si256(values);
-  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(magnitude, 20), _mm256_set1_epi32(1));
-  const __m256i normal = _mm256_srli_epi32(
-      _mm256_add_epi32(magnitude, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff - (120 << 23)))), 20);
-  const __m256 shifted = _mm256_add_ps(_mm256_castsi256_ps(magnitude), fill(0x1p14f));
-  const __m256i subnormal = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(0x46800000));
-  const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), magnitude);
-  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
-  const __m256i words = _mm256_or_si256(sign, _mm256_blendv_epi8(normal, subnormal, small));
-  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
-}
-
 inline void store_past_cache(float* to, Floats values) { _mm256_stream_ps(to, values); }
 inline void store_past_cache(double* to, Doubles values) { _mm256_stream_pd(to, values); }
 template <typename T>
@@ -108,12 +76,6 @@ inline Floats signs_of(Floats errors) {
 inline Doubles signs_of(Doubles errors) {
   const Doubles ones = _mm256_or_pd(_mm256_and_pd(errors, fill(-0.0)), fill(1.0));
   return _mm256_blendv_pd(errors, ones, _mm256_cmp_pd(errors, fill(0.0), _CMP_NEQ_OQ));
-}
-
-// The larger of a, which is not negative, and |b| in every lane, compared as integers: so a NaN is the largest.
-inline Floats larger(Floats a, Floats b) {
-  const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7fffffff));
-  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), magnitude));
 }
 
 inline double to_double(Doubles values) {
@@ -136,6 +98,6 @@ inline double to_double(Floats values) {
 #endif
 
 namespace lesa::cpu {
-constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels, avx2::kAllLayerKernels, avx2::kAllScaledKernels};
+constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels, avx2::kAllLayerKernels};
 }
 #endif

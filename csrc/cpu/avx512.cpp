@@ -42,18 +42,6 @@ inline Floats load(const bfloat16* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-inline Floats load(const std::int8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-}
-// By way of float16, whose exponent has a bit more: there the same bits mean 2^-8 of the value.
-inline Floats load(const float8* from) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  const __mmask16 number = _mm_cmpneq_epi8_mask(_mm_or_si128(bits, _mm_set1_epi8(-0x80)), _mm_set1_epi8(-1));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bits), 7), _mm256_set1_epi16(-0x4080));
-  const Floats nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
-  return _mm512_mask_mul_ps(nan, number, _mm512_cvtph_ps(half), fill(256.0f));
-}
-
 inline Doubles load_double(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
 
 inline __m256i pack(const float16*, Floats values) {
@@ -75,24 +63,6 @@ inline void store(double* to, Doubles values) { _mm512_storeu_pd(to, values); }
 template <typename T>
 inline void store(T* to, Floats values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pack(to, values));
-}
-
-inline void store(std::int8_t* to, Floats values) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(values)));
-}
-// narrow<float8> for every lane.
-inline void store(float8* to, Floats values) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(magnitude, 20), _mm512_set1_epi32(1));
-  const __m512i normal = _mm512_srli_epi32(
-      _mm512_add_epi32(magnitude, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff - (120 << 23)))), 20);
-  const __m512 shifted = _mm512_add_ps(_mm512_castsi512_ps(magnitude), fill(0x1p14f));
-  const __m512i subnormal = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x46800000));
-  const __mmask16 small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x3c800000));
-  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80));
-  const __m512i result = _mm512_or_si512(sign, _mm512_mask_mov_epi32(normal, small, subnormal));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(result));
 }
 
 inline void store_past_cache(float* to, Floats values) { _mm512_stream_ps(to, values); }
@@ -135,12 +105,6 @@ inline Doubles signs_of(Doubles errors) {
   return _mm512_mask_mov_pd(errors, _mm512_cmp_pd_mask(errors, fill(0.0), _CMP_NEQ_OQ), ones);
 }
 
-// The larger of a, which is not negative, and |b| in every lane, compared as integers: so a NaN is the largest.
-inline Floats larger(Floats a, Floats b) {
-  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b), _mm512_set1_epi32(0x7fffffff));
-  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), magnitude));
-}
-
 inline double to_double(Doubles values) { return _mm512_reduce_add_pd(values); }
 inline double to_double(Floats values) {
   return to_double(_mm512_cvtps_pd(_mm512_castps512_ps256(values)) +
@@ -159,6 +123,6 @@ inline double to_double(Floats values) {
 #endif
 
 namespace lesa::cpu {
-constinit const Isa kAvx512{"avx512", 512, avx512::kAllKernels, avx512::kAllLayerKernels, avx512::kAllScaledKernels};
+constinit const Isa kAvx512{"avx512", 512, avx512::kAllKernels, avx512::kAllLayerKernels};
 }
 #endif

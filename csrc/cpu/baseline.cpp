@@ -9,8 +9,6 @@ using Floats [[gnu::vector_size(16)]] = float;
 using Doubles [[gnu::vector_size(16)]] = double;
 using Words [[gnu::vector_size(16)]] = std::uint32_t;
 using Halves [[gnu::vector_size(8)]] = std::uint16_t;
-using Integers [[gnu::vector_size(16)]] = std::int32_t;
-using Bytes [[gnu::vector_size(4)]] = std::int8_t;
 inline constexpr int kSumRegisters = 12;
 inline constexpr int kVectors = 4;
 
@@ -36,15 +34,6 @@ inline Floats load(const bfloat16* from) {
   return std::bit_cast<Floats>(__builtin_convertvector(load_bytes<Halves>(from), Words) << 16);
 }
 
-inline Floats load(const std::int8_t* from) { return __builtin_convertvector(load_bytes<Bytes>(from), Floats); }
-// widen(float8) for every lane.
-inline Floats load(const float8* from) {
-  const Integers bits = __builtin_convertvector(load_bytes<Bytes>(from), Integers), magnitude = bits & 0x7f;
-  const Integers normal = magnitude == 0x7f ? Integers{} + 0x7fc00000 : (magnitude << 20) + (120 << 23);
-  const Integers subnormal = std::bit_cast<Integers>(__builtin_convertvector(magnitude, Floats) * 0x1p-9f);
-  return std::bit_cast<Floats>((bits & INT32_MIN) | (magnitude < 8 ? subnormal : normal));
-}
-
 inline Doubles load_double(const float* from) { return Doubles{from[0], from[1]}; }
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
@@ -63,21 +52,6 @@ inline void store(bfloat16* to, Floats values) {
   std::memcpy(to, &packed, sizeof(packed));
 }
 
-// narrow<std::int8_t> for every lane.
-inline void store(std::int8_t* to, Floats values) {
-  const Bytes packed = __builtin_convertvector(std::bit_cast<Integers>(values + 0x1.8p23f), Bytes);
-  std::memcpy(to, &packed, sizeof(packed));
-}
-// narrow<float8> for every lane.
-inline void store(float8* to, Floats values) {
-  const Words bits = std::bit_cast<Words>(values), magnitude = bits & 0x7fffffff;
-  const Words normal = (magnitude - (120 << 23) + 0x7ffff + ((magnitude >> 20) & 1)) >> 20;
-  const Words subnormal = std::bit_cast<Words>(std::bit_cast<Floats>(magnitude) + 0x1p14f) - 0x46800000;
-  const Words result = ((bits >> 24) & 0x80) | (magnitude < 0x3c800000 ? subnormal : normal);
-  const Bytes packed = __builtin_convertvector(std::bit_cast<Integers>(result), Bytes);
-  std::memcpy(to, &packed, sizeof(packed));
-}
-
 // Portable code has no such store.
 template <typename T, typename V>
 inline void store_past_cache(T* to, V values) {
@@ -92,12 +66,6 @@ inline V signs_of(V errors) {
   return errors > zeros ? ones : errors < zeros ? -ones : errors;
 }
 
-// The larger of a, which is not negative, and |b| in every lane, compared as integers: so a NaN is the largest.
-inline Floats larger(Floats a, Floats b) {
-  const Integers magnitude = std::bit_cast<Integers>(b) & 0x7fffffff;
-  return std::bit_cast<Integers>(a) > magnitude ? a : std::bit_cast<Floats>(magnitude);
-}
-
 inline double to_double(Doubles values) { return values[0] + values[1]; }
 inline double to_double(Floats values) {
   return (static_cast<double>(values[0]) + values[1]) + (static_cast<double>(values[2]) + values[3]);
@@ -108,6 +76,5 @@ inline double to_double(Floats values) {
 }  // namespace lesa::cpu::baseline
 
 namespace lesa::cpu {
-constinit const Isa kBaseline{"baseline", 128, baseline::kAllKernels, baseline::kAllLayerKernels,
-                              baseline::kAllScaledKernels};
+constinit const Isa kBaseline{"baseline", 128, baseline::kAllKernels, baseline::kAllLayerKernels};
 }

@@ -23,14 +23,6 @@ struct Rows {
   bool past_cache;  // store so that the outputs do not go through the cache, where their addresses allow it
 };
 
-// The adaptive layer norm of a token: (h - mean) / sqrt(variance + eps) * gain + shift, gain and shift per channel.
-template <typename A>
-struct Norm {
-  const A* gain;
-  const A* shift;
-  double eps;
-};
-
 template <typename T>
 struct Kernels {
   // outputs[m][i] from inputs[k][i], i < count, all of type T. Every element's reads come before its writes, so outputs
@@ -51,22 +43,6 @@ struct Kernels {
   // 16-bit and float32 elements to and from float32.
   void (*to_float)(const T* from, float* to, std::int64_t count);
   void (*from_float)(const float* from, T* to, std::int64_t count);
-  // Of a token's forecast by the single row of map: writes the norm to `out`, the forecast to `keep`, which may be an
-  // input, unless that is null. `unrounded` has room for the token.
-  void (*norm)(const Rows<T>& map, const Norm<accumulate_t<T>>& norm, const T* const* inputs, T* keep,
-               accumulate_t<T>* unrounded, T* out, std::int64_t count);
-};
-
-// A scaled ring of Q (int8 or float8) and features of F beside it, token by token.
-template <typename Q, typename F>
-struct ScaledKernels {
-  // rounded[m] and, where it is not null, unrounded[m] from inputs[k] as they are: the scales are in the map.
-  void (*forecast)(const Rows<Q>& map, const Q* const* inputs, F* const* rounded, float* const* unrounded,
-                   std::int64_t count);
-  // The largest magnitude; a NaN is larger than all.
-  float (*largest)(const F* values, std::int64_t count);
-  // Elements values[i] * inverse, rounded; 0 whatever the value where inverse is 0.
-  void (*round)(const F* values, float inverse, Q* elements, std::int64_t count);
 };
 
 // Rows of products of matrices are multiples of so many elements, padded with zeros.
@@ -112,10 +88,6 @@ struct Isa {
   int vector_bits;
   std::tuple<Kernels<float>, Kernels<float16>, Kernels<bfloat16>, Kernels<double>> kernels;
   std::tuple<LayerKernels<float>, LayerKernels<double>> layers;
-  std::tuple<ScaledKernels<std::int8_t, float>, ScaledKernels<std::int8_t, float16>,
-             ScaledKernels<std::int8_t, bfloat16>, ScaledKernels<float8, float>, ScaledKernels<float8, float16>,
-             ScaledKernels<float8, bfloat16>>
-      scaled;
 
   template <typename T>
   const Kernels<T>& of() const {
@@ -125,11 +97,6 @@ struct Isa {
   template <typename A>
   const LayerKernels<A>& layers_of() const {
     return std::get<LayerKernels<A>>(layers);
-  }
-
-  template <typename Q, typename F>
-  const ScaledKernels<Q, F>& scaled_of() const {
-    return std::get<ScaledKernels<Q, F>>(scaled);
   }
 };
 

@@ -37,15 +37,6 @@ void for_feature(ScalarType dtype, Body&& body) {
 
 inline Result result_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Float}; }
 
-// The rows of a slot of a contiguous ring: channels are its last dimension.
-inline Rows rows_of(const Tensor& ring) {
-  Rows rows{1, ring.size(ring.dim() - 1)};
-  for (std::int64_t d = 1; d + 1 < ring.dim(); ++d) {
-    rows.count *= ring.size(d);
-  }
-  return rows;
-}
-
 inline Tensor fresh(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
 }

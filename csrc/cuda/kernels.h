@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -28,6 +29,8 @@ struct Combination {
   Parameter<T> coefficients;
   Parameter<T> offsets;
   Parameter<T> gain;  // data is null for a forecast
+
+  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
 };
 
 template <typename T>
@@ -44,6 +47,8 @@ struct Reduction {
   Parameter<T> bias;
   Parameter<T> gain;
   bool is_loss;  // the operand after the inputs is the target of an L1 loss; the output receives the forecast
+
+  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
 };
 
 // Where a sum goes: fresh, contiguous memory of float32 or the features' type; null where nobody wants it.
@@ -73,6 +78,8 @@ struct Products {
   Geometry geometry;
   std::vector<Operand> operands;
   int num_inputs;
+
+  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
 };
 
 // How many doubles `sum_products` needs to work in.
@@ -81,55 +88,6 @@ std::int64_t gram_workspace(const Target& target);
 // Writes result [K + 1, K + 1] = sum of in[i] * in[j], where in[K] is 1. Every sum has a fixed order, as in `reduce`.
 template <typename T>
 void sum_products(const Products<T>& products, double* workspace, double* result, const Target& target);
-
-// Rows of channels, one behind the other.
-struct Rows {
-  std::int64_t count;
-  std::int64_t channels;
-};
-
-// One forecast of K slots, and its layer norm over each row with a scale and a shift for each batch entry.
-template <typename T>
-struct NormedForecast {
-  Rows rows;
-  std::int64_t rows_per_entry;   // of the batch
-  std::vector<const T*> inputs;  // [rows, channels]
-  T* kept;                       // receives the forecast; null where nobody wants it; may be an input
-  T* out;
-  Parameter<T> coefficients;
-  Parameter<T> offsets;
-  Parameter<T> scale;  // [batch, channels]
-  Parameter<T> shift;
-  float eps;
-};
-
-template <typename T>
-void normalize(const NormedForecast<T>& forecast, const Target& target);
-
-// A slot of a scaled ring: Q is std::int8_t or float8.
-template <typename Q>
-struct ScaledSlot {
-  Q* elements;    // [rows, channels]
-  float* scales;  // [rows]
-};
-
-// slot = feature [rows, channels], each row rounded by a scale of its own.
-template <typename Q, typename T>
-void copy_scaled(const Rows& rows, const T* feature, const ScaledSlot<Q>& slot, const Target& target);
-
-// M forecasts of K slots. All reads of a row precede its writes.
-template <typename Q, typename T>
-struct ScaledForecasts {
-  Rows rows;
-  std::vector<ScaledSlot<Q>> inputs;
-  std::vector<ScaledSlot<Q>> kept;  // M, which may be inputs; those without scales are not kept
-  T* out;                           // [M, rows, channels]
-  Parameter<T> coefficients;
-  Parameter<T> offsets;
-};
-
-template <typename Q, typename T>
-void forecast_scaled(const ScaledForecasts<Q, T>& forecasts, const Target& target);
 
 // to = from, rounded to nearest where the types differ; bits are kept where they do not.
 template <typename To, typename From>

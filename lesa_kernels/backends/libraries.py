@@ -39,15 +39,40 @@ _libraries: dict[str, Library] = {}
 
 
 def read_record(folder: Path = PACKAGE) -> dict[str, Any]:
-    """Return what the build wrote down (`_build_info.json`); empty where the package was never built."""
+    """Return what the build wrote down (`_build_info.json`); empty where the package was never built.
+
+    A record that cannot be read is no error: it becomes {"damaged": what to do}.
+    """
     path = folder / "_build_info.json"
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        record = _mapping(path.read_text(encoding="utf-8"))
+        if not (isinstance(record.get("skipped"), dict) and isinstance(record.get("notes", []), list)):
+            raise ValueError("`skipped` is no object or `notes` no list")
+    except (OSError, ValueError) as error:
+        return {"damaged": f"the build's record {path.name} is damaged ({in_a_line(error)}): install the package again"}
     return record
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return an error's type and text, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Return the object that a JSON text holds, and refuse every other value."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object was expected, got {type(value).__name__}")
+    return value
 
 
 def _why_not_built(record: Mapping[str, Any], name: str) -> str:
     if not record:
         return "not built: this copy of the package was not installed (run `pip install -e .`)"
+    if "damaged" in record:
+        return f"its file is not there, and {record['damaged']}"
     reason = record["skipped"].get(name.removeprefix("_"))
     return f"not built: {reason}" if reason else "was built, but its file is gone: install the package again"
 
@@ -70,22 +95,25 @@ def load_library(name: str, folder: Path = PACKAGE, cuda: str | None = torch.ver
         return Library(name, False, f"built, not loaded: torch {torch.__version__} has no CUDA")
     try:
         torch.ops.load_library(path)
-        facts = _facts(path)
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError) as error:
         reason = f"failed to load: {error}"
         warnings.warn(
             f"lesa_kernels: {path.name} {reason}; status() tells what serves instead", RuntimeWarning, stacklevel=2
         )
         return Library(name, False, reason)
-    return Library(name, True, "loaded", facts)
+    return _with_facts(Library(name, True, "loaded"), path)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _with_facts(library: Library, path: Path) -> Library:
     """Ask a loaded library for its facts, through C: this works on every Python, as the library itself does."""
-    function = getattr(ctypes.CDLL(str(path)), f"lesa{path.stem}_info")
-    function.restype = ctypes.c_char_p
-    facts: dict[str, Any] = json.loads(function().decode())
-    return facts
+    try:
+        function = getattr(ctypes.CDLL(str(path)), f"lesa{path.stem}_info")
+        function.restype = ctypes.c_char_p
+        return replace(library, reason="loaded", facts=_mapping((function() or b"").decode()))
+    except (OSError, AttributeError, ValueError) as error:
+        # Its kernels are in the dispatcher all the same.
+        reason = f"loaded, but its facts cannot be read ({in_a_line(error)}): install the package again"
+        return replace(library, reason=reason, facts={})
 
 
 def load() -> None:
@@ -98,7 +126,7 @@ def load() -> None:
 def libraries() -> tuple[Library, ...]:
     """Return the libraries that `load` found, with their facts as they are now."""
     return tuple(
-        replace(library, facts=_facts(PACKAGE / f"{name}.so")) if library.loaded else library
+        _with_facts(library, PACKAGE / f"{name}.so") if library.loaded else library
         for name, library in _libraries.items()
     )
 
@@ -107,7 +135,7 @@ def inspection_module(folder: Path = PACKAGE) -> tuple[ModuleType | None, str]:
     """Import the pybind11 module, which unlike the libraries of ops is tied to the one Python it was built for.
 
     Returns:
-        The module, or None where there is none for this Python, and the reason.
+        The module, or None where there is none that this Python can load, and the reason.
     """
     files = sorted(folder.glob("_inspect.*.so"))
     if not files:
@@ -115,4 +143,7 @@ def inspection_module(folder: Path = PACKAGE) -> tuple[ModuleType | None, str]:
     tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
     if not any(file.name.startswith(f"_inspect.{tag}-") for file in files):
         return None, f"built for {files[0].name.split('.')[1]}, this is {tag}: pybind11 modules fit one Python only"
-    return importlib.import_module("lesa_kernels._inspect"), "loaded"
+    try:
+        return importlib.import_module("lesa_kernels._inspect"), "loaded"
+    except (ImportError, SystemError) as error:
+        return None, f"failed to load: {in_a_line(error)}"

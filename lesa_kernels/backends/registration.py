@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from lesa_kernels import ops
-from lesa_kernels.backends.libraries import Library
+from lesa_kernels.backends.libraries import Library, in_a_line
 
 # Device -> the library that goes before Triton. The CUDA key is ROCm's too.
 DEVICES: dict[str, str | None] = {"CUDA": "_cuda", "XPU": None}
+TRITON_KERNELS = "lesa_kernels.backends.triton"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def decide(device: str, present: bool, library: Library | None, triton: bool) ->
 def _kernel(op: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         # Triton takes a second to import: not before a kernel is needed.
-        return getattr(importlib.import_module("lesa_kernels.backends.triton"), op)(*arguments)
+        return getattr(importlib.import_module(TRITON_KERNELS), op)(*arguments)
 
     return call
 
@@ -79,10 +80,27 @@ def register(device: str) -> None:
         _library.impl(op, _kernel(op), device)
 
 
+def _has_triton() -> bool:
+    """Return whether there is a package of that name; only a call of its kernels tells whether it works."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # something without a spec was put into sys.modules by hand
+        return False
+
+
+def why_triton_fails() -> str | None:
+    """Return why our Triton kernels cannot be imported; None where they can."""
+    try:
+        importlib.import_module(TRITON_KERNELS)
+    except Exception as error:  # whatever a broken package raises
+        return in_a_line(error)
+    return None
+
+
 def load(libraries: tuple[Library, ...]) -> None:
     """Decide for every kind of device, once, and register where Triton serves."""
     named = {library.name: library for library in libraries}
-    triton = importlib.util.find_spec("triton") is not None
+    triton = _has_triton()
     for device, name in DEVICES.items():
         if device not in _choices:
             choice = decide(device, is_present(device), named[name] if name else None, triton)

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from lesa_kernels import ops
-from lesa_kernels.backends.libraries import Library, inspection_module, libraries, read_record
-from lesa_kernels.backends.registration import Choice, choices
+from lesa_kernels.backends.libraries import Library, in_a_line, inspection_module, libraries, read_record
+from lesa_kernels.backends.registration import Choice, choices, why_triton_fails
 
 REFERENCE = "reference (plain torch)"
 TRITON = "Triton"
 _DEVICES = {"CPU": "_cpu", "CUDA": "_cuda"}
 _INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
+_OLDEST_GPU = 80  # nvcc converts float32 to bfloat16 from there on
+_WITHOUT_CUDA = "install again with LESA_BUILD=cpu: then Triton serves, or the reference where Triton cannot"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _label(library: Library) -> str:
     """Return the name of a library's kernels, with the instruction set that was chosen on this machine."""
     if library.name == "_cuda":
         return "CUDA C++"
-    chosen = library.facts["chosen"]  # csrc/cpu/info.cpp; tests/native relies on the same key
+    chosen = library.facts.get("chosen", "(which one is unknown)")  # csrc/cpu/info.cpp; tests/native relies on it
     return f"C++ {_INSTRUCTION_SETS.get(chosen, chosen)}"
 
 
@@ -109,27 +111,70 @@ def _serving(op: str, device: str, library: Library | None, triton: Choice | Non
     return KernelStatus(op, device, REFERENCE, "; ".join(reasons))
 
 
-def _old_gpus(library: Library) -> list[str]:
-    """Return a note for each GPU that is too old for the machine code in the CUDA library."""
-    if not library.loaded or not torch.cuda.is_available():
+def _driver() -> tuple[int, int] | None:
+    """Return the newest CUDA that the driver runs; None without a driver."""
+    number = getattr(torch._C, "_cuda_getDriverVersion", int)()
+    return (number // 1000, number % 1000 // 10) if number else None
+
+
+def _old_driver(library: Library) -> list[str]:
+    """Return a note where the driver is of an older CUDA than the compiler of the CUDA library.
+
+    Within one major version every driver runs the machine code of every compiler.
+    """
+    release, driver = str(library.facts["cuda"]), _driver()
+    major = int(release.split(".")[0])
+    newest = driver[0] if driver else int(str(torch.version.cuda).split(".")[0])
+    if newest >= major:
         return []
-    oldest = min(int(architecture) for architecture in library.facts["architectures"])
+    said = f"the driver runs CUDA {driver[0]}.{driver[1]} at most" if driver else f"torch is for CUDA {newest}"
+    return [
+        f"_cuda was compiled by nvcc {release} and needs a driver for CUDA {major} (`nvidia-smi` shows which),"
+        f" {said}: update the driver, or set CUDACXX to an nvcc of CUDA {newest} and install again, or {_WITHOUT_CUDA}"
+    ]
+
+
+def _unfit_gpus(library: Library) -> list[str]:
+    """Return a note for each GPU that the machine code in the CUDA library does not fit."""
+    held = sorted(int(architecture) for architecture in library.facts["architectures"])
     notes = []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        if 10 * major + minor < oldest:
+        number = 10 * major + minor
+        if number < held[0]:
             name = torch.cuda.get_device_name(index)
-            needed = f"set CUDAARCHS={major}{minor} and install again"
-            notes.append(f"cuda:{index} ({name}) is sm_{major}{minor}, the kernels start at sm_{oldest}: {needed}")
+            needed = f"set CUDAARCHS={number} and install again" if number >= _OLDEST_GPU else _WITHOUT_CUDA
+            notes.append(f"cuda:{index} ({name}) is sm_{number}, the kernels start at sm_{held[0]}: {needed}")
     return notes
+
+
+def _cuda_notes(library: Library) -> list[str]:
+    """Return what keeps the loaded CUDA library from running on this machine's GPUs."""
+    if not library.loaded or not library.facts:
+        return []
+    try:
+        return [*_old_driver(library), *(_unfit_gpus(library) if torch.cuda.is_available() else [])]
+    except Exception as error:  # a GPU that is busy or broken, a process that was forked, facts of another build
+        return [f"whether _cuda fits the driver and the GPUs is unknown: {in_a_line(error)}"]
+
+
+def _triton_notes(chosen: Iterable[Choice]) -> list[str]:
+    """Return a note where the dispatcher holds Triton's kernels and Triton does not work."""
+    devices = [choice.device for choice in chosen if choice.registered]
+    reason = why_triton_fails() if devices else None
+    if reason is None:
+        return []
+    return [f"every op fails on {' and '.join(devices)}: Triton cannot be imported ({reason}): repair or remove it"]
 
 
 def _version() -> str:
     """Return the installed package's version, or say that this copy was imported without being installed."""
     try:
-        return importlib.metadata.version("lesa-kernels")
+        return importlib.metadata.version("lesa-kernels") or "(unknown: the package's metadata name none)"
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
+    except Exception as error:  # importlib.metadata promises nothing about damaged files
+        return f"(unknown: {in_a_line(error)})"
 
 
 def status() -> Status:
@@ -154,5 +199,6 @@ def status() -> Status:
     ]
     inspection = Library("_inspect", module is not None, reason)
     build = read_record()
-    notes = (*build.get("notes", ()), *_old_gpus(found["_cuda"]))
-    return Status(versions, tuple(kernels), (*found.values(), inspection), build, notes)
+    damaged = [build["damaged"]] if "damaged" in build else []
+    notes = [*damaged, *build.get("notes", ()), *_cuda_notes(found["_cuda"]), *_triton_notes(by_triton.values())]
+    return Status(versions, tuple(kernels), (*found.values(), inspection), build, tuple(notes))

@@ -33,7 +33,6 @@ def enable(
     sigmas: Sequence[float] | None = None,
     capture: str | None = None,
     history_dtype: torch.dtype | None = None,
-    history_device: str | torch.device | None = None,
     on_other_sigmas: OnOtherSigmas = "refuse",
     chunk: int | None = None,
     check_every: int | None = None,
@@ -57,10 +56,7 @@ def enable(
         sigmas: of a bare transformer: the S+1 noise levels. Its calls are counted for each cache context; a loop that
             may break off between two calls should say `cache_context(name, step_index=step)` or give a scheduler.
         capture: for a model without an adapter: the submodule whose first argument is the feature.
-        history_dtype: dtype of the history, None for that of the features. torch.int8 and torch.float8_e4m3fn keep one
-            byte an element and a scale for each row of channels; docs/adapters.md says what that saves.
-        history_device: "cpu" keeps the history in the host's memory, for small cards: slower, a warning after each run
-            says by how much. None keeps it beside the model.
+        history_dtype: dtype of the history, None for that of the features; torch.bfloat16 halves a float32 model's.
         on_other_sigmas: where a predictor knows the sigmas of its training and the run has others: "refuse" runs full
             steps, "adapt" uses the predictor as it is; both warn.
         chunk: at most this many forecasts are made at once. None makes those of a whole segment, in the fewest passes
@@ -79,7 +75,7 @@ def enable(
     # diffusers takes seconds to import, and only those who enable need it.
     from lesa_kernels.integrations.hooks import attach, detach
 
-    options = Options(history_dtype, history_device, on_other_sigmas, chunk, check_every, max_error)
+    options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
     for model, root in _prepare(target, predictor, schedule, scheduler, sigmas, capture, options):
         detach(model)
         attach(model, root)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from lesa_kernels.integrations.adapters import MODEL_OUTPUT, Adapter
 from lesa_kernels.integrations.blocks import Blocks
 from lesa_kernels.integrations.gates import Gates
-from lesa_kernels.integrations.norms import NormTail
 from lesa_kernels.integrations.outputs import agree, copied
-from lesa_kernels.integrations.runs import Forecast, uncompiled
+from lesa_kernels.integrations.runs import uncompiled
 from lesa_kernels.integrations.tap import Tap
 from lesa_kernels.integrations.whole import output_tail, read_output
 
@@ -79,15 +78,12 @@ class BypassHook(ModelHook):
         self.gates = Gates(self.decide)
         self.wrappers = tuple(wrappers)
         self._captures_output = adapter.capture == MODEL_OUTPUT
-        self._skip: Callable[..., Any] | None = adapter.skip
-        if self._captures_output and adapter.skip is None:
-            self._skip = output_tail
+        self._skip = output_tail if self._captures_output and adapter.skip is None else adapter.skip
         self._blocks = Blocks(model, () if self._skip is not None else adapter.blocks)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._turn = _Turn()
         self._thread = 0
         self._decided = False
-        self._compiled = False
         self._fits = self._skip is not None
 
     @abstractmethod
@@ -112,18 +108,11 @@ class BypassHook(ModelHook):
         # Another thread's call waits in `decide` until this one is answered.
         if self._decided and (torch.compiler.is_compiling() or self._thread == threading.get_ident()):
             return self._run(module, *args, **kwargs)
-        return self.decide(partial(self._run, module), module, args, kwargs, torch.compiler.is_compiling())
+        return self.decide(partial(self._run, module), module, args, kwargs)
 
     # A compiled model asks here, outside of any graph; what `run` leads to is compiled.
     @uncompiled(recursive=False)
-    def decide(
-        self,
-        run: Callable[..., Any],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        compiled: bool = True,
-    ) -> Any:
+    def decide(self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call of the model.
 
         Args:
@@ -131,13 +120,12 @@ class BypassHook(ModelHook):
             module: the model.
             args: of the call.
             kwargs: of the call.
-            compiled: whether `run` leads through a graph.
 
         Returns:
             As the model's forward.
         """
         with self._turn:
-            self._decided, self._thread, self._compiled = True, threading.get_ident(), compiled
+            self._decided, self._thread = True, threading.get_ident()
             try:
                 latents = args[0] if args else kwargs[self._names[0]]
                 return self.answer(partial(run, *args, **kwargs), module, latents)
@@ -169,13 +157,9 @@ class BypassHook(ModelHook):
         output = call()
         return output, read_output(output) if self._captures_output else self.tap.captured
 
-    def fuses(self, module: nn.Module, latents: Tensor) -> bool:
-        """Whether the present call takes a `Forecast` in place of a feature; a compiler fuses norms itself."""
-        return not self._compiled and isinstance(self._skip, NormTail) and self._skip.fuses(module, latents)
-
     @uncompiled(recursive=False)
-    def inject(self, feature: Tensor | Forecast, module: nn.Module, call: Callable[[], Any]) -> Any:
-        """Run what follows the blocks on a feature, or on a forecast where `fuses` says so, and return the output."""
+    def inject(self, feature: Tensor, module: nn.Module, call: Callable[[], Any]) -> Any:
+        """Run what follows the blocks on a feature, and return the output."""
         self.tap.forecast = feature
         try:
             if self._skip is not None:

@@ -9,14 +9,12 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor
 
 from lesa_kernels.integrations.adapters import Adapter
-from lesa_kernels.integrations.norms import NormTail, normed
-from lesa_kernels.integrations.runs import Forecast
 
 
 @apply_lora_scale("joint_attention_kwargs")  # type: ignore[untyped-decorator]
 def flux_tail(
     model: Any,
-    feature: Tensor | Forecast,
+    feature: Tensor,
     *,
     timestep: Tensor,
     pooled_projections: Tensor,
@@ -29,8 +27,7 @@ def flux_tail(
 
     Args:
         model: a `FluxTransformer2DModel`.
-        feature: [batch, image tokens, channels], what the blocks would have handed to `norm_out`; or the forecast of
-            it, where `NormTail` allows it.
+        feature: [batch, image tokens, channels], what the blocks would have handed to `norm_out`.
         timestep: [batch], sigma.
         pooled_projections: [batch, channels of the pooled text].
         guidance: [batch], of guidance-distilled models.
@@ -47,8 +44,8 @@ def flux_tail(
         embedding = model.time_text_embed(times, pooled_projections)
     else:
         embedding = model.time_text_embed(times, guidance.to(feature.dtype) * 1000, pooled_projections)
-    output: Tensor = model.proj_out(normed(model.norm_out, feature, embedding))
+    output: Tensor = model.proj_out(model.norm_out(feature, embedding))
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-FLUX = Adapter("FluxTransformer2DModel", skip=NormTail(flux_tail))
+FLUX = Adapter("FluxTransformer2DModel", skip=flux_tail)

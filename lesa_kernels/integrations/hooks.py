@@ -12,7 +12,7 @@ from lesa_kernels.integrations.bypass import BypassHook, attach, attached, detac
 from lesa_kernels.integrations.flux import FLUX
 from lesa_kernels.integrations.outputs import stand_in
 from lesa_kernels.integrations.qwen import QWEN_IMAGE
-from lesa_kernels.integrations.runs import ForecastError, Runs, Track, uncompiled
+from lesa_kernels.integrations.runs import Runs, Track, uncompiled
 from lesa_kernels.integrations.whole import HUNYUAN_VIDEO
 from lesa_kernels.integrations.zimage import Z_IMAGE
 
@@ -39,19 +39,13 @@ class ModelRootHook(BypassHook):
     @uncompiled(recursive=False)
     def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
         """See `BypassHook.answer`."""
-        latents = stand_in(latents)
-        foreign_cache = getattr(module, "is_cache_enabled", False)
-        track = self.runs.enter(self.contexts.context, latents, foreign_cache, self.fuses(module, latents))
+        track = self.runs.enter(self.contexts.context, stand_in(latents), getattr(module, "is_cache_enabled", False))
         if track is None:
             output = call()
         elif track.is_full:
             output = self._capture(track, module, call)
         else:
-            try:
-                output = self.inject(track.forecast(), module, call)
-            except ForecastError as error:
-                self.runs.fall_back(track, latents, error)
-                track, output = None, call()
+            output = self.inject(track.forecast(), module, call)
         self.runs.leave(track)
         return output
 

@@ -65,14 +65,13 @@ class Options:
     """How runs are made; see `lesa.enable`."""
 
     history_dtype: torch.dtype | None = None
-    history_device: str | torch.device | None = None
     on_other_sigmas: OnOtherSigmas = "refuse"
     chunk: int | None = None
     check_every: int | None = None
     max_error: float | None = None
 
     def __post_init__(self) -> None:
-        check_history(self.history_dtype, self.history_device)
+        check_history(self.history_dtype)
         if self.on_other_sigmas not in ("refuse", "adapt"):
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
         check_count("chunk", self.chunk)
@@ -87,40 +86,6 @@ class Options:
             raise ValueError(
                 f"max_error must come with check_every, which says when it is looked at, got {self.max_error}"
             )
-
-
-class ForecastError(RuntimeError):
-    """A forecast step that has to be run in full, and why."""
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """A forecast of which only the norm is wanted.
-
-    Args:
-        session: which prepared it.
-        step: of it.
-    """
-
-    session: Session
-    step: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the feature."""
-        return self.session.feature_dtype
-
-    @uncompiled()
-    def normed(self, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-        """See `Session.forecast_norm`.
-
-        Raises:
-            ForecastError: when it fails.
-        """
-        try:
-            return self.session.forecast_norm(self.step, scale, shift, eps)
-        except RuntimeError as error:
-            raise ForecastError(str(error)) from error
 
 
 @dataclass
@@ -139,7 +104,7 @@ class Track:
     session: Session
     layout: tuple[Any, ...]
     step: int
-    feature: Tensor | Forecast | None = None
+    feature: Tensor | None = None
 
     @property
     def is_full(self) -> bool:
@@ -160,17 +125,9 @@ class Track:
         if not known and self.session.ring is not None:
             self.run.tally.note_ring(self.session.ring)
 
-    def make_forecast(self, fuses: bool) -> None:
-        """Compute the feature of a forecast step; where its norm fuses with it, as much as comes before that."""
-        if fuses:
-            self.session.prepare(self.step)
-            self.feature = Forecast(self.session, self.step)
-        else:
-            self.feature = self.session.forecast(self.step)
-
     @uncompiled()
-    def forecast(self) -> Tensor | Forecast:
-        """Return the feature of a forecast step, which may be a view of the history, or the forecast of its norm."""
+    def forecast(self) -> Tensor:
+        """Return the feature of a forecast step, which may be a view of the history."""
         feature, self.feature = self.feature, None
         if feature is None:
             raise RuntimeError(f"there is no forecast of step {self.step}")
@@ -220,7 +177,6 @@ class Run(Position):
         """Drop the history of a track that has finished, or all of it."""
         for key, track in list(self.tracks.items()):
             if finished is None or track is finished:
-                self.tally.note_copies(track.session.ring)
                 del self.tracks[key]
 
 
@@ -286,14 +242,13 @@ class Runs:
         self._follower.position = None
 
     @uncompiled()
-    def enter(self, context: Any, latents: Tensor, foreign_cache: bool, fuses: bool) -> Track | None:
+    def enter(self, context: Any, latents: Tensor, foreign_cache: bool) -> Track | None:
         """Place a call of the model.
 
         Args:
             context: diffusers' `CacheContext`.
             latents: the model's first argument.
             foreign_cache: whether a cache of diffusers is on too.
-            fuses: whether what follows the blocks takes a `Forecast`.
 
         Returns:
             The track whose step this is, or None where the call runs in full and nothing is captured.
@@ -302,25 +257,13 @@ class Runs:
         if track is not None and not track.is_full:
             run.tally.forecast.start(latents.device)
             try:
-                track.make_forecast(fuses)
+                track.feature = track.session.forecast(track.step)
                 return track
             except RuntimeError as error:
-                self.fall_back(track, latents, error)
-                return None
+                run.refuse(f"the feature of step {track.step} could not be forecast: {error}")
+                track = None
         run.tally.full.start(latents.device)
         return track
-
-    @uncompiled()
-    def fall_back(self, track: Track, latents: Tensor, error: RuntimeError) -> None:
-        """Let the present call, which `enter` took for a forecast, run in full.
-
-        Args:
-            track: of the call, which ends here.
-            latents: the model's first argument.
-            error: why there is no forecast.
-        """
-        track.run.refuse(f"the feature of step {track.step} could not be forecast: {error}")
-        track.run.tally.full.start(latents.device)
 
     @uncompiled()
     def leave(self, track: Track | None) -> None:
@@ -338,8 +281,6 @@ class Runs:
             ended = [each for each in run.tracks.values() if each.step < run.num_steps - 1]
             for each in (track, *ended):
                 run.give_back(each)
-            if not run.tracks and run.tally.copied_bytes:
-                run.warn(f"history in the host's memory: {run.tally.summary().copies}")
 
     def _track(self, context: Any, latents: Tensor, foreign_cache: bool) -> tuple[Run, Track | None]:
         """Find the track of a call, None where the call is full and stands alone."""
@@ -366,9 +307,7 @@ class Runs:
                 return run, None
             if objection is not None:
                 run.warn(f"{objection}; it is used all the same, as on_other_sigmas says")
-            session = Session(
-                plan, history_dtype=self._options.history_dtype, history_device=self._options.history_device
-            )
+            session = Session(plan, history_dtype=self._options.history_dtype)
             run.tally.plan = run.tally.plan or str(session.plan)
             track = run.tracks[context.name, number] = Track(run, session, layout, step)
         return run, track

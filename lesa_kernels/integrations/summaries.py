@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lesa_kernels.history import HostRing, Ring
+from lesa_kernels.history import Ring
 from lesa_kernels.stopwatch import Stopwatch
 
 
@@ -24,11 +24,8 @@ class Summary:
         full_seconds: mean time of a full call, measured on the device; 0 where there was none.
         forecast_seconds: mean time of a forecast call, forecast and tail of the model.
         plan: the plan as text, empty where none could be made.
-        history_bytes: memory of the rings while it ran, with the scales and forecasts that lie beside their slots.
+        history_bytes: memory of the rings while it ran.
         history_memory: where they lay, empty where there was none.
-        copied_bytes: carried between the features' device and a history in the host's memory.
-        copy_seconds: time of these copies.
-        host_seconds: time of the forecasts on the host.
         refused: why the run went on without forecasts, None where nothing was unexpected.
         errors: (full step, mean |forecast - feature| / mean |feature|) of what the checked steps would have been
             forecast, the worst of all cache contexts; see `check_every` of `lesa.enable`.
@@ -43,19 +40,8 @@ class Summary:
     plan: str = ""
     history_bytes: int = 0
     history_memory: str = ""
-    copied_bytes: int = 0
-    copy_seconds: float = 0.0
-    host_seconds: float = 0.0
     refused: str | None = None
     errors: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def copies(self) -> str:
-        """The cost of a history in the host's memory, as text."""
-        return (
-            f"{self.copied_bytes / 2**20:.1f} MiB copied from and to the host in {self.copy_seconds:.3f} s, "
-            f"forecast there in {self.host_seconds:.3f} s"
-        )
 
     def __str__(self) -> str:
         lines = [
@@ -64,7 +50,6 @@ class Summary:
             f"time: {self.full_seconds * 1e3:.2f} ms a full call, {self.forecast_seconds * 1e3:.2f} ms a forecast call",
             f"history: {self.history_bytes / 2**20:.1f} MiB" + (self.history_memory and f" on {self.history_memory}"),
         ]
-        lines += [f"history in the host's memory: {self.copies}"] if self.copied_bytes else []
         if self.errors:
             steps = ", ".join(f"{error:.3g} (step {step})" for step, error in self.errors)
             lines.append(f"checked steps would have been forecast with a relative error of {steps}")
@@ -82,8 +67,8 @@ class Tally:
         full: times the full calls.
         forecast: times the forecast calls.
         plan: the first plan as text.
-        rings: what the histories took, as (bytes, where).
-        host_rings: the histories in the host's memory.
+        history_bytes: what the histories took.
+        history_memory: where they lay.
         refused: why there are no more forecasts.
         errors: (full step, how far it was from what it would have been forecast, []) of all cache contexts.
     """
@@ -95,23 +80,13 @@ class Tally:
     plan: str = ""
     history_bytes: int = 0
     history_memory: str = ""
-    copied_bytes: int = 0
-    copy_seconds: float = 0.0
-    host_seconds: float = 0.0
     refused: str | None = None
     errors: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def note_ring(self, ring: Ring) -> None:
         """Count the memory of a ring that was just made."""
         self.history_bytes += ring.nbytes
-        self.history_memory = str(ring.memory)
-
-    def note_copies(self, ring: Ring | None) -> None:
-        """Count what a ring that is no longer needed cost."""
-        if isinstance(ring, HostRing):
-            self.copied_bytes += ring.copied_bytes
-            self.copy_seconds += ring.copies.seconds
-            self.host_seconds += ring.forecasts.seconds
+        self.history_memory = str(ring.device)
 
     def summary(self) -> Summary:
         """Return what is known now; waits for the device to reach the last measured call."""
@@ -125,9 +100,6 @@ class Tally:
             plan=self.plan,
             history_bytes=self.history_bytes,
             history_memory=self.history_memory,
-            copied_bytes=self.copied_bytes,
-            copy_seconds=self.copy_seconds,
-            host_seconds=self.host_seconds,
             refused=self.refused,
             errors=_worst((step, float(error)) for step, error in self.errors),
         )
@@ -158,9 +130,6 @@ def merged(summaries: Sequence[Summary]) -> Summary:
         # One model's history is given back when the next one begins.
         history_bytes=max(each.history_bytes for each in summaries),
         history_memory=first.history_memory or summaries[-1].history_memory,
-        copied_bytes=sum(each.copied_bytes for each in summaries),
-        copy_seconds=sum(each.copy_seconds for each in summaries),
-        host_seconds=sum(each.host_seconds for each in summaries),
         errors=_worst(error for each in summaries for error in each.errors),
         refused=next((each.refused for each in summaries if each.refused), None),
     )

@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.runs import Forecast
-
 
 class Tap:
     """Reads or replaces the first argument of a module.
@@ -19,7 +17,7 @@ class Tap:
 
     def __init__(self) -> None:
         self.captured: Tensor | None = None
-        self.forecast: Tensor | Forecast | None = None
+        self.forecast: Tensor | None = None
         self._module: nn.Module | None = None
         self._handle: RemovableHandle | None = None
 

@@ -34,7 +34,6 @@ def test_a_smaller_dtype_takes_less_memory(setting: Setting) -> None:
         line = history.measure(setting, case)
         sizes = dict(zip(history.DTYPES, (size for _, size in line.found), strict=True))
         assert sizes[torch.float32] == 2 * sizes[torch.float16] == 2 * sizes[torch.bfloat16]
-        assert sizes[torch.int8] == sizes[torch.float8_e4m3fn] < sizes[torch.float32]
         assert all(quality > 30 for quality, _ in line.found)
 
 
@@ -52,8 +51,8 @@ def test_the_table_goes_to_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     page.write_text(f"before {pages.mark(history.COMMAND)} old {pages.END} after")
     case = next(history.cases(setting, 5, TrainingConfig(1, 0)))
     monkeypatch.setattr(history, "cases", lambda _: [case])
-    monkeypatch.setattr(history, "measure", lambda _, each: history.Line(each, ((40.0, 2**20),) * 5))
+    monkeypatch.setattr(history, "measure", lambda _, each: history.Line(each, ((40.0, 2**20),) * 3))
     history.main(samples=2, page=page)
     text = page.read_text()
-    assert "old" not in text and text.count("| 40.00 dB, 1.0 MiB") == 5
+    assert "old" not in text and text.count("| 40.00 dB, 1.0 MiB") == 3
     assert "| TaylorSeer 2, sigma | uniform in sigma | a segment | 40.00 dB, 1.0 MiB |" in text

@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def toolchain(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "build_backend"))
-    for name in ("LESA_BUILD", "CUDAARCHS", "MAX_JOBS", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+    for name in (
+        "LESA_BUILD",
+        "CUDAARCHS",
+        "TORCH_CUDA_ARCH_LIST",
+        "MAX_JOBS",
+        "CXX",
+        "CUDACXX",
+        "CUDA_HOME",
+        "CUDA_PATH",
+    ):
         monkeypatch.delenv(name, raising=False)
     import lesa_toolchain
 
@@ -111,13 +120,83 @@ def test_missing_nvcc_leaves_out_cuda_alone(toolchain: ModuleType, monkeypatch: 
 
 
 def test_architectures(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert toolchain.choose_architectures((75, 80, 90, 100)) == ("80-real;90-real;100-real;100-virtual", [])
+    everything = "80-real;90-real;100-real;120-real;120-virtual"
+    assert toolchain.choose_architectures((75, 80, 86, 90, 100, 103, 120, 121)) == (everything, [])
     assert toolchain.choose_architectures((75, 80, 90)) == (
         "80-real;90-real;90-virtual",
-        ["nvcc does not know sm_100: left out"],
+        ["nvcc does not know sm_100: left out", "nvcc does not know sm_120: left out"],
     )
-    monkeypatch.setenv("CUDAARCHS", "89")
-    assert toolchain.choose_architectures((75, 80)) == ("89", [])
+    with pytest.raises(toolchain.Missing, match="nvcc compiles for none of sm_80, sm_90, sm_100, sm_120"):
+        toolchain.choose_architectures((50, 75))
+
+
+@pytest.mark.parametrize("asked", ["89", "80-real;90a-virtual", "native"])
+def test_cudaarchs_is_taken_as_it_is(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("CUDAARCHS", asked)
+    assert toolchain.choose_architectures((75, 80, 89, 90)) == (asked, [])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "no such thing")
+    wins = ["TORCH_CUDA_ARCH_LIST is set as well as CUDAARCHS: CUDAARCHS wins"]
+    assert toolchain.choose_architectures((75, 80, 89, 90)) == (asked, wins)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("75", r"CUDAARCHS=`75` asks for sm_75, but the kernels need sm_80 or newer: leave it out\. .* LESA_BUILD=cpu"),
+        ("90;70-virtual", "CUDAARCHS=`90;70-virtual` asks for sm_70"),
+        ("120", "CUDAARCHS=`120` asks for sm_120, but nvcc knows 75, 80, 90 only"),
+        ("all", "CUDAARCHS must be `native` or architectures from 80 on as in `80;90-real`, got `all` in `all`"),
+        ("80,90", "got `80,90` in `80,90`"),
+        ("90;", "got `` in `90;`"),
+    ],
+)
+def test_cudaarchs_that_cannot_be_compiled_is_refused(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, said: str
+) -> None:
+    monkeypatch.setenv("CUDAARCHS", asked)
+    with pytest.raises(toolchain.BuildError, match=said):
+        toolchain.choose_architectures((75, 80, 90))
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "left_out"),
+    [
+        ("8.0;9.0+PTX", "80-real;90-real;90-virtual", []),
+        ("8.0 9.0", "80-real;90-real", []),
+        ("Hopper", "90-real;90-virtual", []),
+        ("Ampere;9.0a;8.0", "80-real;86-real;86-virtual;90a-real", []),
+        ("7.0 7.5 8.0 12.0+PTX;", "80-real;120-real;120-virtual", ["kernels need sm_80: sm_70", "sm_75"]),
+        ("Blackwell", "100-real;120-real", ["nvcc does not know sm_103", "nvcc does not know sm_121"]),
+        ("native", "native", []),
+    ],
+)
+def test_torch_s_list_of_architectures_is_honoured(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, chosen: str, left_out: list[str]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    found, notes = toolchain.choose_architectures((75, 80, 86, 90, 100, 120))
+    assert found == chosen
+    assert len(notes) == len(left_out)
+    for note, said in zip(notes, left_out, strict=True):
+        assert note.startswith("TORCH_CUDA_ARCH_LIST: ") and said in note and note.endswith("left out")
+
+
+@pytest.mark.parametrize("asked", ["sm_90", "9", "90", "Hoper", "8.0,9.0"])
+def test_an_unknown_word_in_torch_s_list_is_refused(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(toolchain.BuildError, match=rf"got `{asked}` in `{asked}`: mend it, or set CUDAARCHS"):
+        toolchain.choose_architectures((80, 90))
+
+
+@pytest.mark.parametrize("asked", ["7.5+PTX", "12.0", " "])
+def test_torch_s_list_without_a_usable_architecture_leaves_out_cuda(
+    toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(toolchain.Missing, match="holds nothing that nvcc and the kernels know"):
+        toolchain.choose_architectures((75, 80, 90))
 
 
 def test_max_jobs(toolchain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesa_kernels import Forecaster, LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer, session
-from lesa_kernels.history import HostRing
+from lesa_kernels import Forecaster, LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.plan import Row, RowRule
 
 STEPS = 20
@@ -79,33 +78,22 @@ def test_steps_that_are_full_for_want_of_a_history_are_not_checked() -> None:
     assert plan.full_steps == (0, 1, 2, 3, 9) and plan.checked_steps == (9,)
 
 
-@pytest.mark.parametrize(("dtype", "loss"), [(torch.int8, 0.01), (torch.float8_e4m3fn, 0.07), (torch.bfloat16, 0.01)])
-def test_errors_of_a_small_history_are_nearly_those_of_a_plain_one(dtype: torch.dtype, loss: float) -> None:
+def test_errors_of_a_small_history_are_nearly_those_of_a_plain_one() -> None:
     features, plan = _features(), TaylorSeer(1).plan(SIGMAS, SPARSE, check_every=1)
-    runs = [Session(plan), Session(plan, history_dtype=dtype)]
+    runs = [Session(plan), Session(plan, history_dtype=torch.bfloat16)]
     for run in runs:
         _run(run, features)
     plain, small = (run.errors for run in runs)
     assert plain.keys() == small.keys()
     for step in plain:
-        assert 0 < abs(small[step] - plain[step]) < loss * (1 + 2 * plan.full_steps.index(step))
+        assert 0 < abs(small[step] - plain[step]) < 0.01 * (1 + 2 * plan.full_steps.index(step))
 
 
-def test_a_run_of_full_steps_alone_can_be_checked_in_a_scaled_history() -> None:
+def test_a_run_of_full_steps_alone_can_be_checked() -> None:
     every, features = Schedule.explicit(STEPS, range(STEPS)), _features()
-    run = Session(Reuse().plan(SIGMAS, every, check_every=1), history_dtype=torch.int8)
+    run = Session(Reuse().plan(SIGMAS, every, check_every=1), history_dtype=torch.bfloat16)
     _run(run, features)
     assert run.errors.keys() == set(range(1, STEPS))
-
-
-def test_a_history_on_the_host_is_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, features = TaylorSeer(2).plan(SIGMAS, SPARSE, check_every=1), _features()
-    plain = Session(plan)
-    _run(plain, features)
-    monkeypatch.setattr(session, "lies_elsewhere", lambda device: True)
-    on_host = Session(plan, history_device="cpu")
-    _run(on_host, features)
-    assert isinstance(on_host.ring, HostRing) and on_host.errors == plain.errors
 
 
 def test_a_new_run_begins_without_errors() -> None:

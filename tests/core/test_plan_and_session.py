@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa_kernels import Forecaster, LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.plan import Row, RowRule, compile_plan
@@ -77,29 +79,6 @@ def test_any_rows_in_any_chunks_give_the_stepwise_result(compiled: tuple[Plan, R
     want = _stepwise(rows, plan, features)
     for got, wanted in zip(_run(plan, features), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-
-
-@settings(max_examples=60, deadline=None)
-@given(_compiled())
-def test_a_scaled_history_keeps_what_is_read_later_and_nothing_else(compiled: tuple[Plan, RowRule]) -> None:
-    plain, _ = compiled
-    plan = plain.for_history(scaled=True)
-    launches = [launch for segment in plan.segments for launch in segment.launches]
-    read = {step for launch in launches for step in launch.inputs}
-    lies_in: dict[int, int] = {}
-    for segment in plan.segments:
-        assert (segment.slot is None) == (segment.full_step not in read)
-        if segment.slot is not None:
-            lies_in[segment.slot] = segment.full_step
-        for launch in segment.launches:
-            assert [lies_in[slot] for slot in launch.read] == list(launch.inputs)
-            for step, slot in zip(launch.steps, launch.write, strict=True):
-                assert (slot == -1) == (step not in read)
-                if slot != -1:
-                    lies_in[slot] = step
-    assert plan.num_slots == len(lies_in) <= plain.num_slots
-    assert plan.most_outputs == max((len(launch.steps) for launch in launches), default=0)
-    assert plan.for_history(scaled=True) is plan and plan.for_history(scaled=False) == plain
 
 
 def test_forecasts_of_a_segment_stay_valid_until_the_next_push() -> None:
@@ -179,6 +158,63 @@ def test_history_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(session.forecast(1), feature.to(dtype).to(feature.dtype))
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int16], ids=str
+)
+def test_other_dtypes_are_no_history(dtype: torch.dtype) -> None:
+    plan = Reuse().plan(SIGMAS, Schedule.explicit(20, [0]))
+    with pytest.raises(TypeError, match=rf"history_dtype must be None or one of .*torch\.bfloat16.*, got {dtype}"):
+        Session(plan, history_dtype=dtype)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_ring_takes_what_the_plan_says(dtype: torch.dtype, chunk: int | None) -> None:
+    session = Session(TaylorSeer(2).plan(SIGMAS, Schedule.interval(20, 5), chunk=chunk), history_dtype=dtype)
+    session.push(0, torch.randn(2, 8, 16))
+    assert session.ring is not None
+    assert session.ring.nbytes == session.plan.ring_bytes((2, 8, 16), dtype.itemsize)
+    assert session.ring.nbytes == (4 if chunk else 6) * 256 * dtype.itemsize
+
+
+class Calls(TorchDispatchMode):
+    """Notes the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_cached_step_calls_one_op_and_takes_views(dtype: torch.dtype | None) -> None:
+    session = Session(TaylorSeer(2).plan(SIGMAS, Schedule.interval(20, 5)), history_dtype=dtype)
+    features = [torch.randn(3, 8, dtype=torch.bfloat16) for _ in range(20)]
+    memory, ops = set(), set()
+    for _ in range(2):
+        for step, feature in enumerate(features):
+            if session.plan.is_full(step):
+                session.push(step, feature)
+                continue
+            with Calls() as calls:
+                forecast = session.forecast(step)
+            ops |= calls.ops
+            memory.add(forecast.untyped_storage().data_ptr())
+    assert ops == {"lesa::forecast_into", "aten::select.int"} and len(memory) == 1
+
+
+def test_another_run_may_bring_features_of_another_dtype() -> None:
+    session = Session(Reuse().plan(SIGMAS, Schedule.explicit(20, [0])), history_dtype=torch.bfloat16)
+    feature = torch.randn(3, 8)
+    for dtype in (torch.bfloat16, torch.float32):
+        session.push(0, feature.to(dtype))
+        forecast = session.forecast(1)
+        assert forecast.dtype == dtype and torch.equal(forecast, feature.bfloat16().to(dtype))
+
+
 def test_a_run_inside_inference_mode_and_one_outside() -> None:
     session = Session(TaylorSeer(1).plan(SIGMAS, Schedule.explicit(20, [0, 3])))
     feature = torch.randn(5, requires_grad=True)
@@ -243,18 +279,6 @@ def test_a_segment_longer_than_a_launch_is_split() -> None:
     plan = TaylorSeer(1).plan(sigmas, Schedule.explicit(100, [0]))
     assert [len(launch.steps) for launch in plan.segments[0].launches] == [64, 35]
     assert len(_run(plan, [torch.randn(2)] * 100)) == 100
-
-
-def test_a_scaled_plan_in_numbers(flux_sigmas: list[float]) -> None:
-    shape, elements, scales = (1, 4096, 3072), 4096 * 3072, 4 * 4096
-    whole = TaylorSeer(2).plan(flux_sigmas, Schedule.interval(50, 7)).for_history(scaled=True)
-    assert (whole.num_slots, whole.most_outputs) == (3, 6)
-    assert whole.ring_bytes(shape, 2) == 3 * (elements + scales) + 6 * elements * 2
-    ring = "ring: 3 slots of one byte an element, and the forecasts of a launch, at most 6, 180.0 MiB for features"
-    assert ring in whole.describe(shape)
-    lesa = LesaPredictor(num_steps=50, hidden_dim=8).plan(flux_sigmas, Schedule.interval(50, 7), chunk=1)
-    stepwise = lesa.for_history(scaled=True)
-    assert stepwise.ring_bytes(shape, 2) == 8 * (elements + scales) + elements * 2 < 0.63 * lesa.ring_bytes(shape, 2)
 
 
 def test_the_plan_prints_itself(flux_sigmas: list[float]) -> None:

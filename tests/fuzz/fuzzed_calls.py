@@ -114,40 +114,6 @@ def push(draw: Draw) -> dict[str, Any]:
     return {"ring": ring, "feature": feature, "slot": draw(st.integers(0, len(ring) - 1))}
 
 
-def forecast_norm(draw: Draw) -> dict[str, Any]:
-    ring = _ring(draw, [(2, 5), (2, 3, 17), (1, 2, 3, 130), (0, 3, 4), (2, 0, 4), (1, 1)])
-    read, write = _slots(draw, len(ring), 9), draw(st.sampled_from([[], [0]]))
-    coefficients, offsets, scale, shift = _parameters(
-        draw, ring.dtype, (1, len(read)), (1,), (ring.shape[1], ring.shape[-1]), (ring.shape[1], ring.shape[-1])
-    )
-    return {"ring": ring, "coefficients": coefficients, "offsets": offsets, "read": read, "write": write,
-            "scale": scale, "shift": shift, "eps": draw(st.sampled_from([1e-6, 1e-5]))}  # fmt: skip
-
-
-def _scaled(draw: Draw) -> tuple[Tensor, Tensor]:
-    shape = draw(st.sampled_from([(5,), (2, 3), (3, 0), (2, 2, 130), (0, 4)]))
-    slots = draw(st.integers(1, 5))
-    # Not zero: int8 of zeros would hide what is not written.
-    elements = torch.randint(-127, 128, (slots, *shape))
-    return elements.to(draw(st.sampled_from([torch.int8, torch.float8_e4m3fn]))), torch.rand(slots, *shape[:-1])
-
-
-def push_scaled(draw: Draw) -> dict[str, Any]:
-    ring, scales = _scaled(draw)
-    feature = torch.randn(ring.shape[1:]).to(draw(st.sampled_from(DTYPES[:3])))
-    return {"ring": ring, "scales": scales, "feature": feature, "slot": draw(st.integers(0, len(ring) - 1))}
-
-
-def forecast_scaled_into(draw: Draw) -> dict[str, Any]:
-    ring, scales = _scaled(draw)
-    read = _slots(draw, len(ring), 9)
-    write = [slot if draw(st.booleans()) else -1 for slot in _slots(draw, len(ring), 4, distinct=True)]
-    out = torch.empty(len(write), *ring.shape[1:]).fill_(7).to(draw(st.sampled_from(DTYPES[:3])))
-    coefficients, offsets = _parameters(draw, out.dtype, (len(write), len(read)), (len(write),))
-    return {"ring": ring, "scales": scales, "out": out, "coefficients": coefficients, "offsets": offsets,
-            "read": read, "write": write}  # fmt: skip
-
-
 def gram(draw: Draw) -> dict[str, Any]:
     return {"features": _history(draw, draw(st.sampled_from(DTYPES)))}
 
@@ -170,8 +136,8 @@ def kan_linear_backward(draw: Draw) -> dict[str, Any]:
 
 VALID: dict[str, Callable[[Draw], dict[str, Any]]] = {
     each.__name__: each
-    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, forecast_norm, push_scaled,
-                 forecast_scaled_into, gram, kan_linear, kan_linear_backward)
+    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, gram,
+                 kan_linear, kan_linear_backward)
 }  # fmt: skip
 
 

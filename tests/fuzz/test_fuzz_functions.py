@@ -45,10 +45,6 @@ def _session(step: int = 0) -> lesa.Session:
     return session
 
 
-def _norm(**arguments: Any) -> torch.Tensor:
-    return _session(2).forecast_norm(**arguments)
-
-
 class Small(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,13 +119,12 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "plan": (_plan, {"sigmas": SIGMAS, "schedule": SCHEDULE, "first_step": 0, "chunk": 1, "check_every": 1,
                      "on_other_sigmas": "refuse"}),
     "Plan.describe": (_plan().describe, {"shape": (2, 3), "itemsize": 2}),
-    "Session": (lesa.Session, {"plan": _plan(), "history_dtype": None, "history_device": None}),
+    "Session": (lesa.Session, {"plan": _plan(), "history_dtype": None}),
     "Session.push": (lambda **a: _session().push(**a), {"step": 0, "feature": FEATURE}),
     "Session.forecast": (lambda **a: _session(2).forecast(**a), {"step": 2}),
-    "Session.forecast_norm": (_norm, {"step": 2, "scale": torch.ones(2, 4), "shift": torch.ones(2, 4), "eps": 1e-6}),
     "enable": (_enable, {"predictor": lesa.TaylorSeer(1), "schedule": SCHEDULE, "sigmas": SIGMAS, "capture": "norm_out",
-                         "history_dtype": None, "history_device": None, "on_other_sigmas": "refuse", "chunk": None,
-                         "check_every": 1, "max_error": 1.0, "scheduler": None}),
+                         "history_dtype": None, "on_other_sigmas": "refuse", "chunk": None, "check_every": 1,
+                         "max_error": 1.0, "scheduler": None}),
     "enable target": (lesa.enable, {"target": Small(), "sigmas": SIGMAS}),
     "disable": (lesa.disable, {"target": Small()}),
     "summary": (lesa.summary, {"target": Small()}),

@@ -66,7 +66,9 @@ def test_a_model_compiled_in_place_is_one_graph_for_each_kind_of_step(name: str)
     torch.testing.assert_close(sample(model, name), plain)
 
 
-@pytest.mark.parametrize("options", [{}, {"history_dtype": torch.int8}, {"history_dtype": torch.int8, "chunk": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"history_dtype": torch.bfloat16}, {"history_dtype": torch.bfloat16, "chunk": 1}]
+)
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_wrapped_model_is_one_graph_for_each_kind_of_step(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
@@ -97,7 +99,7 @@ def test_a_model_that_ran_compiled_can_be_enabled_and_disabled() -> None:
         torch.testing.assert_close(sample(model, "wan"), plain)
 
 
-@pytest.mark.parametrize("name", ["qwen", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "sd3"])
 def test_a_model_that_is_compiled_later_breaks_where_it_is_decided_alone(name: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -76,9 +76,3 @@ def test_features_of_a_model_that_ran_compiled_before_are_recorded(in_place: boo
             with lesa.recorded(target) as features:
                 target(**call_arguments(latents, 0.4))
             assert len(features) == 1
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda", 3])
-def test_a_history_that_is_nowhere_is_refused(device: object) -> None:
-    with pytest.raises(ValueError, match="history_device must be None"):
-        lesa.enable(tiny_transformer(), sigmas=SIGMAS, history_device=device)  # type: ignore[arg-type]

@@ -32,20 +32,6 @@ def _into(seed: int) -> list[Tensor]:
     return [ring]
 
 
-def _scaled(seed: int) -> list[Tensor]:
-    ring, scales = torch.zeros(3, 50, 200, dtype=torch.int8), torch.zeros(3, 50)
-    out = torch.zeros(1, 50, 200)
-    torch.ops.lesa.push_scaled(ring, scales, _numbers(50, 200, seed=seed), 0)
-    torch.ops.lesa.forecast_scaled_into(ring, scales, out, torch.ones(1, 1), torch.ones(1), [0], [1])
-    return [ring, scales, out]
-
-
-def _norm(seed: int) -> list[Tensor]:
-    ring, (scale, shift) = _numbers(3, 2, 50, 200, seed=seed), _numbers(2, 2, 200, seed=3)
-    normed = torch.ops.lesa.forecast_norm(ring, _numbers(1, 2, seed=1), torch.ones(1), [0, 1], [2], scale, shift, 1e-6)
-    return [normed, ring]
-
-
 def _trained(seed: int) -> list[Tensor]:
     history = list(_numbers(4, ELEMENTS, seed=seed))
     parameters = [_numbers(length, seed=5).requires_grad_() for length in (4, 1, 1)]
@@ -57,8 +43,6 @@ def _trained(seed: int) -> list[Tensor]:
 
 OPS: dict[str, Callable[[int], list[Tensor]]] = {
     "forecast_into, push": _into,
-    "scaled": _scaled,
-    "forecast_norm": _norm,
     "predict, backward, predict_l1": _trained,
     "gram": lambda seed: [torch.ops.lesa.gram(list(_numbers(6, ELEMENTS, seed=seed)))],
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,22 +16,6 @@ H = [torch.randn(2, 3) for _ in range(3)]
 W, B, G = torch.randn(3), torch.randn(1), torch.randn(1)
 RING, ROWS, OFFSETS = torch.randn(4, 2, 3), torch.randn(2, 3), torch.randn(2)
 
-
-def _changed(valid: dict[str, Any]) -> Callable[..., tuple[Any, ...]]:
-    """Arguments by position: the valid ones but for those that are named."""
-    return lambda **changed: tuple({**valid, **changed}.values())
-
-
-SLOTS, SCALES = torch.zeros(4, 2, 3, dtype=torch.int8), torch.ones(4, 2)
-_norm = _changed({
-    "ring": torch.randn(4, 2, 5, 3), "coefficients": torch.randn(1, 3), "offsets": torch.randn(1), "read": [0, 1, 2],
-    "write": [3], "scale": torch.randn(2, 3), "shift": torch.randn(2, 3), "eps": 1e-6,
-})  # fmt: skip
-_pushed = _changed({"ring": SLOTS, "scales": SCALES, "feature": RING[0], "slot": 0})
-_scaled = _changed({
-    "ring": SLOTS, "scales": SCALES, "out": torch.zeros(2, 2, 3), "coefficients": ROWS, "offsets": OFFSETS,
-    "read": [0, 1, 2], "write": [3, -1],
-})  # fmt: skip
 
 CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("predict", ([], W, B, G), r"lesa::predict: history must hold 1 to 64 tensors, got 0"),
@@ -59,42 +42,6 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
     ("push", (RING, torch.randn(3, 2), 0), r"feature must have shape \(2, 3\) like a slot of ring, got \(3, 2\)"),
     ("push", (RING, torch.randn(2, 3), 4), r"slot must be a slot in \[0, 4\), got 4"),
     ("push", (RING, torch.ones(2, 3, dtype=torch.int64), 0), r"feature must have a dtype of float32.*got int64"),
-    ("forecast_norm", _norm(ring=torch.ones(4, 3)), r"lesa::forecast_norm: ring must .* \(slots, batch, \.\.\., "),
-    ("forecast_norm", _norm(ring=torch.ones(4, 2, 0)), r"channels >= 1\), got \(4, 2, 0\)"),
-    ("forecast_norm", _norm(ring=torch.ones(4, 2, 5, 3).int()), r"ring must have a dtype of float32.*got int32"),
-    ("forecast_norm", _norm(ring=torch.ones(4, 2, 3, 5).mT), r"ring must be contiguous, got strides \(30, 15, 1, 5\)"),
-    ("forecast_norm", _norm(coefficients=ROWS), r"coefficients must have shape \(1, 3\), got \(2, 3\)"),
-    ("forecast_norm", _norm(coefficients=ROWS[:1].half()), r"coefficients must have dtype float32.*got float16"),
-    ("forecast_norm", _norm(offsets=OFFSETS), r"offsets must have shape \(1,\), got \(2,\)"),
-    ("forecast_norm", _norm(read=[]), r"read must name 1 to 64 slots, got 0"),
-    ("forecast_norm", _norm(read=[0, 1, 4]), r"read\[2\] must be a slot in \[0, 4\), got 4"),
-    ("forecast_norm", _norm(write=[0, 1]), r"write must name one slot, or none to keep nothing, got 2"),
-    ("forecast_norm", _norm(write=[-1]), r"write\[0\] must be a slot in \[0, 4\), got -1"),
-    ("forecast_norm", _norm(scale=torch.randn(1, 3)), r"scale must have shape \(2, 3\), got \(1, 3\)"),
-    ("forecast_norm", _norm(shift=torch.randn(2, 3).half()), r"shift must have dtype float32.*got float16"),
-    ("push_scaled", _pushed(ring=RING), r"lesa::push_scaled: ring .* of int8 or float8_e4m3fn, got float32"),
-    ("push_scaled", _pushed(ring=SLOTS[0, 0]), r"ring must have shape \(slots, \.\.\., channels\), got \(3,\)"),
-    ("push_scaled", _pushed(ring=SLOTS.view(4, 3, 2).mT), r"ring must be contiguous, got strides \(6, 1, 2\)"),
-    ("push_scaled", _pushed(scales=SCALES[:3]), r"scales must have shape \(4, 2\), got \(3, 2\)"),
-    ("push_scaled", _pushed(scales=SCALES.half()), r"scales must have dtype float32, got float16"),
-    ("push_scaled", _pushed(scales=torch.ones(2, 4).T), r"scales must be contiguous, got strides \(1, 4\)"),
-    ("push_scaled", _pushed(feature=RING[0].int()), r"feature must have a dtype of float32, float16, .*got int32"),
-    ("push_scaled", _pushed(feature=RING[0, 0]), r"feature must have shape \(2, 3\), got \(3,\)"),
-    ("push_scaled", _pushed(feature=torch.ones(3, 2).T), r"feature must be contiguous, got strides \(1, 2\)"),
-    ("push_scaled", _pushed(slot=4), r"slot must be a slot in \[0, 4\), got 4"),
-    ("forecast_scaled_into", _scaled(ring=RING), r"lesa::forecast_scaled_into: ring must have a dtype.*got float32"),
-    ("forecast_scaled_into", _scaled(scales=SCALES[:3]), r"scales must have shape \(4, 2\), got \(3, 2\)"),
-    ("forecast_scaled_into", _scaled(out=torch.zeros(2, 3)), r"out must have shape \(2, 2, 3\), got \(2, 3\)"),
-    ("forecast_scaled_into", _scaled(out=torch.zeros(2, 2, 3).int()), r"out must have a dtype of float32.*got int32"),
-    ("forecast_scaled_into", _scaled(out=torch.zeros(2, 3, 2).mT), r"out must be contiguous, got strides \(6, 1, 2\)"),
-    ("forecast_scaled_into", _scaled(out=torch.zeros(1, 2, 3)), r"out must hold 2 features.*, got 1"),
-    ("forecast_scaled_into", _scaled(coefficients=ROWS[:, :2]), r"coefficients must have shape \(M, 3\), got \(2, 2\)"),
-    ("forecast_scaled_into", _scaled(coefficients=ROWS.half()), r"coefficients must have dtype float32.*got float16"),
-    ("forecast_scaled_into", _scaled(offsets=OFFSETS[:1]), r"offsets must have shape \(2,\), got \(1,\)"),
-    ("forecast_scaled_into", _scaled(read=[0, 1, 4]), r"read\[2\] must be a slot in \[0, 4\), got 4"),
-    ("forecast_scaled_into", _scaled(write=[0]), r"write must hold 2 numbers \(the rows of coefficients\), got 1"),
-    ("forecast_scaled_into", _scaled(write=[-2, 0]), r"write\[0\] must be -1 or a slot in \[0, 4\), got -2"),
-    ("forecast_scaled_into", _scaled(write=[3, 3]), r"write must name distinct slots, got slot 3 twice"),
     ("gram", ([],), r"lesa::gram: features must hold 1 to 64 tensors, got 0"),
     ("gram", (H * 22,), r"lesa::gram: features must hold 1 to 64 tensors, got 66"),
     ("gram", ([*H[:2], torch.randn(2, 4)],), r"features\[2\] must have shape \(2, 3\) like .*, got \(2, 4\)"),
@@ -144,8 +91,6 @@ def test_an_error_changes_nothing() -> None:
     before = ring.clone()
     with pytest.raises((ValueError, RuntimeError)):
         torch.ops.lesa.forecast_into(ring, torch.randn(2, 3), torch.randn(2), [0, 1, 2], [3, 9])
-    with pytest.raises((ValueError, RuntimeError)):
-        torch.ops.lesa.forecast_norm(*_norm(ring=ring, shift=torch.randn(1, 3)))
     assert torch.equal(ring, before)
 
 

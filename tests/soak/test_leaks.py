@@ -51,8 +51,7 @@ def op_calls() -> list[Callable[[], object]]:
     parameters = torch.randn(4), torch.randn(1), torch.randn(1)
     wanted = [each.clone().requires_grad_() for each in parameters]
     rows, offsets = torch.randn(2, 3), torch.randn(2)
-    ring, tokens, (scale, shift) = torch.randn(5, 3, 40), torch.randn(5, 2, 3, 8), torch.randn(2, 2, 8)
-    elements, scales = torch.zeros(5, 3, 40, dtype=torch.int8), torch.ones(5, 3)
+    ring = torch.randn(5, 3, 40)
     x, grid = torch.rand(6, 3), torch.arange(12.0).expand(3, 12).contiguous() / 4 - 1
     layer = torch.randn(4, 3), torch.randn(4, 3, 8), torch.randn(4, 3)
 
@@ -75,9 +74,6 @@ def op_calls() -> list[Callable[[], object]]:
         lambda: ops.forecast(history[:3], rows, offsets),
         lambda: ops.forecast_into(ring, rows, offsets, [0, 1, 2], [3, 4]),
         lambda: ops.push(ring, history[0], 1),
-        lambda: ops.forecast_norm(tokens, rows[:1], offsets[:1], [0, 1, 2], [3], scale, shift, 1e-6),
-        lambda: ops.push_scaled(elements, scales, history[0], 0),
-        lambda: ops.forecast_scaled_into(elements, scales, ring[:2], rows, offsets, [0, 1, 2], [3, -1]),
         lambda: ops.gram(history),
         lambda: ops.kan_linear(x, grid, *layer),
         lambda: ops.kan_linear_backward(x.new_ones(6, 4), x, grid, *layer),
@@ -103,9 +99,7 @@ class SmallModel(nn.Module):
 
 STEPS = 8
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
-OPTIONS: list[dict[str, Any]] = [
-    {}, {"chunk": 1}, {"history_dtype": torch.int8}, {"check_every": 1}, {"history_dtype": torch.bfloat16},
-]  # fmt: skip
+OPTIONS: list[dict[str, Any]] = [{}, {"chunk": 1}, {"check_every": 1}, {"history_dtype": torch.bfloat16}]
 
 
 def sampling_runs() -> Callable[[], object]:

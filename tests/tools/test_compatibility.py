@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -22,6 +23,10 @@ WHICH = [
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A pip that knows the wheels of the test alone, and nothing of this machine's configuration."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(compatibility, "FOLDER", tmp_path / "elsewhere")
@@ -53,7 +58,20 @@ def test_it_runs_with_what_can_be_had_and_names_the_rest(tmp_path: Path, capfd: 
 def test_builds_for_gpus_are_not_fetched(tmp_path: Path) -> None:
     offer(tmp_path, "0.1.0")
     offer(tmp_path, "0.1.0+cu130")
-    assert compatibility.fetch("0.1.0") is None
+    with pytest.raises(compatibility.NotOfferedError, match=r"no CPU build of it for this Python$"):
+        compatibility.fetch("0.1.0")
+
+
+def test_a_constraint_that_leaves_no_build_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    offer(tmp_path, "0.1.0+cpu")
+    (tmp_path / "constraints.txt").write_text("torch<0.1\n")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))
+    assert compatibility.main(WHICH, ("0.1.0",)) == 0
+    assert "torch 0.1.0: not run: pip finds no CPU build of it for this Python under its constraint torch<0.1\n" in (
+        capfd.readouterr().out
+    )
 
 
 def test_a_fault_of_the_download_is_told(tmp_path: Path) -> None:

@@ -9,18 +9,15 @@ from typing import Any
 import cases
 import pytest
 import torch
-from triton_places import ON_GPU, PTXSIM
 
 from lesa_kernels.reference import TOLERANCES, Tolerance
 
+ON_GPU = torch.cuda.is_available()
 ENGINES = ["gpu"] if ON_GPU else ["interpreter", "ptx"]
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
-_needs_simulator = pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX simulator is not at ../shared/ptxsim")
-_PARAMETERS = [pytest.param(name, marks=[_needs_simulator] if name == "ptx" else []) for name in ENGINES]
 
-
-@pytest.fixture(params=_PARAMETERS)
+@pytest.fixture(params=ENGINES)
 def lesa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The package of launchers; its kernels run on the engine of the test, on tensors of its device."""
     from triton_engines import interpreter, on_gpu, simulator
@@ -79,36 +76,11 @@ _QUICK: dict[str, dict[str, list[Any]]] = {
         "order": [0, 3],
     },
 }
-# Likewise of the ops that take tokens: a program for each, and the forecast computed as often as a token is walked.
-_QUICK_TOKENS: dict[str, dict[str, list[Any]]] = {
-    "gpu": {},
-    "interpreter": {
-        "dtype": [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-        "source": [torch.bfloat16],
-        "out_dtype": [torch.float32],
-        "shape": [(3, 1), (3, 64), (3, 131), (3, 3072), (2, 3, 4, 9), (0, 8), (3, 0), (0,)],
-        "channels": [1, 7, 131, 3072],
-        "feature": [(40,), (0,), (0, 5), (5, 0), (1, 40), (2, 3, 5, 24), (0, 4, 8), (2, 0, 8)],
-        "count": [1, 64],
-        "rows": [1, 4, 17],
-    },
-    "ptx": {
-        "dtype": [torch.bfloat16, torch.int8, torch.float8_e4m3fn],
-        "source": [torch.bfloat16],
-        "out_dtype": [torch.bfloat16],
-        "shape": [(3, 7), (3, 64), (3, 1030), (3, 0)],
-        "channels": [7, 1030],
-        "feature": [(40,), (5, 0), (3, 40)],
-        "count": [8],
-        "rows": [4],
-    },
-}
 
 
 def _is_quick(item: pytest.Function) -> bool:
     parameters = _parameters_of(item)
     if item.originalname == "test_gram_takes_1_to_64_features" and parameters["count"] == 64:
         return False  # 2,080 products, half a minute in either engine
-    of_file = _QUICK_TOKENS if item.path.stem == "test_triton_tokens" else _QUICK
-    quick = of_file.get(parameters.get("lesa", "gpu"), {})
+    quick = _QUICK.get(parameters.get("lesa", "gpu"), {})
     return all(value in quick[name] for name, value in parameters.items() if name in quick)

@@ -9,9 +9,6 @@ import pytest
 import torch
 import triton
 from triton_engines import Compiled, driver, simulator
-from triton_places import PTXSIM
-
-pytestmark = pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX simulator is not at ../shared/ptxsim")
 
 K = 8
 N = 2048
@@ -21,8 +18,6 @@ LOAD_8_BYTES = r"ld\.global\.v2\.b32"
 MOST_REGISTERS = 128
 # The assembler of Triton 3.6 leaves four numbers out of the registers, to let 12 warps run at a time.
 MOST_STACK_OF_16 = 16 if triton.__version__.startswith("3.6.") else 0
-# Twelve: with vectors of 8 bytes of 8 features each has 64 in flight a thread.
-MOST_REGISTERS_OF_SCALED = 168
 
 
 @pytest.fixture
@@ -120,60 +115,6 @@ def test_no_slot_number_compiles_anew(lesa: ModuleType, size: int) -> None:
     for slot in (0, 1, 16, 39):
         lesa.push(ring, ring[2].clone(), slot)
     assert driver().compilations == before
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_no_slot_of_a_scaled_ring_and_no_choice_of_what_is_kept_compiles_anew(
-    lesa: ModuleType, dtype: torch.dtype
-) -> None:
-    coefficients, offsets = torch.randn(2, 3), torch.randn(2)
-    before = None
-    # As many tokens as may be: one, a multiple of 16, others.
-    for tokens in (3, 1, 16):
-        ring, scales = torch.zeros(40, tokens, 64, dtype=dtype), torch.ones(40, tokens)
-        out, feature = torch.empty(2, tokens, 64), torch.randn(tokens, 64)
-        for read, write in [([2, 3, 4], [5, 6]), ([0, 1, 2], [16, -1]), ([16, 15, 0], [-1, -1]), ([7, 7, 7], [7, 39])]:
-            lesa.forecast_scaled_into(ring, scales, out, coefficients, offsets, read, write)
-            lesa.push_scaled(ring, scales, feature, read[0])
-            before = before or driver().compilations
-    assert driver().compilations == before
-
-
-def test_no_slot_compiles_a_norm_anew(lesa: ModuleType) -> None:
-    before = None
-    for batch, tokens in ((1, 3), (2, 1), (1, 16)):
-        ring, parameters = torch.randn(40, batch, tokens, 64), (torch.randn(1, 3), torch.randn(1))
-        modulation = torch.randn(2, batch, 192)[..., 64:128]
-        for read, write in [([2, 3, 4], [5]), ([0, 1, 2], [16]), ([16, 15, 0], [0])]:
-            lesa.forecast_norm(ring, *parameters, read, write, *modulation, 1e-6 * len(driver().launches))
-            before = before or driver().compilations
-    assert driver().compilations == before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_forecast_with_its_norm_moves_16_bytes_at_a_time(lesa: ModuleType, dtype: torch.dtype) -> None:
-    ring, (scale, shift) = torch.randn(9, 1, 1, N).to(dtype), torch.randn(2, 1, N).to(dtype)
-    lesa.forecast_norm(ring, torch.randn(1, K), torch.randn(1), range(K), [2], scale, shift, 1e-6)
-    (compiled,) = driver().launches
-    # Three walks over the features; in the last, scale and shift, the forecast and its norm.
-    _assert_lean(compiled, 3 * K + 2, 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_scaled_rings_move_vectors_and_round_products_before_sums(lesa: ModuleType, dtype: torch.dtype) -> None:
-    ring, scales, out = torch.zeros(9, 1, N, dtype=dtype), torch.ones(9, 1), torch.empty(6, 1, N, dtype=torch.bfloat16)
-    lesa.forecast_scaled_into(ring, scales, out, torch.randn(6, K), torch.randn(6), range(K), [*range(2, 7), -1])
-    lesa.push_scaled(ring, scales, out[0], 1)
-    for compiled in driver().launches:
-        assert compiled.count(r"(ld|st)\.global\.(v\d\.)?b(8|16)") == 0
-        # A product or sum without a rounding mode may be fused.
-        assert compiled.count(r"(mul|add|sub)\.f32") == 0
-        resources = compiled.resources()
-        assert resources["STACK"] == 0 and resources["LOCAL"] == 0
-        assert resources["REG"] <= MOST_REGISTERS_OF_SCALED
-    forecast, push = driver().launches
-    assert forecast.count(r"ld\.global\.v2\.b32") == 2 * K and forecast.count(STORE) == 6
-    assert push.count(LOAD) == 2 and push.count(r"st\.global\.v2\.b32") == 1
 
 
 def test_the_order_of_a_history_and_its_values_do_not_compile_anew(lesa: ModuleType) -> None:

@@ -35,9 +35,6 @@ def test_float64_features_are_refused_in_the_words_of_the_compiled_kernels(lesa:
         "forecast": lambda: lesa.forecast([h], one[None], one),
         "forecast_into": lambda: lesa.forecast_into(h[None], one[None], one, [0], [0]),
         "push": lambda: lesa.push(torch.ones(2, 3), h, 1),
-        "forecast_norm": lambda: lesa.forecast_norm(
-            h.view(1, 1, 3), one[None], one, [0], [], torch.ones(1, 3), torch.ones(1, 3), 0.0
-        ),
         "gram": lambda: lesa.gram([h]),
         "kan_linear": lambda: lesa.kan_linear(
             h, torch.ones(3, 5), *[torch.ones(s) for s in ((2, 3), (2, 3, 1), (2, 3))]

@@ -7,9 +7,6 @@ import torch
 import triton
 import triton.language as tl
 from triton_engines import simulator
-from triton_places import PTXSIM
-
-pytestmark = pytest.mark.skipif(not PTXSIM.exists(), reason="the PTX simulator is not at ../shared/ptxsim")
 
 
 @triton.jit

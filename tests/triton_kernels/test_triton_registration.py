@@ -117,7 +117,6 @@ registration.register("CPU")
 h, w, one = [torch.randn(2, 3) for _ in range(2)], torch.randn(2, requires_grad=True), torch.randn(1)
 grid, weights = torch.randn(3, 6).sort(1).values, [torch.randn(shape) for shape in ((1, 3), (1, 3, 2), (1, 3))]
 layer = [torch.randn(2, 3), grid, *weights]
-scaled = torch.ones(4, 2, 3, dtype=torch.int8)
 arguments = dict(
     predict=(h, w, one, one),
     predict_backward=(h[0], h, w.detach(), one, one, True),
@@ -125,11 +124,6 @@ arguments = dict(
     forecast=(h, torch.randn(3, 2, requires_grad=True), torch.randn(3)),
     forecast_into=(torch.randn(4, 3), torch.randn(2, 2), torch.randn(2), [0, 1], [2, 0]),
     push=(torch.randn(3, 4), torch.randn(4), 2),
-    forecast_norm=(torch.randn(4, 1, 2, 3), torch.randn(1, 2), one, [0, 1], [2], *torch.randn(2, 1, 3), 1e-6),
-    push_scaled=(scaled, torch.ones(4, 2), torch.randn(2, 3), 1),
-    forecast_scaled_into=(
-        scaled, torch.ones(4, 2), torch.empty(2, 2, 3), torch.randn(2, 2), torch.randn(2), [0, 1], [2, -1]
-    ),
     gram=(h,),
     kan_linear=tuple(layer),
     kan_linear_backward=(torch.randn(2, 1), *layer),

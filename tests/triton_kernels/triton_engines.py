@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -21,14 +20,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import ptxsim
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
-from triton_places import PTXSIM
-from triton_races import watch
 
 PACKAGE = "lesa_kernels.backends.triton"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,14 +50,12 @@ def kernels(interpreted: bool) -> ModuleType:
 def interpreter() -> Iterator[ModuleType]:
     """Run kernels in Triton's interpreter, whose reductions are quick only for the functions that it knows."""
     package = kernels(interpreted=True)
-    standard = tl.standard
-    before = standard._sum_combine, standard._elementwise_max
-    standard._sum_combine, standard._elementwise_max = package.kernels.reduce.add, package.kernels.tokens.larger
+    before, tl.standard._sum_combine = tl.standard._sum_combine, package.kernels.reduce.add
     try:
         with np.errstate(all="ignore"):
             yield package
     finally:
-        standard._sum_combine, standard._elementwise_max = before
+        tl.standard._sum_combine = before
 
 
 @contextmanager
@@ -85,16 +81,6 @@ def driver() -> Simulator:
 def on_gpu() -> Iterator[ModuleType]:
     """Run compiled kernels on the GPU."""
     yield importlib.import_module(PACKAGE)
-
-
-@functools.cache
-def _ptxsim() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ptxsim", PTXSIM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ptxsim"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True)
@@ -128,15 +114,13 @@ class Simulator:
     def __init__(self) -> None:
         self.utils = self
         self.compilations = 0
-        self._accesses = watch(_ptxsim())
         self.begin()
 
     def begin(self) -> None:
         """Forget the memory and the launches of earlier tests."""
         self.launches: list[Compiled] = []
-        self._memory = _ptxsim().Memory()
+        self._memory = ptxsim.Memory()
         self._alive: list[Any] = []
-        self._accesses.clear()
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -160,16 +144,17 @@ class Simulator:
         ptx = Path(files.get_file(f"{metadata.name}.ptx")).read_text()
         cubin = Path(files.get_file(f"{metadata.name}.cubin")).read_bytes()
         compiled = Compiled(metadata.name, source.signature, ptx, cubin, metadata.num_warps, metadata.shared)
-        module = _ptxsim().Module(ptx)
-        kernel = module.find(metadata.name)
+        module = ptxsim.Module(ptx)
+        kernel = module.kernel(metadata.name)
 
         def launch(x: int, y: int, z: int, *arguments: Any) -> None:
             values = arguments[len(arguments) - len(source.signature) :]
-            module.memory = self._memory
             self.launches.append(compiled)
             flat = [*self._flat(tuple(source.signature.values()), values), None, None]
-            module.launch(kernel, (x, y, z), (32 * compiled.warps,), flat, shared_bytes=compiled.shared)
-            self._accesses.check()
+            block, accesses = (32 * compiled.warps,), ptxsim.GlobalAccesses()
+            given = {"memory": self._memory, "shared_bytes": compiled.shared, "observer": accesses.add}
+            module.launch(kernel, (x, y, z), block, flat, **given)
+            accesses.check()
 
         return launch
 
@@ -187,4 +172,4 @@ class Simulator:
         storage = tensor.untyped_storage()
         array = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         self._alive.append(array)
-        return int(self._memory.add(array)) + tensor.storage_offset() * tensor.element_size()
+        return self._memory.add(array) + tensor.storage_offset() * tensor.element_size()

@@ -11,13 +11,10 @@ from lesa_kernels.backends.triton.features import forecast, forecast_into, predi
 from lesa_kernels.backends.triton.gradients import predict_backward, predict_l1
 from lesa_kernels.backends.triton.layers import kan_linear, kan_linear_backward
 from lesa_kernels.backends.triton.products import gram
-from lesa_kernels.backends.triton.tokens import forecast_norm, forecast_scaled_into, push_scaled
 
 __all__ = [
     "forecast",
     "forecast_into",
-    "forecast_norm",
-    "forecast_scaled_into",
     "gram",
     "kan_linear",
     "kan_linear_backward",
@@ -25,5 +22,4 @@ __all__ = [
     "predict_backward",
     "predict_l1",
     "push",
-    "push_scaled",
 ]

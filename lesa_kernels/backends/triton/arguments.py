@@ -79,8 +79,8 @@ def skew_of(numel: int, tensors: Iterable[Tensor], slot_stride: int = 0) -> int 
 
 
 def codes_of(slots: Iterable[int]) -> tuple[int, ...]:
-    """Return slot numbers, -1 for none, as `kernels.combine.slot_of` takes them."""
-    return tuple(2 * slot + 5 for slot in slots)
+    """Return slot numbers as `kernels.combine.slot_of` takes them."""
+    return tuple(2 * slot + 3 for slot in slots)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -16,7 +16,6 @@ from lesa_kernels.backends.triton.arguments import blocks_of, power_of_2
 
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-ROWS = 32 * WARPS  # one row of a tile for each thread
 VECTOR_BYTES = 16
 HELD_FLOATS = 64
 # A float32 sum of one thread never has more terms than these tiles: 2^31 elements stay as exact as 2^20.

@@ -12,21 +12,17 @@ import torch
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-# Dtypes that NumPy lacks: their arrays hold the bits.
-BITS = {"bfloat16": torch.uint16, "float8_e4m3fn": torch.uint8}
-
-
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round to a dtype."""
+    """Round to a dtype; of bfloat16, which NumPy lacks, arrays hold the bits."""
     rounded = torch.from_numpy(np.array(values)).to(getattr(torch, dtype))
-    bits: np.ndarray = (rounded.view(BITS[dtype]) if dtype in BITS else rounded).numpy()
+    bits: np.ndarray = (rounded.view(torch.uint16) if dtype == "bfloat16" else rounded).numpy()
     return bits
 
 
 def decode(values: np.ndarray, dtype: str) -> np.ndarray:
     """Widen to float64."""
     tensor = torch.from_numpy(np.array(values))
-    wide: np.ndarray = (tensor.view(getattr(torch, dtype)) if dtype in BITS else tensor).double().numpy()
+    wide: np.ndarray = (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).double().numpy()
     return wide
 
 
@@ -71,6 +67,11 @@ def place(shape: tuple[int, ...], strides: tuple[int, ...], offset: int, dtype: 
 
 def contiguous(shape: tuple[int, ...], dtype: str) -> Array:
     return place(shape, row_major(shape), 0, dtype)
+
+
+def line(size: int, offset: int, dtype: str) -> Array:
+    """A contiguous array of one dimension that begins `offset` elements behind an aligned address."""
+    return place((size,), (1,), offset, dtype)
 
 
 def misaligned(shape: tuple[int, ...], dtype: str) -> Array:

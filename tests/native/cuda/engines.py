@@ -11,26 +11,22 @@ import concurrent.futures
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
-import re
 import shutil
 import subprocess
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import ptxsim
 from arrays import Array
 from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 CSRC = REPOSITORY / "csrc"
-PTXSIM = REPOSITORY.parent / "shared" / "ptxsim" / "ptxsim.py"
 SANITIZERS = "-fsanitize=address,undefined"
 
 
@@ -57,16 +53,6 @@ class Result(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("is_float", ctypes.c_bool))
 
 
-class Rows(ctypes.Structure):
-    _fields_ = (("count", ctypes.c_int64), ("channels", ctypes.c_int64))
-
-
-class Slot(ctypes.Structure):
-    """A slot of a scaled ring."""
-
-    _fields_ = (("elements", ctypes.c_void_p), ("scales", ctypes.c_void_p))
-
-
 def integers(values: Sequence[int]) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
 
@@ -77,6 +63,7 @@ class Engine(ABC):
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._alive: list[np.ndarray] = []
+        self.launches: list[str] = []  # kernels of the last call, where they have names
 
     @abstractmethod
     def address(self, storage: np.ndarray) -> int:
@@ -158,24 +145,16 @@ class Simulated(Engine):
 
     def __init__(self, library: Path, ptx: Sequence[Path]) -> None:
         super().__init__(library)
-        self.launches: list[str] = []  # kernels of the last call
-        self._memory: Any = None
+        self._memory = ptxsim.Memory()
         self._error: BaseException | None = None
         callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
         self._callback = callback(self._launch)
         self._library.on_launch(self._callback)
-        texts = [path.read_text() for path in ptx]
-        parts = [part for text in texts for part in re.split(r"\.entry ", text)[1:]]
-        self._ptx = {re.match(r"\w+", part)[0]: part for part in parts}  # type: ignore[index]
-        # What inlined functions share is declared outside of the kernels; the simulator wants it inside.
-        shared = [
-            found for text in texts for found in re.finditer(r"^(?:\.weak )?(\.shared .*?(\w+)\[\d+\];)", text, re.M)
-        ]
-        self._shared = {found[2]: found[1] for found in shared}
-        self._modules: dict[str, tuple[Any, int]] = {}
+        modules = [ptxsim.Module(path.read_text()) for path in ptx]
+        self._modules = {name: module for module in modules for name in module.names}
 
     def begin(self) -> None:
-        self._memory = simulator().Memory()
+        self._memory = ptxsim.Memory()
 
     def call(self, function: str, *arguments: Any) -> None:
         self.launches, self._error = [], None
@@ -190,49 +169,19 @@ class Simulated(Engine):
             raise self._error
 
     def address(self, storage: np.ndarray) -> int:
-        address: int = self._memory.add(storage)
-        return address
+        return self._memory.add(storage)
 
-    def _module(self, kernel: str) -> tuple[Any, int]:
-        """The simulator's module for a kernel and the size of its task.
-
-        The simulator does not know parameters that are indexed at run time. So the task goes to global memory, where
-        reads are checked as well, and the kernel gets its address.
-        """
-        if kernel not in self._modules:
-            text = self._ptx[kernel]
-            name = f"{kernel}_param_0"
-            size = re.search(rf"\.param \.align \d+ \.b8 {name}\[(\d+)\]", text)
-            assert size is not None
-            head, brace, body = text.partition("{")
-            head = head.replace(size[0], f".param .u64 {name}")
-            body = body.replace("ld.param.", "ld.global.").replace(name, "%task")
-            used = "\n".join(text for variable, text in self._shared.items() if variable in body)
-            text = f".entry {head}{brace}\n{used}\nld.param.u64 %task, [{name}];\n{body}"
-            self._modules[kernel] = simulator().Module(text), int(size[1])
-        return self._modules[kernel]
-
-    def _launch(self, kernel: bytes, blocks: int, threads: int, task: int) -> None:
+    def _launch(self, name: bytes, blocks: int, threads: int, task: int) -> None:
         try:
-            module, size = self._module(kernel.decode())
-            module.memory = self._memory
-            self.launches.append(kernel.decode())
-            module.launch(
-                kernel.decode(), (blocks,), (threads,), [np.frombuffer(ctypes.string_at(task, size), np.uint8)]
-            )
+            module = self._modules[name.decode()]
+            kernel = module.kernel(name.decode())
+            self.launches.append(kernel.name)
+            arguments = [ctypes.string_at(task, kernel.parameters[0].size)]
+            accesses = ptxsim.GlobalAccesses()
+            module.launch(kernel, (blocks,), (threads,), arguments, memory=self._memory, observer=accesses.add)
+            accesses.check()
         except BaseException as error:
             self._error = self._error or error
-
-
-@functools.cache
-def simulator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ptxsim", PTXSIM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ptxsim"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _run(command: Sequence[str | Path], folder: Path) -> None:
@@ -245,9 +194,15 @@ def _run_all(commands: Sequence[Sequence[str | Path]], folder: Path) -> None:
         list(pool.map(lambda command: _run(command, folder), commands))
 
 
-def _kernel_sources() -> list[Path]:
-    """The files that hold kernels: all but the one that tells of the build."""
-    return sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "info")
+def _kernel_sources(folder: Path) -> list[Path]:
+    """The files that hold kernels: all but the one that tells of the build, those of one dtype written as by CMake."""
+    sources = [path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "info"]
+    for template in (CSRC / "cuda").glob("*.cu.in"):
+        for feature in ("bfloat16", "float16", "float"):
+            source = folder / f"{template.name.removesuffix('.cu.in')}_{feature}.cu"
+            source.write_text(template.read_text().replace("@FEATURE@", feature))
+            sources.append(source)
+    return sorted(sources)
 
 
 def _folder_for(engine: str, cache: Path) -> Path:
@@ -275,16 +230,14 @@ def build_ptx(cache: Path) -> Simulated:
     """Compile with nvcc to PTX for sm_90 and to a host library, and simulate.
 
     Raises:
-        Unavailable: without nvcc or the simulator.
+        Unavailable: without nvcc.
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise Unavailable("nvcc is not on the PATH")
-    if not PTXSIM.exists():
-        raise Unavailable("the PTX simulator is not at ../shared/ptxsim")
-    sources = _kernel_sources()
 
     def build(folder: Path) -> None:
+        sources = _kernel_sources(folder)
         common = [nvcc, "-std=c++20", f"-I{CSRC}", "-Xcompiler=-fPIC", "-cudart=none"]
         device = ["--expt-relaxed-constexpr", "-arch=compute_90", "-code=compute_90", "--keep", "--keep-dir", folder]
         objects = [f"{source.stem}.o" for source in sources]
@@ -293,7 +246,7 @@ def build_ptx(cache: Path) -> Simulated:
         _run([*link, "-o", "partial.so"], folder)
 
     folder = _built("ptx", cache, build)
-    return Simulated(folder / "kernels.so", [folder / f"{source.stem}.ptx" for source in sources])
+    return Simulated(folder / "kernels.so", sorted(folder.glob("*.ptx")))
 
 
 def build_host(cache: Path) -> Host:
@@ -310,7 +263,7 @@ def build_host(cache: Path) -> Host:
         quiet = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         flags = ["g++", "-std=c++20", "-O0", "-g1", "-fPIC", SANITIZERS, "-fno-sanitize-recover=undefined", *quiet]
         includes = [f"-I{HERE / 'shim'}", f"-I{CSRC}", f"-I{HERE}"]
-        sources = [*_kernel_sources(), *sorted(HERE.glob("*_entries.cpp")), *sorted(HERE.glob("shim/*.cpp"))]
+        sources = [*_kernel_sources(folder), *sorted(HERE.glob("*_entries.cpp")), *sorted(HERE.glob("shim/*.cpp"))]
         compile_ = [*flags, *includes, "-x", "c++", "-c"]
         _run_all([[*compile_, source, "-o", f"{source.stem}.o"] for source in sources], folder)
         objects = [f"{source.stem}.o" for source in sources]

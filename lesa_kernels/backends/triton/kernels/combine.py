@@ -23,11 +23,11 @@ def positions(numel, skew, BLOCK: tl.constexpr):
 
 @triton.jit
 def slot_of(tensor, code, slot_stride):
-    """Return the address of a slot of a ring; `code` is 2 * slot + 5, that is 3 for the slot -1.
+    """Return the address of a slot of a ring; `code` is 2 * slot + 3.
 
     Triton compiles integers anew that are 1 or divisible by 16. Odd ones from 3 on are neither, so no slot number does.
     """
-    return tensor + ((code >> 1) - 2).to(tl.int64) * slot_stride
+    return tensor + ((code >> 1) - 1).to(tl.int64) * slot_stride
 
 
 @triton.jit

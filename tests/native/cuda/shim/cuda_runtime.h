@@ -52,16 +52,9 @@ T shuffled(T value, int source) {
 
 inline void __syncthreads() { shim::wait_for_block(); }
 
-inline void __syncwarp() { shim::exchange_in_warp(0); }
-
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return shim::shuffled(value, static_cast<int>(threadIdx.x % shim::kWarp) ^ mask);
-}
-
-template <typename T>
-T __shfl_sync(unsigned, T value, int source) {
-  return shim::shuffled(value, source);
 }
 
 cudaError_t launch_result();
@@ -73,6 +66,11 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Task), dim3 blocks, dim3 threads, vo
     shim::run_grid(blocks, threads, [&] { kernel(*static_cast<const std::remove_cv_t<Task>*>(arguments[0])); });
   }
   return launch_result();
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
 }
 
 template <typename Kernel>
