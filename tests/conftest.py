@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,23 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lesa_kernels.backends import libraries
+
 # `make fuzz` asks for the long one.
 settings.register_profile("short", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("long", deadline=None, max_examples=10_000)
 settings.load_profile("short")
+
+
+
+def pytest_configure() -> None:
+    """Give the C++ kernels the instruction set that torch was told to use, in ATEN_CPU_CAPABILITY."""
+    wanted = os.environ.get("ATEN_CPU_CAPABILITY", "auto")
+    library = libraries.PACKAGE / "_cpu.so"
+    isa = {"default": "baseline"}.get(wanted, wanted)
+    if library.exists() and ctypes.CDLL(str(library)).lesa_cpu_set_isa(isa.encode()):
+        raise pytest.UsageError(f"ATEN_CPU_CAPABILITY: this processor or the library has no {wanted}")
+
 
 # Folder of tests -> the package without which its files cannot even be imported.
 NEEDED = {"integrations": "diffusers", "demo": "diffusers", "triton_kernels": "triton"}
