@@ -13,11 +13,11 @@ EXTRAS := bench,demo,lint,test,train
 # The stamp's name holds the torch that was asked for, so another TORCH installs anew.
 TORCH_STAMP := $(VENV)/.stamp-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-')
 INSTALL_STAMP := $(VENV)/.stamp-installed
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/cuda/*.cu.in)
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 FORMATTED := $(NATIVE_FILES) $(shell find tests/native tests/ptxsim tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help setup demo demo-train test test-all fuzz soak sanitize compatibility bench gpu-check quality lint format clean
+.PHONY: help setup demo demo-train test test-all fuzz soak sanitize compatibility bench gpu-pack gpu-check quality lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -73,7 +73,10 @@ bench: setup ## Time the kernels against their baselines
 quality: setup ## Compare what all methods make of digits; trains small models the first time (hours)
 	@$(BIN)/python -m benchmarks.quality $(ARGS)
 
-gpu-check: ## Build, test and measure on the GPU here, with the packages of PYTHON and no network; writes a report
+gpu-pack: setup ## Collect what a machine with a GPU needs; prints the commands to run there
+	@$(BIN)/python -m tools.gpu_check.pack $(ARGS)
+
+gpu-check: ## Check and measure on the GPU here, with the packages of PYTHON and no network; writes a report
 	@$(PYTHON) -m tools.gpu_check $(ARGS)
 
 lint: setup ## Check style, types and format

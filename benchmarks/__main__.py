@@ -58,7 +58,7 @@ def main(
     ):
         if given and baseline is not None:
             raise typer.BadParameter(f"--{name} and --baseline exclude each other")
-    every = sweeps() if sweep else headline() if only_headline else suite(clock.device)
+    every = sweeps() if sweep else headline(clock.device) if only_headline else suite(clock.device)
     chosen = _chosen(every, op, part)
     lacking = {package for number in chosen if (package := missing(every[number]))}
     for package in sorted(lacking):

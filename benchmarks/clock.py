@@ -149,12 +149,14 @@ class CudaClock:
     def capture(self, run: Run, sets: int, calls: int) -> Run | None:
         """Return the replay of one graph, whose outputs are those of its last call with input set 0."""
         side = self._side = self._side or torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        current = torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):  # what a first call sets up must not be captured
             run(0)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        current.wait_stream(side)
         graph, kept = torch.cuda.CUDAGraph(), deque[Sequence[Tensor]](maxlen=sets)
-        with torch.cuda.graph(graph, stream=side):
+        # A capture that fails leaves its stream the current one.
+        with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side):
             for turn in range(calls):
                 kept.append(run(turn))
 

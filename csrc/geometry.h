@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <span>
 
@@ -29,6 +30,26 @@ struct Geometry {
   std::int64_t sizes[kMaxDims];
   int dims;
   bool contiguous;  // one dimension, and every operand's stride is 1
+};
+
+// Divides by a size without a division, which a GPU has no instruction for: multiply by magic = ceil(2^(31 + shift) /
+// size), where 2^shift is the next power of two from size on. Exact for numbers and sizes below 2^31.
+struct Divisor {
+  std::uint32_t size;
+  std::uint32_t magic;
+  int shift;
+
+  constexpr Divisor() : Divisor(1) {}
+  constexpr explicit Divisor(std::int64_t size_)
+      : size(static_cast<std::uint32_t>(size_)),
+        magic(0),
+        shift(static_cast<int>(std::bit_width(static_cast<std::uint32_t>(size_ - 1)))) {
+    magic = static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + shift)) + size - 1) / size);
+  }
+
+  constexpr std::uint32_t quotient(std::uint32_t number) const {
+    return static_cast<std::uint32_t>((std::uint64_t{number} * magic) >> 31) >> shift;
+  }
 };
 
 // Merges the dimensions of a shape for several tensors of that shape. They are walked in the order of their strides,

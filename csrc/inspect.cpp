@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "arithmetic.h"
-#include "cuda/plan.h"
 #include "geometry.h"
 
 namespace py = pybind11;
@@ -94,24 +93,6 @@ Walk walk(const std::vector<std::int64_t>& sizes, const std::vector<std::vector<
   return result;
 }
 
-// How the CUDA kernels for this many inputs are launched.
-py::dict launch_plan(int inputs, int element_size) {
-  if (inputs < 1 || inputs > lesa::cuda::kMostInputs) {
-    throw std::invalid_argument("lesa_kernels._inspect.launch_plan: inputs must be 1 to " +
-                                std::to_string(lesa::cuda::kMostInputs) + ", got " + std::to_string(inputs));
-  }
-  if (element_size != 2 && element_size != 4) {
-    throw std::invalid_argument("lesa_kernels._inspect.launch_plan: element_size must be 2 or 4, got " +
-                                std::to_string(element_size));
-  }
-  py::dict result;
-  result["threads"] = lesa::cuda::kThreads;
-  result["resident_blocks"] = lesa::cuda::kResidentBlocks;
-  result["vector_width"] = lesa::cuda::vector_width(inputs, element_size);
-  result["items_in_flight"] = lesa::cuda::items_in_flight(inputs);
-  return result;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_inspect, module) {
@@ -127,9 +108,6 @@ PYBIND11_MODULE(_inspect, module) {
       .def_readonly("contiguous", &Walk::contiguous, "Whether one dimension is left and every stride is 1.");
   module.def("walk", &walk, py::arg("sizes"), py::arg("strides"),
              "Return the walk of a pass over tensors of one shape, given each tensor's strides in elements.");
-
-  module.def("launch_plan", &launch_plan, py::arg("inputs"), py::arg("element_size"),
-             "Return how the CUDA kernels are launched that read this many inputs of element_size bytes per element.");
 
   module.def("widen_float16", [](std::uint16_t bits) { return lesa::widen(lesa::float16{bits}); }, py::arg("bits"));
   module.def("widen_bfloat16", [](std::uint16_t bits) { return lesa::widen(lesa::bfloat16{bits}); }, py::arg("bits"));

@@ -16,11 +16,13 @@ from hypothesis import settings
 
 from lesa_kernels.backends import libraries
 
+# torch reads it once, at the first product of matrices on CUDA, and demands it for deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # `make fuzz` asks for the long one.
 settings.register_profile("short", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("long", deadline=None, max_examples=10_000)
 settings.load_profile("short")
-
 
 
 def pytest_configure() -> None:
@@ -32,22 +34,33 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"ATEN_CPU_CAPABILITY: this processor or the library has no {wanted}")
 
 
-# Folder of tests -> the package without which its files cannot even be imported.
-NEEDED = {"integrations": "diffusers", "demo": "diffusers", "triton_kernels": "triton"}
+# Folder or file of tests -> the package without which it cannot even be imported.
+NEEDED = {
+    "integrations": "diffusers",
+    "demo": "diffusers",
+    "triton_kernels": "triton",
+    "benchmarks/test_history.py": "diffusers",
+    "benchmarks/test_hooks.py": "diffusers",
+    "benchmarks/test_quality.py": "diffusers",
+}
+
+
+def _needed(path: Path) -> str | None:
+    return NEEDED.get(path.parent.name) or NEEDED.get(f"{path.parent.name}/{path.name}")
 
 
 class _Unimportable(pytest.Module):
     """A file of tests that is skipped as a whole."""
 
     def collect(self) -> Any:
-        package = NEEDED[self.path.parent.name]
+        package = _needed(self.path)
         extra = "test" if package == "triton" else package
         pytest.skip(f"{package} is not installed (extra: {extra})", allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Skip what needs a package that is not there, with the reason."""
-    package = NEEDED.get(module_path.parent.name)
+    package = _needed(module_path)
     if package is None or importlib.util.find_spec(package) is not None:
         return None
     return _Unimportable.from_parent(parent, path=module_path)
@@ -68,10 +81,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory() -> Iterator[None]:
     """Fill every fresh tensor with NaN while the test runs."""
-    # torch's matrix products on CUDA, which the reference uses, demand this where algorithms have to be deterministic.
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

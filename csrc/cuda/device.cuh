@@ -1,6 +1,11 @@
 // What all kernels share: vectors, walks over strided tensors, and the launch.
 #pragma once
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error \
+    "lesa-kernels needs GPUs of compute capability 8.0 or newer: older ones have no instruction that rounds to bfloat16"
+#endif
+
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -44,11 +49,30 @@ struct Word<2> {
 template <typename T, int kWidth>
 using Vector = std::array<T, kWidth>;
 
+// A vector as it is loaded: 16-bit elements stay in pairs until they are widened.
+template <typename T, int kWidth>
+struct Packed {
+  typename Word<kWidth * sizeof(T)>::type bits;
+
+  // An element as a float. Of two bfloat16 in a word, one needs a shift and the other a mask, nothing more.
+  __device__ float widened(int element) const {
+    if constexpr (std::is_same_v<T, bfloat16> && kWidth % 2 == 0) {
+      const std::uint32_t word = std::bit_cast<std::array<std::uint32_t, kWidth / 2>>(bits)[element / 2];
+      return std::bit_cast<float>(element % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      return widen(std::bit_cast<Vector<T, kWidth>>(bits)[element]);
+    }
+  }
+};
+
+template <typename T, int kWidth>
+__device__ Packed<T, kWidth> load_packed(const void* address) {
+  return {*static_cast<const typename Word<kWidth * sizeof(T)>::type*>(address)};
+}
+
 template <typename T, int kWidth>
 __device__ Vector<T, kWidth> load(const void* address) {
-  using Bits = typename Word<kWidth * sizeof(T)>::type;
-  const Bits bits = *static_cast<const Bits*>(address);
-  return std::bit_cast<Vector<T, kWidth>>(bits);
+  return std::bit_cast<Vector<T, kWidth>>(load_packed<T, kWidth>(address));
 }
 
 template <typename T, int kWidth>
@@ -78,7 +102,7 @@ __device__ void write(const Result& result, std::int64_t index, double value) {
 
 // The dimensions that a kernel walks, right-aligned (the others have size 1), in items along the last one.
 struct Extent {
-  std::int64_t sizes[kWalkedDims];
+  Divisor sizes[kWalkedDims];
 };
 
 // Strides of one tensor along those dimensions, in bytes from item to item.
@@ -86,9 +110,10 @@ struct Steps {
   std::int64_t bytes[kWalkedDims];
 };
 
-using Coordinates = std::array<std::int64_t, kWalkedDims>;
+using Coordinates = std::array<std::uint32_t, kWalkedDims>;
 
-// Where an item lies in each tensor, in bytes from its first element. This one: in tensors of any strides.
+// Where an item lies in each tensor, in bytes from its first element. This one: in tensors of any strides, of at most
+// kMostStrided items.
 template <int kInputs>
 struct StridedWalk {
   Extent extent;
@@ -97,12 +122,14 @@ struct StridedWalk {
 
   __device__ Coordinates place(std::int64_t item) const {
     Coordinates result{};
+    auto rest = static_cast<std::uint32_t>(item);
 #pragma unroll
     for (int d = kWalkedDims - 1; d > 0; --d) {
-      result[d] = item % extent.sizes[d];
-      item /= extent.sizes[d];
+      const std::uint32_t quotient = extent.sizes[d].quotient(rest);
+      result[d] = rest - quotient * extent.sizes[d].size;
+      rest = quotient;
     }
-    result[0] = item;
+    result[0] = rest;
     return result;
   }
 
@@ -132,9 +159,10 @@ using Walk = std::conditional_t<kStrided, StridedWalk<kInputs>, ContiguousWalk<k
 
 inline Extent extent_of(const Geometry& geometry, int width) {
   Extent extent;
-  std::fill_n(extent.sizes, kWalkedDims, 1);
-  std::copy_n(geometry.sizes, geometry.dims, extent.sizes + kWalkedDims - geometry.dims);
-  extent.sizes[kWalkedDims - 1] /= width;
+  for (int d = 0; d < geometry.dims; ++d) {
+    const bool last = d == geometry.dims - 1;
+    extent.sizes[kWalkedDims - geometry.dims + d] = Divisor(last ? geometry.sizes[d] / width : geometry.sizes[d]);
+  }
   return extent;
 }
 
@@ -151,54 +179,32 @@ __host__ __device__ inline void* advance(void* data, std::int64_t bytes) {
   return static_cast<std::byte*>(data) + bytes;
 }
 
-// Whether a tensor can be walked in vectors of `width` elements; in one dimension a few elements may be left over.
-inline bool takes_vectors(const Geometry& geometry, const Operand& operand, int width, std::int64_t element_size) {
-  const int last = geometry.dims - 1;
-  bool fits = reinterpret_cast<std::uintptr_t>(operand.data) % (width * element_size) == 0 &&
-              operand.strides[last] == 1 && (last == 0 || geometry.sizes[last] % width == 0);
-  for (int d = 0; d < last; ++d) {
-    fits = fits && operand.strides[d] % width == 0;
-  }
-  return fits;
-}
-
-// A geometry and a tensor at one place along the first dimension, without that dimension.
-inline Geometry without_first(Geometry geometry) {
-  geometry.numel /= geometry.sizes[0];
-  std::shift_left(std::begin(geometry.sizes), std::end(geometry.sizes), 1);
-  --geometry.dims;
-  return geometry;
-}
-
-inline Operand at_first(Operand operand, std::int64_t index, std::int64_t element_size) {
-  operand.data = advance(operand.data, index * operand.strides[0] * element_size);
-  std::shift_left(std::begin(operand.strides), std::end(operand.strides), 1);
-  return operand;
-}
-
-// One dimension from an element on.
-inline Geometry from_element(Geometry geometry, std::int64_t start) {
-  geometry.numel = geometry.sizes[0] -= start;
-  return geometry;
-}
-
-inline Operand from_element(Operand operand, std::int64_t start, std::int64_t element_size) {
-  operand.data = advance(operand.data, start * operand.strides[0] * element_size);
-  return operand;
-}
-
 inline void check(cudaError_t error, const Target& target) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("lesa::") + target.op + ": CUDA error: " + cudaGetErrorString(error));
   }
 }
 
-// A number that belongs to a device, asked for once.
+// Lets this thread load kernels and ask for facts while it captures a graph, which CUDA refuses by default: neither is
+// work for a stream. A kernel's code comes to a device when it is first asked for.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const Target& target) { check(cudaThreadExchangeStreamCaptureMode(&mode_), target); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// A number that belongs to a device, asked for once; it is never 0.
 template <typename Ask>
 int remembered(std::array<std::atomic<int>, 128>& known, const Target& target, const Ask& ask) {
   auto& entry = known.at(target.device);
   int value = entry.load(std::memory_order_relaxed);
   if (value == 0) {
+    const RelaxedCapture relaxed(target);
     value = ask();
     entry.store(value, std::memory_order_relaxed);
   }
@@ -214,35 +220,48 @@ inline int multiprocessors(const Target& target) {
   });
 }
 
-// How many blocks of a kernel the device holds at a time.
-template <auto kKernel>
+// How many blocks of kBlock threads of a kernel the device holds at a time.
+template <auto kKernel, int kBlock>
 int resident_blocks(const Target& target) {
   static std::array<std::atomic<int>, 128> known{};
   return remembered(known, target, [&] {
     int each = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kThreads, 0), target);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kBlock, 0), target);
     return multiprocessors(target) * each;
   });
 }
 
-template <auto kKernel, typename Task>
+// Loads a kernel, unless the device has it: the launch may be captured, and would load it then.
+template <auto kKernel>
+void load_kernel(const Target& target) {
+  static std::array<std::atomic<int>, 128> known{};
+  remembered(known, target, [&] {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kKernel), target);
+    return 1;
+  });
+}
+
+template <auto kKernel, int kBlock = kThreads, typename Task>
 void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) {
   static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
   if (blocks > std::numeric_limits<int>::max()) {
     throw std::runtime_error(std::string("lesa::") + target.op + ": needs " + std::to_string(blocks) +
                              " blocks, a grid has at most 2147483647");
   }
+  load_kernel<kKernel>(target);
   void* arguments[] = {const_cast<Task*>(&task)};
-  check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, target.stream),
+  check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kBlock), arguments, 0, target.stream),
         target);
 }
 
 // Threads loop over the items, so that any grid is right; this one fills the device once.
-template <auto kKernel, typename Task>
+template <auto kKernel, int kBlock = kThreads, typename Task>
 void launch(const Task& task, int items_per_thread, const Target& target) {
-  const std::int64_t items_per_block = std::int64_t{kThreads} * items_per_thread;
+  const std::int64_t items_per_block = std::int64_t{kBlock} * items_per_thread;
   const std::int64_t wanted = (task.items + items_per_block - 1) / items_per_block;
-  launch_blocks<kKernel>(task, std::min<std::int64_t>(wanted, resident_blocks<kKernel>(target)), target);
+  launch_blocks<kKernel, kBlock>(task, std::min<std::int64_t>(wanted, resident_blocks<kKernel, kBlock>(target)),
+                                 target);
 }
 
 }  // namespace lesa::cuda

@@ -1,8 +1,9 @@
 // The kernels of gram: all products of up to 16 inputs with each other and with 1, summed in one pass; then the matrix.
 //
 // A thread keeps one vector of every input and all sums in registers: each input is read from memory once. Sums:
-// float32 over 64 elements of a thread and over a warp, double from there on, in a fixed order without atomics. More
-// than 16 inputs are taken two groups of 8 at a time: 24 are read twice each, 64 seven times.
+// float32 over 64 elements of a thread and over a warp, double from there on, in a fixed order without atomics; a block
+// whose products leave float32's range sums them again in double. More than 16 inputs are taken two groups of 8 at a
+// time: 24 are read twice each, 64 seven times.
 #pragma once
 
 #include <algorithm>
@@ -56,6 +57,50 @@ __device__ void share_out(float (&values)[kCount], int lane) {
   }
 }
 
+// Sums again, in double, what left float32's range in this block: the products of every input whose squares do not fit
+// (fits_float), pair by pair and each from memory. `sums` are the block's, by place; `of_warps` has room for one a
+// warp.
+template <typename T, int kInputs, int kWidth, bool kStrided>
+__device__ void sum_in_double(const GramTask<T, kInputs, kWidth, kStrided>& task, double* sums, double* of_warps) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
+#pragma unroll 1
+  for (int column = 1; column <= task.used; ++column) {
+#pragma unroll 1
+    for (int row = 0; row <= column; ++row) {
+      if (fits_float(sums[place_of(column, column)]) && (row == 0 || fits_float(sums[place_of(row, row)]))) {
+        continue;  // all threads of the block alike
+      }
+      double sum = 0.0;
+#pragma unroll 1
+      for (std::int64_t item = std::int64_t{blockIdx.x} * kThreads + thread; item < task.items; item += threads) {
+        const auto place = task.walk.place(item);
+        const auto load_input = [&](int k) {
+          return load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
+        };
+        const Vector<T, kWidth> right = load_input(column - 1), left = load_input(row == 0 ? column - 1 : row - 1);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          sum = add_term<double>(sum, row == 0 ? 1.0 : widen(left[e]), widen(right[e]));
+        }
+      }
+      sum = sum_of_warp(sum);
+      if (thread % kWarpThreads == 0) {
+        of_warps[thread / kWarpThreads] = sum;
+      }
+      __syncthreads();
+      if (thread == 0) {
+        sum = 0.0;
+        for (int warp = 0; warp < kWarps; ++warp) {
+          sum += of_warps[warp];
+        }
+        sums[place_of(row, column)] = sum;
+      }
+      __syncthreads();
+    }
+  }
+}
+
 // From 10 inputs on, sums and features do not fit into half of a multiprocessor's registers.
 template <int kInputs>
 inline constexpr int kGramBlocks = kInputs <= kGramSharing ? kResidentBlocks : 1;
@@ -63,7 +108,7 @@ inline constexpr int kGramBlocks = kInputs <= kGramSharing ? kResidentBlocks : 1
 template <typename T, int kInputs, int kWidth, bool kStrided>
 __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
     gram_kernel(const __grid_constant__ GramTask<T, kInputs, kWidth, kStrided> task) {
-  constexpr int kItems = items_in_flight(kInputs);
+  constexpr int kItems = kStrided ? 1 : items_in_flight(kInputs, kWidth * sizeof(T));
   constexpr int kTurns = kGramTerms / (kItems * kWidth);
   constexpr int kPlaces = places_of(kInputs);
   constexpr int kEach = (kPlaces + kWarpThreads - 1) / kWarpThreads;
@@ -78,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
     float sums[kEach * kWarpThreads] = {};
 #pragma unroll 1
     for (int turn = 0; turn < kTurns && first < task.items; ++turn, first += kItems * threads) {
-      Vector<T, kWidth> inputs[kItems][kInputs];
+      Packed<T, kWidth> inputs[kItems][kInputs];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const std::int64_t item = first + i * threads + thread;
@@ -87,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
         for (int k = 0; k < kInputs; ++k) {
           inputs[i][k] = {};
           if (k < task.used && item < task.items) {
-            inputs[i][k] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
+            inputs[i][k] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
           }
         }
       }
@@ -98,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
           float features[kInputs];
 #pragma unroll
           for (int column = 0; column < kInputs; ++column) {
-            features[column] = widen(inputs[i][column][e]);
+            features[column] = inputs[i][column].widened(e);
             sums[place_of(0, column + 1)] += features[column];
 #pragma unroll
             for (int row = 0; row <= column; ++row) {
@@ -120,13 +165,19 @@ __global__ void __launch_bounds__(kThreads, kGramBlocks<kInputs>)
     of_warps[thread / kWarpThreads][lane * kEach + i] = totals[i];
   }
   __syncthreads();
+  double* sums_of_block = of_warps[0];
+  for (int place = thread; place < places_of(task.used); place += kThreads) {
+    for (int warp = 1; warp < kWarps; ++warp) {
+      sums_of_block[place] += of_warps[warp][place];
+    }
+  }
+  __syncthreads();
+  if constexpr (!std::is_same_v<T, float16>) {  // whose products always fit
+    sum_in_double(task, sums_of_block, of_warps[1]);
+  }
   for (int place = thread; place < places_of(task.used); place += kThreads) {
     double* into = task.partials + place * task.pitch + blockIdx.x;
-    double sum = static_cast<int>(blockIdx.x) < task.begun ? *into : 0.0;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      sum += of_warps[warp][place];
-    }
-    *into = sum;
+    *into = (static_cast<int>(blockIdx.x) < task.begun ? *into : 0.0) + sums_of_block[place];
   }
 }
 
@@ -189,10 +240,10 @@ void gram_of_groups(const Products<T>& products, const Groups& groups, double* w
     part.operands.push_back(products.operands[groups.input(k)]);
   }
   int blocks = 0;
-  run_pass<T>(GramKernels<2, 5, 9, 12, kGramInputs>{}, part,
-              [&]<int kInputs, int kWidth, bool kStrided>(const Products<T>& launched) {
-                blocks = launch_gram<T, kInputs, kWidth, kStrided>(launched, workspace, blocks, target);
-              });
+  run_pass<sizeof(T)>(GramKernels<2, 5, 9, 12, kGramInputs>{}, part,
+                      [&]<int kInputs, int kWidth, bool kStrided>(const Products<T>& launched) {
+                        blocks = launch_gram<T, kInputs, kWidth, kStrided>(launched, workspace, blocks, target);
+                      });
   const GramMatrixTask task{workspace, gram_pitch(target),  blocks,
                             groups,    products.num_inputs, static_cast<double>(products.geometry.numel),
                             result};

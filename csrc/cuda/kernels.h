@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -28,6 +29,8 @@ struct Combination {
   Parameter<T> coefficients;
   Parameter<T> offsets;
   Parameter<T> gain;  // data is null for a forecast
+
+  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
 };
 
 template <typename T>
@@ -44,6 +47,8 @@ struct Reduction {
   Parameter<T> bias;
   Parameter<T> gain;
   bool is_loss;  // the operand after the inputs is the target of an L1 loss; the output receives the forecast
+
+  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
 };
 
 // Where a sum goes: fresh, contiguous memory of float32 or the features' type; null where nobody wants it.
@@ -73,6 +78,8 @@ struct Products {
   Geometry geometry;
   std::vector<Operand> operands;
   int num_inputs;
+
+  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
 };
 
 // How many doubles `sum_products` needs to work in.

@@ -79,15 +79,15 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
   const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t item = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; item < task.items; item += threads) {
     const auto place = task.walk.place(item);
-    const Vector<T, kWidth> other = load<T, kWidth>(advance(task.other, task.walk.input(kInputs, place)));
-    Vector<T, kWidth> group[kGroup];
+    const Packed<T, kWidth> other = load_packed<T, kWidth>(advance(task.other, task.walk.input(kInputs, place)));
+    Packed<T, kWidth> group[kGroup];
     const auto read_group = [&](int first) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         const int k = first + j;
         group[j] = {};
         if (k >= unused) {
-          group[j] = load<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
+          group[j] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
         }
       }
     };
@@ -106,17 +106,17 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
         for (int j = 0; j < kGroup; ++j) {
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) {
-            mixes[e] = add_term(mixes[e], weights[first + j], widen(group[j][e]));
+            mixes[e] = add_term(mixes[e], weights[first + j], group[j].widened(e));
           }
         }
       }
-      const Vector<T, kWidth> newest = group[kGroup - 1];
+      const Packed<T, kWidth> newest = group[kGroup - 1];
       float loss = 0.0f;
       Vector<T, kWidth> forecast;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        const float value = predicted(widen(newest[e]), gain, mixes[e] + bias);
-        const float error = value - widen(other[e]);
+        const float value = predicted(newest.widened(e), gain, mixes[e] + bias);
+        const float error = value - other.widened(e);
         forecast[e] = narrow<T>(value);
         slopes[e] = sign_of(error);
         loss += error < 0 ? -error : error;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
     } else {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        slopes[e] = widen(other[e]);
+        slopes[e] = other.widened(e);
       }
     }
     float total = 0.0f;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
         float product = 0.0f;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          product = add_term(product, slopes[e], widen(group[j][e]));
+          product = add_term(product, slopes[e], group[j].widened(e));
         }
         sums[first + j] += product;
       }
@@ -253,11 +253,11 @@ void launch_reduce(const Reduction<T>& reduction, Partials& partials, const Targ
 template <typename T>
 void reduce(const Reduction<T>& reduction, double* workspace, const Gradients& gradients, const Target& target) {
   Partials partials{workspace};
-  run_pass<T>(FeatureKernels<4, 8, 16, 32>{}, reduction,
-              [&]<int kInputs, int kWidth, bool kStrided>(const Reduction<T>& part) {
-                part.is_loss ? launch_reduce<T, kInputs, kWidth, kStrided, true>(part, partials, target)
-                             : launch_reduce<T, kInputs, kWidth, kStrided, false>(part, partials, target);
-              });
+  run_pass<sizeof(T)>(FeatureKernels<4, 8, 16, 32>{}, reduction,
+                      [&]<int kInputs, int kWidth, bool kStrided>(const Reduction<T>& part) {
+                        part.is_loss ? launch_reduce<T, kInputs, kWidth, kStrided, true>(part, partials, target)
+                                     : launch_reduce<T, kInputs, kWidth, kStrided, false>(part, partials, target);
+                      });
   GradientTask<T> task{};
   task.partials = workspace;
   task.rows = partials.rows;

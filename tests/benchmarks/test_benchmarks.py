@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -410,7 +410,7 @@ def test_a_run_says_what_was_wrong_and_goes_on(monkeypatch: pytest.MonkeyPatch, 
         return _case(1.0, run, harness.Variant(harness.COPY, lambda turn: [torch.ones(4)], None))
 
     entries = [suite.Entry("broken", broken), suite.Entry("push", MAKERS["push"])]
-    monkeypatch.setattr(command, "headline", lambda: entries)
+    monkeypatch.setattr(command, "headline", lambda device: entries)
     app, lines = typer.Typer(), tmp_path / "lines.jsonl"
     app.command()(command.main)
 
@@ -445,6 +445,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.calls = 0
         self.replays = 0
+        self.current: object = SimpleNamespace(wait_stream=lambda other: None)
 
     def run(self, turn: int) -> list[torch.Tensor]:
         self.calls += 1
@@ -467,14 +468,27 @@ class FakeCuda:
             def replay(inner) -> None:
                 self.replays += 1
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
+        @contextmanager
+        def stream(chosen: object) -> Iterator[None]:
+            before, self.current = self.current, chosen
+            try:
+                yield
+            finally:
+                self.current = before
+
+        @contextmanager
+        def graph(_: Graph, stream: object) -> Iterator[None]:
+            before, self.current = self.current, stream
+            yield  # an error passes the next line, as it does in torch
+            self.current = before
+
         fakes = {
             "Event": Event,
             "CUDAGraph": Graph,
-            "Stream": lambda device: stream,
-            "current_stream": lambda device: stream,
-            "stream": lambda stream: nullcontext(),
-            "graph": lambda graph, stream: nullcontext(),
+            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda device: self.current,
+            "stream": stream,
+            "graph": graph,
             "synchronize": lambda device: None,
         }
         for name, fake in fakes.items():
@@ -501,6 +515,21 @@ def test_a_gpu_clock_keeps_as_many_outputs_as_there_are_sets(monkeypatch: pytest
     assert replay is not None and cuda.calls == 11 + 1 + 6
     assert replay(7)[0][0] == 3 and cuda.replays == 1 and cuda.calls == 18
     assert 0 < (clock.host_seconds(cuda.run) or 0) < 1 and cuda.calls == 18 + 45
+
+
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    before = cuda.current
+
+    def run(turn: int) -> list[torch.Tensor]:
+        if cuda.calls:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return cuda.run(turn)
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaClock(torch.device("cuda")).capture(run, 1, 1)
+    assert cuda.current is before
 
 
 def test_memory_beyond_the_inputs_is_counted() -> None:

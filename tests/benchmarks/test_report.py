@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import pages, report, results
+from benchmarks import pages, predictions, report, results
 from benchmarks.harness import COPY
 from benchmarks.suite import suite, sweeps
 
@@ -25,6 +25,11 @@ def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
     shown = rows if page == report.PAGE else [row for row in rows if report.is_headline(row.size)]
     made = pages.renewed(text, report.COMMAND, report.markdown(shown))
     assert text == made, "run python -m benchmarks.report"
+
+
+def test_the_predictions_are_those_of_the_page() -> None:
+    text = predictions.PAGE.read_text(encoding="utf-8")
+    assert text == pages.renewed(text, predictions.COMMAND, predictions.markdown()), f"run {predictions.COMMAND}"
 
 
 def test_a_machine_ran_every_case() -> None:

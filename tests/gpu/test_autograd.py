@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from steps import DEVICE
 from torch import Tensor
 
 from lesa_kernels import reference
 from lesa_kernels.ops import predict_l1_loss
 from lesa_kernels.predictors.kan import KAN
 
+DEVICE = torch.device("cuda")
 ops = torch.ops.lesa
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from steps import DEVICE, STEPS, Step, capture
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Schedule, Session
+from lesa_kernels.backends import libraries
+from tools.gpu_check.calls import CALLS, ODD, Call, capture
+from tools.gpu_check.records import PASSED, load
 
+DEVICE = torch.device("cuda")
 DELAY_CYCLES = 20_000_000  # some 10 ms: longer than the host needs to go on
 
 
@@ -30,59 +37,74 @@ def _allocations() -> int:
     return torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
 
 
-def test_a_replayed_graph_sees_new_data_and_coefficients(step: Step, ops: Any) -> None:
-    replay, outputs = capture(lambda: step.run(ops))
+def test_a_replayed_graph_sees_new_data_and_coefficients(call: Call, ops: Any) -> None:
+    replay, outputs = capture(lambda: call.run(ops))
     for _ in range(3):
-        step.draw()
+        call.draw()
         for output in outputs:
             output.fill_(torch.nan)
         replay()
-        step.check(outputs)
+        assert not call.wrong(outputs)
 
 
-def test_no_op_waits_for_the_device(step: Step, ops: Any) -> None:
-    step.run(ops)
+def test_the_first_call_may_be_captured(tmp_path: Path) -> None:
+    """C++ kernels load themselves inside a capture; Triton compiles at the first call, which has to come before."""
+    if not any(library.name == "_cuda" and library.loaded for library in libraries.libraries()):
+        pytest.skip("the library _cuda is not loaded")
+    records = tmp_path / "records.jsonl"
+    command = [sys.executable, "-m", "tools.gpu_check.smoke", "cuda", "lesa", str(records), *CALLS, "--first-capture"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = load(records)
+    assert len(found) == len(CALLS) and [record for record in found if record.status != PASSED] == []
+
+
+def test_no_op_waits_for_the_device(call: Call, ops: Any) -> None:
+    call.run(ops)
     with _syncs_are_errors():
-        step.run(ops)
+        call.run(ops)
 
 
 @pytest.mark.parametrize("name", ["push", "forecast_into"])
 def test_writing_into_the_ring_allocates_nothing(name: str, dtype: torch.dtype, ops: Any) -> None:
-    step = STEPS[name](dtype)
-    step.run(ops)
+    with DEVICE:
+        call = CALLS[name](dtype, ODD)
+    call.run(ops)
     before = _allocations()
-    step.run(ops)
+    call.run(ops)
     assert _allocations() == before
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", CALLS)
 def test_ops_run_on_the_current_stream(name: str, ops: Any) -> None:
     """Two streams at once: each draws its inputs late, so that a kernel on another stream would read the old ones."""
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    steps = [STEPS[name](torch.bfloat16) for _ in streams]
-    for step in steps:
-        step.run(ops)  # what compiles must not do so between the streams
+    with DEVICE:
+        calls = [CALLS[name](torch.bfloat16, ODD) for _ in streams]
+    for call in calls:
+        call.run(ops)  # what compiles must not do so between the streams
     torch.cuda.synchronize()
     outputs: list[list[Tensor]] = []
-    for stream, step in zip(streams, steps, strict=True):
+    for stream, call in zip(streams, calls, strict=True):
         with torch.cuda.stream(stream):
             torch.cuda._sleep(DELAY_CYCLES)
-            step.draw()
-            outputs.append(step.run(ops))
+            call.draw()
+            outputs.append(call.run(ops))
     torch.cuda.synchronize()
-    for step, written in zip(steps, outputs, strict=True):
-        step.check(written)
+    for call, written in zip(calls, outputs, strict=True):
+        assert not call.wrong(written)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only: a second device is not tested")
-def test_ops_run_on_the_device_of_their_tensors(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steps.DEVICE", torch.device("cuda:1"))
-    for make in STEPS.values():
-        step = make(torch.bfloat16)
+def test_ops_run_on_the_device_of_their_tensors(ops: Any) -> None:
+    for make in CALLS.values():
+        with torch.device("cuda:1"):
+            call = make(torch.bfloat16, ODD)
         assert torch.cuda.current_device() == 0
-        outputs = step.run(ops)
+        outputs = call.run(ops)
         assert torch.cuda.current_device() == 0 and all(output.device.index == 1 for output in outputs)
-        step.check(outputs)
+        assert not call.wrong(outputs)
 
 
 def test_a_sampling_run_neither_waits_nor_allocates_once_its_ring_is_there(flux_sigmas: list[float]) -> None:

@@ -40,4 +40,5 @@ def test_a_captured_tail_follows_the_forecasts() -> None:
             held.copy_(session.forecast(step))
             graph.replay()
             (want,) = skip(session.forecast(step))
-            assert torch.equal(output, want)
+            # A captured product of matrices may take another algorithm than an eager one.
+            torch.testing.assert_close(output, want, rtol=1e-4, atol=1e-5)

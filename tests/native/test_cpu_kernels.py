@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from cases import assert_close_gram, extreme_features
 from cpu_library import ISAS, facts, native, needs_library
 from torch import Tensor
 
@@ -302,6 +303,12 @@ def test_gram_on_every_instruction_set(isa: str, count: int, size: int, dtype: t
     kind = torch.float32 if dtype.itemsize == 2 else dtype
     scale = reference.gram([feature.abs() for feature in wide])
     _close(ops.gram(features), reference.gram(wide), scale, kind)
+
+
+@pytest.mark.parametrize("size", [1, 15, 1040, 4000])
+def test_gram_of_features_whose_products_leave_the_range_of_float32(isa: str, size: int) -> None:
+    features = extreme_features((size,), torch.bfloat16)
+    assert_close_gram(ops.gram(features), features)
 
 
 def test_gram_of_float32_features_is_summed_in_float64(isa: str) -> None:

@@ -17,8 +17,8 @@ from lesa_kernels.backends import libraries
 
 LIBRARY = Path(lesa.__file__).parent / "_cuda.so"
 ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
-# A multiprocessor has 65,536 registers: 128 let two blocks of 256 threads share it, 255 let one run.
-REGISTERS_OF_TWO_BLOCKS, REGISTERS_OF_ONE_BLOCK = 128, 255
+# Of a multiprocessor; a thread has at most 255 of them, in steps of 8.
+REGISTERS = 65536
 # Loads that must be under way together, or all of a kernel's inputs if they are fewer: csrc/cuda/plan.h.
 LOADS_IN_FLIGHT = 4
 
@@ -33,6 +33,11 @@ class Shape:
     strided: bool
     loads: int  # bytes of one load
     stores: int  # bytes of one store; 0 where it writes no features
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is for contiguous tensors that are not aligned alike: wider vectors would fit into registers."""
+        return not self.strided and 2 * self.width * self.inputs <= 64 and max(self.loads, self.stores) < 16
 
     @classmethod
     def of(cls, name: str) -> Shape | None:
@@ -77,12 +82,16 @@ def resources() -> list[tuple[str, dict[str, int]]]:
     return [(name, {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", text)}) for name, text in found]
 
 
-def _blocks_meant(name: str) -> int:
-    """How many blocks of a kernel are to share a multiprocessor; reduce.cuh, gram.cuh and kan.cu have exceptions."""
+def _threads_meant(name: str) -> int:
+    """How many threads of a kernel are to share a multiprocessor; reduce.cuh, gram.cuh and kan.cuh have exceptions."""
     shape = Shape.of(name)
+    if shape is not None and shape.family == "combine":
+        items = 1 if shape.strided else max(1, min(LOADS_IN_FLIGHT * 16 // (shape.inputs * shape.loads), 8))
+        held = shape.inputs * shape.width * 2 ** (items.bit_length() - 1)
+        return 128 * (4 if shape.strided else min(512 // (32 + held), 9))
     many_inputs = shape is not None and shape.inputs > {"reduce": 8, "gram": 9}.get(shape.family, shape.inputs)
     high_order = re.search(r"kan_\w+_kernel<.*, 8>", name) is not None
-    return 1 if many_inputs or high_order else 2
+    return 256 if many_inputs or high_order else 512
 
 
 def test_kernels_keep_everything_in_registers(resources: list[tuple[str, dict[str, int]]]) -> None:
@@ -90,11 +99,11 @@ def test_kernels_keep_everything_in_registers(resources: list[tuple[str, dict[st
     assert not [name for name, used in resources if used["STACK"] or used["LOCAL"]]
 
 
-def test_registers_leave_room_for_the_blocks_that_are_meant_to_run(
+def test_registers_leave_room_for_the_threads_that_are_meant_to_run(
     resources: list[tuple[str, dict[str, int]]],
 ) -> None:
-    limits = {1: REGISTERS_OF_ONE_BLOCK, 2: REGISTERS_OF_TWO_BLOCKS}
-    assert not [(name, used["REG"]) for name, used in resources if used["REG"] > limits[_blocks_meant(name)]]
+    limits = {name: REGISTERS // _threads_meant(name) // 8 * 8 for name, _ in resources}
+    assert not [(name, used["REG"]) for name, used in resources if used["REG"] > min(limits[name], 255)]
 
 
 def _machine_code(architecture: str) -> Iterator[tuple[str, list[str]]]:
@@ -128,24 +137,30 @@ ARCHITECTURES = [
     pytest.param("80", marks=pytest.mark.exhaustive),
     "90",
     pytest.param("100", marks=pytest.mark.exhaustive),
+    pytest.param("120", marks=pytest.mark.exhaustive),
 ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vectors_are_loaded_and_stored_whole(architecture: str) -> None:
-    """Vector kernels move vectors of their width, 16 bytes up to 8 inputs, and load several before the first sum."""
+    """Vector kernels move vectors of their width and load several before the first sum.
+
+    Up to 8 inputs there is a kernel for vectors of 16 bytes.
+    """
     if f"{architecture}-real" not in libraries.read_record()["architectures"]:
         pytest.skip(f"sm_{architecture} is not among the architectures that were built")
-    vectors = 0
+    widest: dict[tuple[str, int], int] = {}
     for name, opcodes in _machine_code(architecture):
         assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], name
         shape = Shape.of(name)
         if shape is None or shape.width == 1:
             continue
-        vectors += 1
-        assert max(shape.loads, shape.stores) == 16 or shape.inputs > 8, name
+        kind = shape.family, shape.inputs
+        widest[kind] = max(widest.get(kind, 0), shape.loads, shape.stores)
+        assert max(shape.loads, shape.stores) == 16 or shape.inputs > 8 or shape.narrow, name
         loads = _accesses(opcodes, "LDG", shape.loads)
         assert len(loads) >= min(shape.inputs, LOADS_IN_FLIGHT), name
         assert _most_together(opcodes, loads) >= min(shape.inputs, LOADS_IN_FLIGHT), name
         assert bool(_accesses(opcodes, "STG", shape.stores or 16)) == bool(shape.stores), name
-    assert vectors
+    assert widest
+    assert all(size == 16 for (_, inputs), size in widest.items() if inputs <= 8)

@@ -83,3 +83,20 @@ def predict_scale(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain:
     """Sum of the magnitudes of predict's terms, float64."""
     positive = [tensor.abs() for tensor in wide([*history, weight, bias, gain])]
     return reference.predict(positive[: len(history)], *positive[len(history) :])
+
+
+def extreme_features(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Features whose products leave float32's range, up or down, everywhere or in parts, beside plain ones."""
+    scales = torch.tensor([1e25, 1e-25, 1.0, 1e-33, 3e37]).double()
+    features = [torch.randn(shape, dtype=torch.float64) * scale for scale in scales]
+    mixed = [torch.randn(shape, dtype=torch.float64) * scales[torch.randint(5, shape)] for _ in range(2)]
+    runs = torch.randn(shape, dtype=torch.float64) * scales[torch.arange(shape[0]) // 1500 % 3]
+    return [feature.to(dtype) for feature in (*features, *mixed, runs)]
+
+
+def assert_close_gram(got: Tensor, features: list[Tensor]) -> None:
+    """Without an absolute tolerance, relative to the two features: what is lost beside larger terms is no error."""
+    want = reference.gram(wide(features))
+    assert want.isfinite().all() and torch.equal(got, got.T)
+    size = want.diagonal().sqrt()
+    assert bool(((got - want).abs() <= TOLERANCES[torch.float32].relative * size[:, None] * size).all())

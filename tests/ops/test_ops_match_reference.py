@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import COUNTS, DTYPES, LAYOUTS, SHAPES, Layout, assert_close, contiguous, predict_scale, wide
+from cases import (
+    COUNTS,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    Layout,
+    assert_close,
+    assert_close_gram,
+    contiguous,
+    extreme_features,
+    predict_scale,
+    wide,
+)
 from torch import Tensor
 
 from lesa_kernels import reference
@@ -217,6 +229,39 @@ def test_a_value_that_is_not_finite_spoils_its_row_of_the_gram_matrix_alone(dtyp
         assert not got[1].any() and not got[:, 1].any()
         rest = [0, *range(2, 7)]
         assert got[rest][:, rest].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 67, 1030, 9001])
+def test_gram_of_features_whose_products_leave_the_range_of_float32(size: int, dtype: torch.dtype) -> None:
+    features = extreme_features((size,), dtype)
+    for chosen in (features, [features[2], features[0]], features[1:2], features[3:4], features[4:5]):
+        assert_close_gram(ops.gram(chosen), chosen)
+    spoiled = [*features, torch.full_like(features[0], torch.inf), torch.zeros_like(features[0])]
+    got, kept = ops.gram(spoiled), [*range(len(features)), -1]
+    assert_close_gram(got[kept][:, kept], features)
+    assert not got[-3].isfinite().any() and not got[-2, [*kept, -2]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_sums_of_large_and_small_features(scale: float, dtype: torch.dtype) -> None:
+    """Means and products that float32 holds come out although every term is far from 1."""
+    history = [(torch.randn(9001).double() * scale).to(dtype) for _ in range(4)]
+    target, (weight, bias, gain) = (torch.randn(9001).double() * scale).to(dtype), _parameters(4, torch.float32)
+    bias = bias * scale
+    loss, *grads = ops.predict_l1(history, target, weight, bias, gain, None)
+    want, *want_grads = reference.predict_l1(wide(history), target.double(), *wide([weight, bias, gain]), None)
+    assert abs(loss.double() - want) <= 1e-5 * want
+    for gradient, wanted, size in zip(grads, want_grads, (scale, 1.0, scale), strict=True):
+        assert bool(((gradient.double() - wanted).abs() <= 1e-2 * size).all())
+    grad = (torch.randn(9001).double() / scale).to(dtype)
+    _, *got = ops.predict_backward(grad, history, weight, bias, gain, False)
+    magnitudes = [tensor.abs() for tensor in wide([grad, *history, weight, bias, gain])]
+    _, *wanted_grads = reference.predict_backward(grad.double(), wide(history), *wide([weight, bias, gain]), False)
+    _, *scales = reference.predict_backward(magnitudes[0], magnitudes[1:5], *magnitudes[5:], False)
+    for gradient, wanted, total in zip(got, wanted_grads, scales, strict=True):
+        assert bool(((gradient.double() - wanted).abs() <= 4e-6 * total).all())
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])

@@ -1,13 +1,13 @@
-"""`python -m tools.gpu_check`, or `make gpu-check`."""
+"""`python -m tools.gpu_check`, or `make gpu-check`: checks and measures the kernels on the GPU that is here."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +15,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import targets
-from tools.gpu_check import report
-from tools.gpu_check.stages import FAILED, ROOT, STAGES, WORK, Settings, venv_python
+from tools.gpu_check.phases import CALLS, pack_logs, run_phases
+from tools.gpu_check.records import FACTS, FAILED, PASSED, Record
+from tools.gpu_check.report import write
+from tools.gpu_check.settings import FILES, PACK, REPORT, ROOT, Settings
 
-HALF_THE_CORES = max(1, len(os.sched_getaffinity(0)) // 2)
+WORK = ROOT / "build" / "gpu-check"
 
 
 class Device(str, Enum):
@@ -29,64 +30,66 @@ class Device(str, Enum):
     cpu = "cpu"
 
 
-Stage = Enum("Stage", {name: name for name in STAGES}, type=str)  # type: ignore[misc]
+class Call(str, Enum):
+    """What runs: a part of the phases, so that a machine that is lent for minutes is called twice, or all."""
 
-
-def _facts(device: str) -> dict[str, str]:
-    """Ask a child: this process must not hold memory of the GPU."""
-    command = [sys.executable, "-m", "tools.gpu_check.facts", device]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise SystemExit(result.stderr.strip())
-    found: dict[str, str] = json.loads(result.stdout)
-    return found
-
-
-def _emptied(out: Path) -> Path:
-    """Make the folder of the report and remove what an earlier run left in it."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("report.md", "report.json", "results.csv", "clocks.csv", *(f"{name}.log" for name in STAGES)):
-        (out / name).unlink(missing_ok=True)
-    return out.resolve()
+    first = "first"
+    second = "second"
+    both = "both"
 
 
 def main(
-    device: Annotated[Device, typer.Option(help="cpu is a dry run: the same stages, no GPU.")] = Device.cuda,
-    stage: Annotated[list[Stage] | None, typer.Option(help="Only this stage; may be given several times.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report; its old contents are replaced.")] = WORK / "report",
-    wheels: Annotated[Path | None, typer.Option(help="Folder of further packages for the tests.")] = None,
-    at_once: Annotated[int, typer.Option(help="Test processes side by side.", min=1)] = HALF_THE_CORES,
-    repeats: Annotated[int, typer.Option(help="Rounds of the benchmark.", min=3)] = 25,
-    seconds: Annotated[float, typer.Option(help="For all stages together; each may take a share of it.")] = 540,
+    call: Annotated[Call, typer.Argument(help="first: what matters most; second: the rest; both.")] = Call.both,
+    device: Annotated[Device, typer.Option(help="cpu is a dry run: the same phases, no GPU.")] = Device.cuda,
+    phase: Annotated[list[str] | None, typer.Option(help="Only this phase; may be given several times.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report; an older report in it is replaced.")] = WORK
+    / "report",
+    pack: Annotated[Path, typer.Option(help="Folder that tools.gpu_check.pack made.")] = PACK,
+    seconds: Annotated[float | None, typer.Option(help="For all phases; by default as the call needs.")] = None,
 ) -> None:
-    """Build, test, check memory accesses and measure; stop at the first wrong result; write a report."""
+    """Check and measure the kernels; no phase stops another, and each writes what it finds at once.
+
+    Ends with status 1 where something was wrong; what ran out of time is cut, not wrong.
+    """
     console = Console(highlight=False, soft_wrap=True)
-    facts = _facts(device.value)
-    console.print(f"{facts['device']}, torch {facts['torch']}")
-    names = [name for name in STAGES if stage is None or name in {chosen.value for chosen in stage}]
-    if "build" not in names and not venv_python().exists():
-        raise typer.BadParameter("--stage must include build the first time")
-    settings = Settings(device.value, facts.get("capability", ""), _emptied(out), wheels, at_once, seconds, repeats)
-    command = " ".join(["python -m tools.gpu_check", *sys.argv[1:]])
+    phases, limit = CALLS[call.value]
+    if unknown := set(phase or ()) - {each.name for each in phases}:
+        raise typer.BadParameter(f"--phase must be one of {', '.join(each.name for each in phases)}, got {unknown}")
+    # So that who is told to stop ends the child processes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     begin = time.monotonic()
-    done: list[report.StageReport] = []
-    verdicts: list[targets.Verdict] = []
-    for name in names:
-        started = time.monotonic()
-        with console.status(name):
-            outcome = STAGES[name](replace(settings, seconds_left=seconds - (started - begin)))
-        done.append(report.StageReport(name, outcome, time.monotonic() - started))
-        verdicts = report.verdicts_of(settings.out, device.value)
-        # After each stage: whoever is stopped in the middle keeps what there is.
-        report.write(settings.out, facts, done, names[len(done) :], verdicts, command)
-        console.print(f"{name}: {outcome.status}, {outcome.summary} ({done[-1].seconds:.0f} s)")
-        if outcome.status == FAILED:
-            console.print("\n".join(outcome.lines), markup=False)
-            break
-    for verdict in verdicts:
-        console.print(verdict.line)
-    console.print(f"report: {settings.out / 'report.md'}")
-    raise typer.Exit(int(any(stage.outcome.status == FAILED for stage in done)))
+    settings = Settings(device.value, _emptied(out), _emptied(WORK / "work"), pack)
+    (settings.work / "logs").mkdir(exist_ok=True)
+    _record_facts(settings)
+    chosen = [each for each in phases if not phase or each.name in phase]
+    statuses = []
+    for end in run_phases(chosen, settings, (seconds or limit) - (time.monotonic() - begin)):
+        console.print(f"{end.phase}: {end.status}, {end.text} ({end.seconds:.0f} s)")
+        statuses.append(end.status)
+    pack_logs(settings)
+    write(settings)
+    console.print((settings.out / REPORT).read_text(), markup=False)
+    console.print(f"report: {settings.out}; next: python -m tools.gpu_check.publish {settings.out}")
+    raise typer.Exit(int(FAILED in statuses))
+
+
+def _emptied(folder: Path) -> Path:
+    """Make a folder and remove what an earlier run left in it; compiled kernels stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    return folder.resolve()
+
+
+def _record_facts(settings: Settings) -> None:
+    """Write down the machine; a child asks, since this process must not hold memory of the GPU."""
+    command = [sys.executable, "-m", "tools.gpu_check.facts", settings.device, str(settings.pack)]
+    done = subprocess.run(command, cwd=ROOT, env=settings.env(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr.strip())
+    command_line = " ".join(["python -m tools.gpu_check", *sys.argv[1:]])
+    settings.record(Record(FACTS, "machine", PASSED, values={**json.loads(done.stdout), "command": command_line}))
 
 
 if __name__ == "__main__":

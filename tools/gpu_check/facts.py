@@ -9,11 +9,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 from benchmarks.results import commit
 from lesa_kernels.machine import device_name
+from tools.gpu_check.settings import PACKED
 
 SHOWN_PACKAGES = ("triton", "numpy", "diffusers", "pytest", "hypothesis")
 
@@ -33,8 +35,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def facts(device: torch.device) -> dict[str, str]:
-    """Return name -> value of what a reader needs to judge the figures."""
+def facts(device: torch.device, pack: Path) -> dict[str, str]:
+    """Return name -> value of what a reader needs to judge the figures.
+
+    Args:
+        device: that is checked.
+        pack: folder whose record names the commit where this copy is no repository.
+    """
+    here, packed = commit(), pack / PACKED
+    carried = json.loads(packed.read_text())["commit"] if packed.exists() else here
     found = {
         "device": device_name(device),
         "system": platform.platform(),
@@ -43,7 +52,7 @@ def facts(device: torch.device) -> dict[str, str]:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
         **{package: _version(package) for package in SHOWN_PACKAGES},
         "nvcc": _first_line_with("release", "nvcc", "--version"),
-        "commit": commit(),
+        "commit": carried if here == "unknown" else here,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -60,7 +69,7 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    wanted = torch.device(sys.argv[1])
+    wanted, folder = torch.device(sys.argv[1]), Path(sys.argv[2])
     if wanted.type == "cuda" and not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} finds no CUDA device here; `--device cpu` is a dry run without one")
-    print(json.dumps(facts(wanted)))
+    print(json.dumps(facts(wanted, folder)))

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 
 
 @dataclass
@@ -22,13 +22,14 @@ class Job:
         name: what the report calls it.
         command: the program and its arguments.
         log: takes what it prints.
-        accepted: the exit statuses that are no failure.
+        process: None before it was started.
+        seconds: that it took.
+        timed_out: whether it was ended before it ended by itself.
     """
 
     name: str
     command: Sequence[str]
     log: Path
-    accepted: Sequence[int] = (0,)
     process: subprocess.Popen[bytes] | None = None
     seconds: float = 0.0
     timed_out: bool = False
@@ -37,11 +38,6 @@ class Job:
     def code(self) -> int | None:
         """The exit status; None for a command that was not started or did not end by itself."""
         return None if self.process is None or self.timed_out else self.process.poll()
-
-    @property
-    def failed(self) -> bool:
-        """Whether it ended by itself, and badly."""
-        return self.code is not None and self.code not in self.accepted
 
     def start(self, cwd: Path, env: Mapping[str, str]) -> None:
         """Start it in a process group of its own, so that it can be ended with its children."""
@@ -65,11 +61,20 @@ class Job:
         """What it has printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def tail(self, lines: int = 30) -> str:
+        """The last lines of what it has printed."""
+        return "\n".join(self.text().splitlines()[-lines:])
+
 
 def run_all(
-    jobs: Sequence[Job], cwd: Path, env: Mapping[str, str], seconds: float, at_once: int, stop_at_failure: bool = True
+    jobs: Sequence[Job],
+    cwd: Path,
+    env: Mapping[str, str],
+    seconds: float,
+    at_once: int = 1,
+    ended: Callable[[Job], None] = lambda job: None,
 ) -> None:
-    """Run commands side by side.
+    """Run commands side by side; none of them stops another.
 
     Args:
         jobs: what to run, in this order.
@@ -77,7 +82,7 @@ def run_all(
         env: their environment.
         seconds: for all of them; what has not ended then is ended.
         at_once: how many may run at a time.
-        stop_at_failure: whether the first that fails ends the others.
+        ended: is called with each job that was started, as soon as it ends.
     """
     deadline = time.monotonic() + seconds
     waiting, running, began = list(jobs), list[Job](), dict[str, float]()
@@ -92,16 +97,11 @@ def run_all(
             for job in [job for job in running if job.code is not None]:
                 job.seconds = time.monotonic() - began[job.name]
                 running.remove(job)
-                if job.failed and stop_at_failure:
-                    return
+                ended(job)
             if time.monotonic() > deadline:
                 return
     finally:
         for job in running:
             job.seconds = time.monotonic() - began[job.name]
             job.stop()
-
-
-def join_logs(jobs: Sequence[Job], path: Path) -> None:
-    """Write the logs of several jobs into one file, one after the other."""
-    path.write_text("\n".join(f"==== {job.name}\n{job.text()}" for job in jobs))
+            ended(job)

@@ -69,6 +69,11 @@ def contiguous(shape: tuple[int, ...], dtype: str) -> Array:
     return place(shape, row_major(shape), 0, dtype)
 
 
+def line(size: int, offset: int, dtype: str) -> Array:
+    """A contiguous array of one dimension that begins `offset` elements behind an aligned address."""
+    return place((size,), (1,), offset, dtype)
+
+
 def misaligned(shape: tuple[int, ...], dtype: str) -> Array:
     return place(shape, row_major(shape), 1, dtype)
 

@@ -1,10 +1,13 @@
 // Stands in for the CUDA runtime under code that nvcc compiled, so that its host side runs without a GPU: it keeps the
 // names under which kernels are registered and hands each launch to a callback (engines.py simulates it). Pointers to
-// device memory are whatever the caller passes.
+// device memory are whatever the caller passes. It behaves as if a graph were being captured: a kernel must be loaded
+// before it is launched, and in the relaxed mode.
 #include <cuda_runtime_api.h>
 
 #include <map>
+#include <set>
 #include <string>
+#include <utility>
 
 namespace {
 
@@ -13,9 +16,20 @@ using Launched = void (*)(const char* kernel, int blocks, int threads, const voi
 Launched launched = nullptr;
 cudaError_t launch_result = cudaSuccess;
 
+cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+std::set<const void*> loaded;
+
 std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> known;
   return known;
+}
+
+cudaError_t load(const void* host) {
+  if (!loaded.contains(host) && mode != cudaStreamCaptureModeRelaxed) {
+    return cudaErrorStreamCaptureUnsupported;
+  }
+  loaded.insert(host);
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -43,23 +57,34 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, std::size_t, cu
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, std::size_t*, void*) { return cudaErrorNotSupported; }
 
 cudaError_t cudaLaunchKernel(const void* host, dim3 blocks, dim3 threads, void** arguments, std::size_t, cudaStream_t) {
+  if (!loaded.contains(host) || mode == cudaStreamCaptureModeRelaxed) {
+    return cudaErrorStreamCaptureUnsupported;
+  }
   if (launch_result == cudaSuccess) {
     launched(names().at(host).c_str(), static_cast<int>(blocks.x), static_cast<int>(threads.x), arguments[0]);
   }
   return launch_result;
 }
 
-const char* cudaGetErrorString(cudaError_t) { return "the launch was refused"; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
+  std::swap(mode, *other);
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* host) { return load(host); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == launch_result ? "the launch was refused" : "not permitted while a stream is captured";
+}
 
 // A device of one multiprocessor that holds two blocks: small inputs make threads loop.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 1;
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, std::size_t,
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host, int, std::size_t,
                                                                    unsigned) {
   *blocks = 2;
-  return cudaSuccess;
+  return load(host);
 }
 
 }  // extern "C"

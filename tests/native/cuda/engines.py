@@ -63,6 +63,7 @@ class Engine(ABC):
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._alive: list[np.ndarray] = []
+        self.launches: list[str] = []  # kernels of the last call, where they have names
 
     @abstractmethod
     def address(self, storage: np.ndarray) -> int:
@@ -144,7 +145,6 @@ class Simulated(Engine):
 
     def __init__(self, library: Path, ptx: Sequence[Path]) -> None:
         super().__init__(library)
-        self.launches: list[str] = []  # kernels of the last call
         self._memory = ptxsim.Memory()
         self._error: BaseException | None = None
         callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
@@ -194,9 +194,15 @@ def _run_all(commands: Sequence[Sequence[str | Path]], folder: Path) -> None:
         list(pool.map(lambda command: _run(command, folder), commands))
 
 
-def _kernel_sources() -> list[Path]:
-    """The files that hold kernels: all but the one that tells of the build."""
-    return sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "info")
+def _kernel_sources(folder: Path) -> list[Path]:
+    """The files that hold kernels: all but the one that tells of the build, those of one dtype written as by CMake."""
+    sources = [path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "info"]
+    for template in (CSRC / "cuda").glob("*.cu.in"):
+        for feature in ("bfloat16", "float16", "float"):
+            source = folder / f"{template.name.removesuffix('.cu.in')}_{feature}.cu"
+            source.write_text(template.read_text().replace("@FEATURE@", feature))
+            sources.append(source)
+    return sorted(sources)
 
 
 def _folder_for(engine: str, cache: Path) -> Path:
@@ -229,9 +235,9 @@ def build_ptx(cache: Path) -> Simulated:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise Unavailable("nvcc is not on the PATH")
-    sources = _kernel_sources()
 
     def build(folder: Path) -> None:
+        sources = _kernel_sources(folder)
         common = [nvcc, "-std=c++20", f"-I{CSRC}", "-Xcompiler=-fPIC", "-cudart=none"]
         device = ["--expt-relaxed-constexpr", "-arch=compute_90", "-code=compute_90", "--keep", "--keep-dir", folder]
         objects = [f"{source.stem}.o" for source in sources]
@@ -240,7 +246,7 @@ def build_ptx(cache: Path) -> Simulated:
         _run([*link, "-o", "partial.so"], folder)
 
     folder = _built("ptx", cache, build)
-    return Simulated(folder / "kernels.so", [folder / f"{source.stem}.ptx" for source in sources])
+    return Simulated(folder / "kernels.so", sorted(folder.glob("*.ptx")))
 
 
 def build_host(cache: Path) -> Host:
@@ -257,7 +263,7 @@ def build_host(cache: Path) -> Host:
         quiet = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         flags = ["g++", "-std=c++20", "-O0", "-g1", "-fPIC", SANITIZERS, "-fno-sanitize-recover=undefined", *quiet]
         includes = [f"-I{HERE / 'shim'}", f"-I{CSRC}", f"-I{HERE}"]
-        sources = [*_kernel_sources(), *sorted(HERE.glob("*_entries.cpp")), *sorted(HERE.glob("shim/*.cpp"))]
+        sources = [*_kernel_sources(folder), *sorted(HERE.glob("*_entries.cpp")), *sorted(HERE.glob("shim/*.cpp"))]
         compile_ = [*flags, *includes, "-x", "c++", "-c"]
         _run_all([[*compile_, source, "-o", f"{source.stem}.o"] for source in sources], folder)
         objects = [f"{source.stem}.o" for source in sources]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from arrays import (
     contiguous,
     encode,
     filled,
+    line,
     misaligned,
     padded,
     place,
@@ -98,7 +100,7 @@ def test_odd_sizes(engine: Engine, dtype: str, size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("history", [1, 2, 3])
 def test_threads_loop_over_large_features(engine: Engine, dtype: str, history: int) -> None:
-    """Two blocks of 256 threads for more than 1,024 vectors and a rest."""
+    """Two blocks of 128 threads for more than 1,024 vectors and a rest."""
     check_functional(engine, dtype, (8803,), contiguous, history, rows=2)
     engine.check_launches("combine", "combine")
 
@@ -153,10 +155,10 @@ def test_more_dimensions_than_a_kernel_walks(engine: Engine) -> None:
         (contiguous, 8, (3, 16), "Li8ELi8ELb0E"),
         (contiguous, 16, (64,), "Li16ELi4ELb0E"),
         (contiguous, 32, (64,), "Li32ELi2ELb0E"),
-        (contiguous, 33, (64,), "Li64ELi1ELb1E"),
+        (contiguous, 33, (64,), "Li64ELi1ELb0E"),
         (padded, 4, (5, 16), "Li8ELi8ELb1E"),
         (padded, 4, (5, 12), "Li8ELi1ELb1E"),
-        (misaligned, 4, (1000,), "Li8ELi1ELb1E"),
+        (misaligned, 4, (1000,), "Li8ELi1ELb0E"),
         (transposed, 4, (8, 16), "Li8ELi1ELb1E"),
     ],
 )
@@ -164,6 +166,112 @@ def test_which_kernel_runs(engine: Engine, layout: Layout, history: int, shape: 
     """Template arguments in the name: inputs, elements of a vector, strided or not."""
     check_functional(engine, "bfloat16", shape, layout, history, rows=1)
     engine.check_launches(kernel)
+
+
+def check_offsets(
+    engine: Engine, dtype: str, size: int, offsets: Sequence[int], kernels: Sequence[str] | None = None
+) -> None:
+    """The last array is the output; nothing around it is written."""
+    rng = np.random.default_rng(size)
+    arrays = [line(size, offset, dtype) for offset in offsets]
+    inputs, output = [filled(array, rng) for array in arrays[:-1]], arrays[-1]
+    check_combine(engine, inputs, [output], rng)
+    assert output.untouched() == offsets[-1]
+    if kernels is not None:
+        engine.check_launches(*kernels)
+
+
+EDGE = "Li8ELi1ELb0E"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_tensors_that_are_misaligned_alike_take_whole_vectors(engine: Engine, dtype: str, offset: int) -> None:
+    """The elements before the first vector and behind the last one go one by one."""
+    width = 4 if dtype == "float32" else 8
+    head = -offset % width
+    for tail in (0, 1, width - 1):
+        kernels = [EDGE] * (head > 0) + [f"Li2ELi{width}ELb0E"] + [EDGE] * (tail > 0)
+        check_offsets(engine, dtype, head + 5 * width + tail, [offset] * 3, kernels)
+
+
+@pytest.mark.parametrize("tail", range(1, 16))
+def test_any_number_of_elements_behind_the_vectors(engine: Engine, tail: int) -> None:
+    check_offsets(engine, "bfloat16", 16 + tail, [0] * 4)
+    check_offsets(engine, "bfloat16", 16 + tail, [3] * 4)
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 13])
+def test_no_whole_vector_behind_the_first_boundary(engine: Engine, size: int) -> None:
+    check_offsets(engine, "bfloat16", size, [2] * 3, [EDGE])
+
+
+@pytest.mark.parametrize(
+    ("offsets", "width"),
+    [
+        ((0, 8, 16), 8),
+        ((4, 0, 4), 4),
+        ((1, 5, 13), 4),
+        ((0, 2, 8), 2),
+        ((7, 3, 1), 2),
+        ((0, 0, 1), 1),
+        ((4, 2, 1), 1),
+    ],
+)
+@pytest.mark.parametrize("size", [41, 8803])
+def test_the_widest_vectors_that_all_tensors_have_at_the_same_places(
+    engine: Engine, offsets: tuple[int, ...], width: int, size: int
+) -> None:
+    check_offsets(engine, "bfloat16", size, offsets)
+    inputs = 2 if width == 8 else 8
+    assert any(f"Li{inputs}ELi{width}ELb0E" in kernel for kernel in engine.launches) or not engine.launches
+
+
+@pytest.mark.parametrize("history", [3, 8, 12, 40])
+def test_offsets_of_many_inputs(engine: Engine, history: int) -> None:
+    """More than 8 inputs have no narrower vectors: they go one by one."""
+    for offsets in ([3] * (history + 1), [*range(history), 0], [2, *[4] * history]):
+        check_offsets(engine, "float16", 77, offsets)
+
+
+@pytest.mark.parametrize(("number", "sizes"), [(0, 40), (1, 40), (7, 40), (2**31 - 1, 400), (2**31 - 2, 400)])
+def test_a_quotient_needs_no_division(engine: Engine, number: int, sizes: int) -> None:
+    rng = np.random.default_rng(number)
+    powers = [2**k + d for k in range(1, 31) for d in (-1, 0, 1)]
+    for size in [1, *powers, 2**31 - 1, *rng.integers(1, 2**31, sizes).tolist()]:
+        for near in {number, number // size * size, max(number // size * size - 1, 0)}:
+            assert engine.number("quotient", *map(ctypes.c_int64, (near, size))) == near // size, (near, size)
+
+
+class Part(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_int64), ("numel", ctypes.c_int64), ("strided", ctypes.c_bool))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"),
+    [
+        ((3 * 2**31,), (2,)),
+        ((5, 2**29 + 1), (2**31, 2)),
+        ((2, 3, 2**31 + 5), (2**40, 2**35, 2)),
+        ((2, 2**31 + 5), (2**35, 1)),
+    ],
+)
+def test_tensors_of_many_elements_are_divided_among_launches(
+    engine: Engine, sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    """Where places are counted in 32 bits; those of contiguous parts are not."""
+    parts = (Part * 32)()
+    count = engine.number("parts_of_pass", len(sizes), integers(sizes), integers(strides), parts, ctypes.c_int64(32))
+    got = [(part.first, part.numel, part.strided) for part in parts[:count]]
+    assert sum(numel for _, numel, _ in got) == int(np.prod(sizes))
+    for first, numel, strided in got:
+        assert numel < 2**31 or not strided
+        places = []
+        for stride in strides:
+            places.append(first // stride)
+            first %= stride
+        assert first == 0 and all(place < size for place, size in zip(places, sizes, strict=True))
+    assert len({first for first, _, _ in got}) == count
 
 
 @pytest.mark.parametrize(("size", "stride", "width"), [(16, 24, 8), (12, 24, 1), (16, 20, 1)])
@@ -197,6 +305,20 @@ def test_outputs_may_take_the_place_of_inputs(engine: Engine, dtype: str, histor
     for s in set(range(slots)) - set(write):
         assert (slot[s].view == before[slot[s].offset :][:size]).all()
     assert ring.untouched() == gap * (slots - 1)
+
+
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("offsets", [(1, 1), (4, 0), (6, 4), (3, 0), (8, 8)])
+def test_copy_between_any_offsets(engine: Engine, to: str, source: str, offsets: tuple[int, int]) -> None:
+    for size in (3, 70, 8803):
+        array, result = (
+            filled(line(size, offsets[0], source), np.random.default_rng(0)),
+            line(size, offsets[1], to),
+        )
+        copy(engine, result, array)
+        assert (result.view == encode(array.values, to)).all()
+        assert result.untouched() == offsets[1]
 
 
 @pytest.mark.parametrize("to", DTYPES)

@@ -177,6 +177,12 @@ def test_more_inputs_than_threads(engine: Engine) -> None:
     check_backward(engine, problem(2, 40, 70))
 
 
+@pytest.mark.parametrize(("rows", "inputs", "bases"), [(19, 30, 8), (37, 3, 8), (9, 130, 1), (33, 2, 200)])
+def test_more_rows_than_a_block_holds(engine: Engine, rows: int, inputs: int, bases: int) -> None:
+    """Gradients of weights: as many rows at a time as 512 pairs with the inputs of a block allow, at most 32."""
+    check_backward(engine, problem(rows, inputs, 3, bases=bases))
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("inputs", "outputs"), [(51, 256), (256, 256), (256, 1)])
 def test_the_layers_of_lesa(engine: Engine, inputs: int, outputs: int) -> None:

@@ -17,6 +17,7 @@ from arrays import (
     contiguous,
     encode,
     filled,
+    line,
     misaligned,
     padded,
     random,
@@ -167,6 +168,25 @@ def test_any_strides_and_offsets(engine: Engine, dtype: str, layout: Layout, his
     check_loss(engine, problem(dtype, (5, 16), contiguous, history, out=layout))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [9, 587])
+@pytest.mark.parametrize(
+    ("offsets", "width"), [((1, 5, 9), 4), ((0, 2, 8), 2), ((3, 2, 1), 1), ((4,) * 13, 4), ((*range(13),), 1)]
+)
+def test_offsets_of_each_its_own(engine: Engine, dtype: str, size: int, offsets: tuple[int, ...], width: int) -> None:
+    """Of the history's features and of what is compared with them, which is written as well."""
+    case = problem(dtype, (size,), contiguous, len(offsets) - 1)
+    lines = [filled(line(size, offset, dtype), np.random.default_rng(k)) for k, offset in enumerate(offsets)]
+    case.history, case.other = lines[:-1], lines[-1]
+    check_backward(engine, case)
+    case.out = line(size, offsets[0], dtype)
+    check_loss(engine, case)
+    assert case.out.untouched() == offsets[0]
+    inputs = {3: 4 if (dtype, width) == ("float32", 4) else 8, 13: 16 if width == 4 else 64}[len(offsets)]
+    kernels = [kernel for kernel in engine.launches if f"Li{inputs}ELi{width}ELb0E" in kernel]
+    assert size == 9 or kernels or not engine.launches
+
+
 def test_more_dimensions_than_a_kernel_walks(engine: Engine) -> None:
     """Each block adds to what it wrote in the launch before."""
     case = problem("float16", (2, 2, 3, 2, 2, 3), sparse, history=2, out=sparse)
@@ -188,12 +208,12 @@ def test_each_parameter_has_its_own_dtype(engine: Engine, dtype: str, own: tuple
     ("layout", "history", "shape", "kernels"),
     [
         (contiguous, 3, (1000,), ["Li4ELi8ELb0E"]),
-        (contiguous, 8, (1001,), ["Li8ELi8ELb0E", "Li8ELi1ELb1E"]),
+        (contiguous, 8, (1001,), ["Li8ELi8ELb0E", "Li8ELi1ELb0E"]),
         (contiguous, 9, (64,), ["Li16ELi4ELb0E"]),
         (contiguous, 32, (64,), ["Li32ELi2ELb0E"]),
-        (contiguous, 33, (64,), ["Li64ELi1ELb1E"]),
+        (contiguous, 33, (64,), ["Li64ELi1ELb0E"]),
         (padded, 4, (5, 16), ["Li8ELi8ELb1E"]),
-        (misaligned, 4, (1000,), ["Li8ELi1ELb1E"]),
+        (misaligned, 4, (1000,), ["Li8ELi1ELb0E", "Li4ELi8ELb0E", "Li8ELi1ELb0E"]),
     ],
 )
 def test_which_kernel_runs(

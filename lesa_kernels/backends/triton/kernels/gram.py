@@ -1,8 +1,8 @@
 """Kernels of `gram`: all products of K features with each other and with 1, summed in one pass; then the matrix.
 
 Sums are float32 over a thread's vector, over its tiles and over the program's threads, float64 over programs, always in
-the same order and without atomics. They stand as an upper triangle, column by column; row and column 0 are the constant
-1, feature k is k + 1.
+the same order and without atomics; products that leave float32's range are summed again in float64. The sums stand as
+an upper triangle, column by column; row and column 0 are the constant 1, feature k is k + 1.
 """
 # mypy: ignore-errors
 # ruff: noqa: RUF005
@@ -48,8 +48,48 @@ def index_of(which, first, second, inputs, GROUP: tl.constexpr):
     return tl.where(which == 0, inputs, index)
 
 
+@triton.jit
+def total_of(partials, programs, row, column, CHUNK: tl.constexpr):
+    """Return the sum over programs of the products of two rows, row <= column."""
+    sums = tl.full((CHUNK,), 0.0, tl.float64)
+    for start in range(0, programs, CHUNK):
+        program = start + tl.arange(0, CHUNK)
+        source = partials + (column * (column + 1) // 2 + row).to(tl.int64) * programs + program
+        sums += tl.load(source, mask=program < programs, other=0.0).to(tl.float64)
+    return tl.reduce(sums, 0, add)
+
+
+@triton.jit
+def fits_float(squares):
+    """Return whether float32 kept the products with a feature, told by the sum of its squares (csrc/arithmetic.h)."""
+    return (squares >= 2.0**-96) & (squares <= 2.0**127)
+
+
+@triton.jit
+def feature_of(features, which, K: tl.constexpr):
+    """Return the feature of a row; row 0 is the constant and has none: any."""
+    feature = features[0]
+    for k in tl.static_range(1, K):
+        feature = tl.where(which == k + 1, features[k], feature)
+    return feature
+
+
+@triton.jit
+def total_in_double(features, numel, row, column, K: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the sum of the products of two rows, from memory and in float64."""
+    left, right = feature_of(features, row, K), feature_of(features, column, K)
+    sums = tl.full((WIDTH,), 0.0, tl.float64)
+    for start in range(0, numel.to(tl.int64), WIDTH):
+        position = start + tl.arange(0, WIDTH)
+        factors = tl.load(left + position, mask=position < numel, other=0.0).to(tl.float32)
+        terms = tl.load(right + position, mask=position < numel, other=0.0).to(tl.float32)
+        sums += tl.where(row == 0, 1.0, factors).to(tl.float64) * terms.to(tl.float64)
+    return tl.reduce(sums, 0, add)
+
+
 @triton.jit(do_not_specialize=["first", "second", "inputs", "numel"])
 def matrix(
+    features,
     partials,
     programs,
     result,
@@ -60,15 +100,16 @@ def matrix(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Add up `partials` [places, programs] in order; a program writes one entry, those across the diagonal alike."""
     row, column = tl.program_id(0) // (K + 1), tl.program_id(0) % (K + 1)
     low, high = tl.minimum(row, column), tl.maximum(row, column)
-    sums = tl.full((CHUNK,), 0.0, tl.float64)
-    for start in range(0, programs, CHUNK):
-        program = start + tl.arange(0, CHUNK)
-        source = partials + (high * (high + 1) // 2 + low).to(tl.int64) * programs + program
-        sums += tl.load(source, mask=program < programs, other=0.0).to(tl.float64)
-    total = tl.where(high == 0, numel.to(tl.float64), tl.reduce(sums, 0, add))
+    total = tl.where(high == 0, numel.to(tl.float64), total_of(partials, programs, low, high, CHUNK))
+    if features[0].dtype.element_ty != tl.float16:  # whose products always fit
+        fits = fits_float(total_of(partials, programs, high, high, CHUNK))
+        fits &= (low == 0) | fits_float(total_of(partials, programs, low, low, CHUNK))
+        if (high > 0) & (not fits):
+            total = total_in_double(features, numel, low, high, K, WIDTH)
     place = index_of(row, first, second, inputs, GROUP) * (inputs + 1) + index_of(column, first, second, inputs, GROUP)
     tl.store(result + place, total)

@@ -7,6 +7,8 @@ using cudaStream_t = void*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+struct cudaFuncAttributes {};
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -14,4 +16,5 @@ struct dim3 {
 };
 
 const char* cudaGetErrorString(cudaError_t error);
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);

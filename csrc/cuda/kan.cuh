@@ -2,6 +2,8 @@
 // is how few launches there are and how many loads are under way, not arithmetic: eager torch launches some twenty
 // kernels for it. The forward of LESA's largest layer, 256 to 256, reads 2.6 MB of weights once for every four rows. Of
 // the bases of an input, only the order + 1 that are not zero meet their weights.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,15 +13,14 @@
 #include "spline.h"
 
 namespace lesa::cuda {
-namespace {
 
 // Rows whose sums share the weights that a warp has read.
-constexpr int kRowTile = 4;
+inline constexpr int kRowTile = 4;
 // Inputs and rows of grad_x that a block works on; its threads split the outputs.
-constexpr int kInputTile = 8;
-constexpr int kOutputGroups = kThreads / kInputTile;
-// Outputs whose weight gradients a thread sums at once, so that it evaluates a basis once for all of them.
-constexpr int kOutputTile = 16;
+inline constexpr int kInputTile = 8;
+inline constexpr int kOutputGroups = kThreads / kInputTile;
+// Outputs whose weight gradients a thread sums at once.
+inline constexpr int kOutputTile = 16;
 
 // Splines of a high order take more registers than two blocks leave each other.
 template <int kMost>
@@ -164,60 +165,101 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   }
 }
 
+// Pairs of a row and an input, and rows, whose bases and gradients a block of the next kernel holds at a time.
+inline constexpr int kHeldPairs = 2 * kThreads;
+inline constexpr int kHeldRows = 32;
+
+// What the gradients of an input's weights take from one row: its bases from `first` on, `other` for those that it does
+// not have (zero, or no number), and silu.
+template <int kMost>
+struct HeldBases {
+  float values[kHeldPairs][kMost + 1];
+  int first[kHeldPairs];
+  float other[kHeldPairs];
+  float smooth[kHeldPairs];
+
+  __device__ float of_channel(int pair, int channel) const {
+    const int b = channel - first[pair];
+    return b >= 0 && b <= kMost ? values[pair][b] : other[pair];
+  }
+};
+
 // Gradients of the weights of 16 outputs and as many inputs as have their bases, and one thread more for silu, fit into
-// a block. A thread sums one basis of one input over all rows.
+// a block. Its threads evaluate the bases of some rows at a time, each once; then each sums one basis of one input over
+// these rows, in their order.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     kan_weights_kernel(const __grid_constant__ KanTask<T> task) {
-  __shared__ float shares[kThreads];
+  __shared__ HeldBases<kMost> held;
+  alignas(16) __shared__ float grads[kHeldRows][kOutputTile];
+  __shared__ float shares[kOutputTile][kThreads];
   const KanLayer<T>& layer = task.layer;
   const int channels = layer.bases + 1, tile = kThreads / channels;
   const int thread = static_cast<int>(threadIdx.x), channel = thread % channels;
   const std::int64_t input_blocks = (layer.inputs + tile - 1) / tile;
-  const std::int64_t input = blockIdx.x % input_blocks * tile + thread / channels;
+  const std::int64_t first_input = blockIdx.x % input_blocks * tile, input = first_input + thread / channels;
   const std::int64_t first_output = blockIdx.x / input_blocks * kOutputTile;
-  const bool works = thread < tile * channels && input < layer.inputs, smooth = channel == layer.bases;
+  const int inputs = static_cast<int>(std::min<std::int64_t>(tile, layer.inputs - first_input));
+  const int outputs = static_cast<int>(std::min<std::int64_t>(kOutputTile, layer.outputs - first_output));
+  const bool works = thread < inputs * channels, smooth = channel == layer.bases;
   float sums[kOutputTile] = {};
-  if (works) {
-    for (std::int64_t row = 0; row < layer.rows; ++row) {
-      const float x = widen(feature(layer.x, row * layer.inputs + input));
-      float value = smooth ? x * sigmoid(x) : 0.0f;
-      if (!smooth) {
-        const auto local = bases_of<kMost>(layer, x, input);
+  const int most_rows = tile * kHeldRows < kHeldPairs ? kHeldRows : kHeldPairs / tile;
+  for (std::int64_t start = 0; start < layer.rows; start += most_rows) {
+    const int rows = static_cast<int>(std::min<std::int64_t>(most_rows, layer.rows - start));
+#pragma unroll 1
+    for (int pair = thread; pair < rows * inputs; pair += kThreads) {
+      const std::int64_t row = start + pair / inputs, column = first_input + pair % inputs;
+      const float x = widen(feature(layer.x, row * layer.inputs + column));
+      const auto local = bases_of<kMost>(layer, x, column);
+      held.first[pair] = local.first;
+      held.other[pair] = has_bases(layer, x) ? 0.0f : x - x;
+      held.smooth[pair] = x * sigmoid(x);
 #pragma unroll
-        for (int b = 0; b <= kMost; ++b) {
-          value = local.first + b == channel ? local.values[b] : value;
-        }
-        value = has_bases(layer, x) ? value : x - x;
+      for (int b = 0; b <= kMost; ++b) {
+        held.values[pair][b] = local.values[b];
       }
+    }
+#pragma unroll 1
+    for (int i = thread; i < rows * kOutputTile; i += kThreads) {
+      const int row = i / kOutputTile, o = i % kOutputTile;
+      grads[row][o] = o < outputs ? widen(feature(task.grad, (start + row) * layer.outputs + first_output + o)) : 0.0f;
+    }
+    __syncthreads();
+    if (works) {
+      for (int row = 0; row < rows; ++row) {
+        const int pair = row * inputs + thread / channels;
+        const float value = smooth ? held.smooth[pair] : held.of_channel(pair, channel);
 #pragma unroll
-      for (int o = 0; o < kOutputTile; ++o) {
-        if (first_output + o < layer.outputs) {
-          sums[o] += value * widen(feature(task.grad, row * layer.outputs + first_output + o));
+        for (int o = 0; o < kOutputTile; ++o) {
+          sums[o] += value * grads[row][o];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  if (works) {
+#pragma unroll
+    for (int o = 0; o < kOutputTile; ++o) {
+      if (o < outputs) {
+        const std::int64_t weight = (first_output + o) * layer.inputs + input;
+        const std::int64_t knot = weight * layer.bases + channel;
+        if (smooth) {
+          write<T>(task.gradients.base, weight, sums[o]);
+        } else {
+          shares[o][thread] = sums[o] * layer.spline.at(0, knot);
+          write<T>(task.gradients.spline, knot, sums[o] * layer.scaler.at(0, weight));
         }
       }
     }
   }
-#pragma unroll
-  for (int o = 0; o < kOutputTile; ++o) {
-    if (first_output + o < layer.outputs) {
-      const std::int64_t weight = (first_output + o) * layer.inputs + input;
-      const std::int64_t knot = weight * layer.bases + channel;
-      if (works && !smooth) {
-        shares[thread] = sums[o] * layer.spline.at(0, knot);
-        write<T>(task.gradients.spline, knot, sums[o] * layer.scaler.at(0, weight));
-      }
-      __syncthreads();
-      if (works && smooth) {
-        write<T>(task.gradients.base, weight, sums[o]);
-        float sum = 0.0f;
-        for (int b = 0; b < layer.bases; ++b) {
-          sum += shares[thread - layer.bases + b];
-        }
-        write<T>(task.gradients.scaler, weight, sum);
-      }
-      __syncthreads();
+  __syncthreads();
+  for (int i = thread; i < outputs * inputs; i += kThreads) {
+    const int o = i / inputs, column = i % inputs;
+    float sum = 0.0f;
+    for (int b = 0; b < layer.bases; ++b) {
+      sum += shares[o][column * channels + b];
     }
+    write<T>(task.gradients.scaler, (first_output + o) * layer.inputs + first_input + column, sum);
   }
 }
 
@@ -238,8 +280,6 @@ void launch_backward(const KanTask<T>& task, const Target& target) {
   launch_if_any<kan_weights_kernel<T, kMost>>(task, blocks, target);
 }
 
-}  // namespace
-
 template <typename T>
 void kan_forward(const KanLayer<T>& layer, T* out, const Target& target) {
   const KanTask<T> task{layer, nullptr, out, {}};
@@ -253,12 +293,5 @@ void kan_backward(const KanLayer<T>& layer, const T* grad, const KanGradients& g
   const KanTask<T> task{layer, grad, static_cast<T*>(gradients.x), gradients};
   layer.order <= 3 ? launch_backward<T, 3>(task, target) : launch_backward<T, kMostOrder>(task, target);
 }
-
-template void kan_forward(const KanLayer<float>&, float*, const Target&);
-template void kan_forward(const KanLayer<float16>&, float16*, const Target&);
-template void kan_forward(const KanLayer<bfloat16>&, bfloat16*, const Target&);
-template void kan_backward(const KanLayer<float>&, const float*, const KanGradients&, const Target&);
-template void kan_backward(const KanLayer<float16>&, const float16*, const KanGradients&, const Target&);
-template void kan_backward(const KanLayer<bfloat16>&, const bfloat16*, const KanGradients&, const Target&);
 
 }  // namespace lesa::cuda
