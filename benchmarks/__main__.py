@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 import sys
@@ -22,6 +23,7 @@ from benchmarks.compare import ROOT, Worker, checked_out, compare, table
 from benchmarks.record import Record
 from benchmarks.results import RESULTS
 from benchmarks.suite import Entry, headline, missing, suite, sweeps
+from lesa_kernels.backends import libraries
 
 LOG_WIDTH = 120
 
@@ -37,6 +39,9 @@ def main(
     ] = False,
     part: Annotated[str, typer.Option(help="Only each n-th case from the i-th on: i/n.")] = "1/1",
     only_compile: Annotated[bool, typer.Option(help="Run each variant once to fill the caches of compilers.")] = False,
+    isa: Annotated[
+        str | None, typer.Option(help="avx512, avx2 or baseline for our CPU kernels; torch has ATEN_CPU_CAPABILITY.")
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="Compare this commit with another one, in one run.")] = None,
     save: Annotated[bool, typer.Option(help="Append the rows to the results.")] = False,
     out: Annotated[Path, typer.Option(help="The file of the results.")] = RESULTS,
@@ -56,9 +61,12 @@ def main(
         ("headline", only_headline),
         ("save", save),
         ("seconds", seconds < float("inf")),
+        ("isa", isa is not None),
     ):
         if given and baseline is not None:
             raise typer.BadParameter(f"--{name} and --baseline exclude each other")
+    if isa is not None:
+        _choose(isa)
     every = sweeps() if sweep else headline(clock.device) if only_headline else suite(clock.device)
     chosen = _chosen(every, op, part)
     lacking = {package for number in chosen if (package := missing(every[number]))}
@@ -141,6 +149,13 @@ def _chosen(every: Sequence[Entry], ops: Sequence[str] | None, part: str) -> lis
     if not 1 <= number <= of:
         raise typer.BadParameter(f"--part must be i/n with 1 <= i <= n, got {part}")
     return [number for number, entry in enumerate(every) if not ops or entry.op in ops][number - 1 :: of]
+
+
+def _choose(isa: str) -> None:
+    """Choose the instruction set of the CPU kernels."""
+    path = libraries.PACKAGE / "_cpu.so"
+    if not path.exists() or ctypes.CDLL(str(path)).lesa_cpu_set_isa(isa.encode()):
+        raise typer.BadParameter(f"--isa must be one that _cpu was compiled for and this processor runs, got {isa}")
 
 
 def _clock(device: str) -> Clock:

@@ -397,7 +397,8 @@ def test_the_command_measures_and_saves(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "got nothing" in run("--op", "push", "--op", "nothing")
     for device in ("meta", "nowhere", "cuda:63"):
         assert f"--device must be cpu or a GPU that is there, got {device}" in run("--device", device)
-    for option in (["--sweep"], ["--save"], ["--seconds", "1"]):
+    assert "--isa must be one that _cpu was compiled for and this processor runs, got mmx" in run("--isa", "mmx")
+    for option in (["--sweep"], ["--save"], ["--seconds", "1"], ["--isa", "avx2"]):
         assert f"{option[0]} and --baseline exclude each other" in run("--baseline", "HEAD", *option)
 
 
