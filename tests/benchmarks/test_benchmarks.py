@@ -337,13 +337,14 @@ def test_the_fastest_of_a_rival_counts() -> None:
 def test_on_a_gpu_a_function_is_also_compiled_with_autotuning() -> None:
     torch.compiler.reset()
     history, coefficients, offset = [torch.randn(64) for _ in range(3)], torch.randn(3), torch.randn(())
-    for device, count in (("cpu", 1), ("cuda", 2)):
+    for device, tuned, count in (("cpu", True, 1), ("cuda", False, 1), ("cuda", True, 2)):
         variants = cases.compiled(
             "compiled",
             folded_sum,
             lambda f: lambda turn: [f(history, coefficients, offset)],
             Tolerance(1, 1),
             torch.device(device),
+            tuned,
         )
         assert [variant.name for variant in variants] == ["compiled", "compiled, max-autotune"][:count]
         for variant in variants:
