@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import sys
 import time
@@ -103,9 +104,12 @@ def run(
     for number, entry in enumerate(entries):
         if time.perf_counter() > deadline:
             record.console.print(f"{len(entries) - number} cases left out: {seconds:.0f} seconds are over")
+            for left in entries[number:]:
+                record.drop(harness.Dropped(left.op, left.size, "", harness.NO_TIME))
             break
         with harness.dropping(entry.op, entry.size, "", record.drop):
             if clock.device.type == "cuda":
+                gc.collect()  # graphs that reference cycles keep alive would be part of the next case
                 torch.cuda.empty_cache()
             # Recompiling for another case must not make shapes symbolic or meet torch's limit.
             torch.compiler.reset()

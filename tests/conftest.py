@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
 import os
@@ -13,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lesa_kernels.backends import libraries
+
 # torch reads it once, at the first product of matrices on CUDA, and demands it for deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -20,6 +23,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 settings.register_profile("short", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("long", deadline=None, max_examples=10_000)
 settings.load_profile("short")
+
+
+def pytest_configure() -> None:
+    """Give the C++ kernels the instruction set that torch was told to use, in ATEN_CPU_CAPABILITY."""
+    wanted = os.environ.get("ATEN_CPU_CAPABILITY", "auto")
+    library = libraries.PACKAGE / "_cpu.so"
+    isa = {"default": "baseline"}.get(wanted, wanted)
+    if library.exists() and ctypes.CDLL(str(library)).lesa_cpu_set_isa(isa.encode()):
+        raise pytest.UsageError(f"ATEN_CPU_CAPABILITY: this processor or the library has no {wanted}")
+
 
 # Folder or file of tests -> the package without which it cannot even be imported.
 NEEDED = {

@@ -12,11 +12,11 @@ from cpu_library import ISAS, facts, native
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with one instruction set."""
-    library = native()
+    library, before = native(), facts()["chosen"]
     if library.lesa_cpu_set_isa(request.param.encode()):
         pytest.skip(f"this processor lacks {request.param}, it has {', '.join(facts()['supported'])}")
     yield request.param
-    library.lesa_cpu_set_isa(b"auto")
+    library.lesa_cpu_set_isa(before.encode())
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ about speed, and a GPU stays the last word.
     module.launch("predict_kernel", grid=(4,), block=(256,), arguments=[x, out, np.float32(2), np.int64(n)])
 
 Arguments are arrays (pointers; a kernel writes into the arrays themselves), NumPy scalars (by value), `bytes` (structs
-as C lays them out; `Memory.add` returns addresses to pack into them) and None (a null pointer). Arrays of bfloat16 and
-float8 hold bits in uint16 and uint8. Triton appends two pointers that may be null; its metadata name `shared_bytes`.
+as C lays them out; `Memory.add` returns addresses to pack into them) and None (a null pointer). Arrays of bfloat16
+hold bits in uint16. Triton appends two pointers that may be null; its metadata name the `shared_bytes`.
 
 `PtxError` is raised for an access that is misaligned or out of bounds, a read of shared memory that nothing wrote, a
 race between warps in shared memory, a barrier that a part of a block misses, a `.sync` instruction in a divergent warp,

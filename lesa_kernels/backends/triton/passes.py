@@ -16,7 +16,6 @@ from lesa_kernels.backends.triton.arguments import blocks_of, power_of_2
 
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-ROWS = 32 * WARPS  # one row of a tile for each thread
 VECTOR_BYTES = 16
 HELD_FLOATS = 64
 # A float32 sum of one thread never has more terms than these tiles: 2^31 elements stay as exact as 2^20.
@@ -44,21 +43,31 @@ class Pass:
         feature: one of the features, all of one layout.
         inputs: how many features a thread holds.
         sums: how many sums a program leaves in its column of `partials` [sums, programs].
-        programs_per_processor: how many programs each multiprocessor gets, where there is enough to do.
+        warps_per_processor: how many warps each multiprocessor gets, where there is enough to do.
+        warps: the warps of a program, whose threads each take a row of a tile.
         vectors: whether a thread takes several elements next to each other, which pays where they are loaded as one.
     """
 
     def __init__(
-        self, feature: Tensor, inputs: int, sums: int, programs_per_processor: int, vectors: bool = True
+        self,
+        feature: Tensor,
+        inputs: int,
+        sums: int,
+        warps_per_processor: int,
+        warps: int = WARPS,
+        vectors: bool = True,
     ) -> None:
         self.inputs = inputs
         self.width = width_of(inputs, feature.element_size()) if vectors else 1
-        tiles = blocks_of(feature.numel(), ROWS * self.width)
-        self.tiles_each = min(blocks_of(tiles, _processors(feature.device) * programs_per_processor), MOST_TILES)
+        self.warps = warps
+        tiles = blocks_of(feature.numel(), 32 * warps * self.width)
+        most = _processors(feature.device) * warps_per_processor // warps
+        self.tiles_each = min(blocks_of(tiles, most), MOST_TILES)
         self.programs = blocks_of(tiles, max(self.tiles_each, 1))
         self.partials = feature.new_empty((sums, self.programs), dtype=torch.float32)
 
     def launch(self, kernel: Any, *arguments: Any) -> None:
         """Launch a kernel, if there is anything to add up."""
         if self.programs > 0:
-            kernel[(self.programs,)](*arguments, self.tiles_each, self.inputs, ROWS, self.width, **OPTIONS)
+            sizes = (self.tiles_each, self.inputs, 32 * self.warps, self.width)
+            kernel[(self.programs,)](*arguments, *sizes, num_warps=self.warps, enable_fp_fusion=True)

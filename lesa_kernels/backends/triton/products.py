@@ -18,7 +18,9 @@ from lesa_kernels.backends.triton.passes import OPTIONS, Pass
 
 GROUP = 8
 # Sums and features fill the registers: no more run at a time, and each has many sums to add up over its threads.
-PROGRAMS_PER_PROCESSOR = 4
+WARPS_PER_PROCESSOR = 16
+# One warp adds up its threads' sums without shared memory: 153 sums compile in half the time.
+WARPS = 1
 MATRIX_CHUNK = 256
 DOUBLE_CHUNK = 2048  # elements of a turn where a program sums products again in float64
 
@@ -43,7 +45,7 @@ def _write(result: Tensor, features: tuple[Tensor, ...], first: int, second: int
     count, numel = len(chosen), chosen[0].numel()
     skew = skew_of(numel, chosen)
     # Single elements of 16 features and all sums do not fit into registers several at a time.
-    run = Pass(chosen[0], count, (count + 1) * (count + 2) // 2, PROGRAMS_PER_PROCESSOR, vectors=skew is None)
+    run = Pass(chosen[0], count, (count + 1) * (count + 2) // 2, WARPS_PER_PROCESSOR, WARPS, vectors=skew is None)
     run.launch(kernels.products, chosen, run.partials, numel, skew)
     sums = (run.partials, run.programs, result, first, second, len(features), numel)
     kernels.matrix[((count + 1) ** 2,)](chosen, *sums, count, GROUP, MATRIX_CHUNK, DOUBLE_CHUNK, **OPTIONS)

@@ -39,7 +39,16 @@ def mixed(held, row, column_stride, offset, K: tl.constexpr):
     return total + tl.load(offset).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["skew"])
+@triton.jit
+def chosen(values, which, COUNT: tl.constexpr):
+    """Return one of a tuple's values by a number that only the running kernel knows; the first for no such number."""
+    value = values[0]
+    for i in tl.static_range(1, COUNT):
+        value = tl.where(which == i, values[i], value)
+    return value
+
+
+@triton.jit(do_not_specialize=["rows", "skew"])
 def combine(
     inputs,
     input_codes,
@@ -52,27 +61,31 @@ def combine(
     offsets,
     offset_stride,
     gain,
+    rows,
     numel,
     skew,
     K: tl.constexpr,
-    M: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write M forecasts of K features; with a gain, `predict`. Every input is read once, before any output is written.
+    """Write forecasts of K features, as many as rows; with a gain, `predict`. What is read is read before all writes.
 
-    One program takes BLOCK elements. Its threads hold their part of all inputs in registers.
+    One program takes BLOCK elements. Its threads hold their part of all inputs in registers. Outputs, or the codes of
+    slots to write, are PLACES; those after the last row stand for nothing.
     """
     position, inside = positions(numel, skew, BLOCK)
     held = ()
     for k in tl.static_range(K):
-        source = slot_of(inputs[k], input_codes[k], slot_stride)
+        source = inputs[k] if input_codes is None else slot_of(inputs[0], input_codes[k], slot_stride)
         held = held + (tl.load(source + position, mask=inside).to(tl.float32),)
-    for m in tl.static_range(M):
+    count = 1 if PLACES == 1 else rows
+    for m in range(count):
         total = mixed(held, coefficients + m * row_stride, column_stride, offsets + m * offset_stride, K)
         if gain is not None:
             total = held[K - 1] + tl.load(gain).to(tl.float32) * total
-        target = slot_of(outputs[m], output_codes[m], slot_stride)
-        tl.store(target + position, total.to(outputs[m].dtype.element_ty), mask=inside)
+        place = chosen(outputs if output_codes is None else output_codes, m, PLACES)
+        target = place if output_codes is None else slot_of(outputs[0], place, slot_stride)
+        tl.store(target + position, total.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["skew"])

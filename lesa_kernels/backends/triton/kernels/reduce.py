@@ -141,17 +141,7 @@ def l1(
     write_partials(partials, sums + (loss,), K + 2)
 
 
-@triton.jit
-def total_of(partials, programs, CHUNK: tl.constexpr):
-    """Return the sum of one row of partial sums."""
-    sums = tl.full((CHUNK,), 0.0, tl.float32)
-    for start in range(0, programs, CHUNK):
-        column = start + tl.arange(0, CHUNK)
-        sums += tl.load(partials + column, mask=column < programs, other=0.0)
-    return tl.reduce(sums, 0, add)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["inputs"])
 def finish(
     partials,
     programs,
@@ -164,18 +154,29 @@ def finish(
     grad_bias,
     grad_gain,
     count,
-    K: tl.constexpr,
+    inputs,
+    SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Add up `partials` in order and write the gradients, divided by `count`; the loss too where it is asked for."""
+    """Add up `partials` in order and write the gradients, divided by `count`; the loss too where it is asked for.
+
+    SUMS, a power of two, is no less than the rows of `partials`: one for each input, S_b, and the loss where there is.
+    """
+    row = tl.arange(0, SUMS)
+    of_input = row < inputs
+    rows = inputs + 1 if loss is None else inputs + 2
+    sums = tl.full((SUMS, CHUNK), 0.0, tl.float32)
+    for start in range(0, programs, CHUNK):
+        column = start + tl.arange(0, CHUNK)[None, :]
+        here = (row[:, None] < rows) & (column < programs)
+        sums += tl.load(partials + row[:, None] * programs + column, mask=here, other=0.0)
+    totals = tl.reduce(sums, 1, add) / count
+    total = tl.reduce(tl.where(row == inputs, totals, 0.0), 0, add)
+    weights = tl.load(weight + row * weight_stride, mask=of_input, other=0.0).to(tl.float32)
+    slope = tl.reduce(tl.where(of_input, weights * totals, 0.0), 0, add) + tl.load(bias).to(tl.float32) * total
     scale = tl.load(gain).to(tl.float32)
-    total = total_of(partials + K * programs, programs, CHUNK) / count
+    tl.store(grad_weight + row, (scale * totals).to(grad_weight.dtype.element_ty), mask=of_input)
     tl.store(grad_bias, (scale * total).to(grad_bias.dtype.element_ty))
-    slope = tl.load(bias).to(tl.float32) * total
-    for k in tl.static_range(K):
-        total = total_of(partials + k * programs, programs, CHUNK) / count
-        tl.store(grad_weight + k, (scale * total).to(grad_weight.dtype.element_ty))
-        slope += tl.load(weight + k * weight_stride).to(tl.float32) * total
     tl.store(grad_gain, slope.to(grad_gain.dtype.element_ty))
     if loss is not None:
-        tl.store(loss, total_of(partials + (K + 1) * programs, programs, CHUNK) / count)
+        tl.store(loss, tl.reduce(tl.where(row == inputs + 1, totals, 0.0), 0, add))
