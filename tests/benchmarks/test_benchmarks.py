@@ -21,7 +21,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, harness, results, suite, targets
+from benchmarks import cases, compare, dispatch, harness, results, suite, targets
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.clock import CpuClock, CudaClock, Run, clock_for
 from benchmarks.memory import ceiling_case, pages_case
@@ -666,3 +666,15 @@ def test_a_checkout_that_was_deleted_is_made_again(tmp_path: Path, monkeypatch: 
     for _ in range(2):
         assert (compare.checked_out("HEAD", "cpu", Console()) / "setup.py").exists()
         shutil.rmtree(tmp_path / "build")
+
+
+def test_the_host_time_of_every_mode_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        dispatch.main(samples=3)
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    for op in dispatch.calls():
+        (line,) = [line for line in lines if line.startswith(f"│ {op} ")]
+        assert len(re.findall(r"\d+\.\d", line)) == len(dispatch.MODES)
