@@ -156,8 +156,6 @@ def parse(ptx: str) -> Program:
         outside += text[end : head.start()]
         end = _closing_brace(text, head.end())
         entries[head[1]] = head[2], text[head.end() : end]
-    if not entries:
-        raise PtxError("no .entry in this PTX")
     outside += text[end:]
     program = Program(entries, {}, [], [])
     declarations = r"^\s*((?:\.\w+\s+)*?)\.(global|const|shared)\b([^;={]*)(?:=\s*(\{[^}]*\}|[^;]+))?;"
