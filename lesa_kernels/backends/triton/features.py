@@ -36,7 +36,7 @@ THREADS = 32 * WARPS
 HELD_FLOATS = 64
 # Four loads of 16 bytes in flight saturate memory at the occupancy that the registers allow.
 BYTES_IN_FLIGHT = 64
-# How many outputs a kernel has room for: one kernel serves every M up to that, and picks an output in 2 M instructions.
+# How many outputs a kernel has room for: one serves every M up to that, and picks each in two instructions a place.
 PLACES = (1, 8, 16, contract.MAX_FORECASTS)
 
 
