@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import sys
 import time
@@ -21,6 +23,7 @@ from benchmarks.compare import ROOT, Worker, checked_out, compare, table
 from benchmarks.record import Record
 from benchmarks.results import RESULTS
 from benchmarks.suite import Entry, headline, missing, suite, sweeps
+from lesa_kernels.backends import libraries
 
 LOG_WIDTH = 120
 
@@ -36,6 +39,9 @@ def main(
     ] = False,
     part: Annotated[str, typer.Option(help="Only each n-th case from the i-th on: i/n.")] = "1/1",
     only_compile: Annotated[bool, typer.Option(help="Run each variant once to fill the caches of compilers.")] = False,
+    isa: Annotated[
+        str | None, typer.Option(help="avx512, avx2 or baseline for our CPU kernels; torch has ATEN_CPU_CAPABILITY.")
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="Compare this commit with another one, in one run.")] = None,
     save: Annotated[bool, typer.Option(help="Append the rows to the results.")] = False,
     out: Annotated[Path, typer.Option(help="The file of the results.")] = RESULTS,
@@ -55,9 +61,12 @@ def main(
         ("headline", only_headline),
         ("save", save),
         ("seconds", seconds < float("inf")),
+        ("isa", isa is not None),
     ):
         if given and baseline is not None:
             raise typer.BadParameter(f"--{name} and --baseline exclude each other")
+    if isa is not None:
+        _choose(isa)
     every = sweeps() if sweep else headline(clock.device) if only_headline else suite(clock.device)
     chosen = _chosen(every, op, part)
     lacking = {package for number in chosen if (package := missing(every[number]))}
@@ -95,9 +104,12 @@ def run(
     for number, entry in enumerate(entries):
         if time.perf_counter() > deadline:
             record.console.print(f"{len(entries) - number} cases left out: {seconds:.0f} seconds are over")
+            for left in entries[number:]:
+                record.drop(harness.Dropped(left.op, left.size, "", harness.NO_TIME))
             break
         with harness.dropping(entry.op, entry.size, "", record.drop):
             if clock.device.type == "cuda":
+                gc.collect()  # graphs that reference cycles keep alive would be part of the next case
                 torch.cuda.empty_cache()
             # Recompiling for another case must not make shapes symbolic or meet torch's limit.
             torch.compiler.reset()
@@ -137,6 +149,13 @@ def _chosen(every: Sequence[Entry], ops: Sequence[str] | None, part: str) -> lis
     if not 1 <= number <= of:
         raise typer.BadParameter(f"--part must be i/n with 1 <= i <= n, got {part}")
     return [number for number, entry in enumerate(every) if not ops or entry.op in ops][number - 1 :: of]
+
+
+def _choose(isa: str) -> None:
+    """Choose the instruction set of the CPU kernels."""
+    path = libraries.PACKAGE / "_cpu.so"
+    if not path.exists() or ctypes.CDLL(str(path)).lesa_cpu_set_isa(isa.encode()):
+        raise typer.BadParameter(f"--isa must be one that _cpu was compiled for and this processor runs, got {isa}")
 
 
 def _clock(device: str) -> Clock:

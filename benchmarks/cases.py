@@ -113,6 +113,7 @@ def compiled(
     of: Callable[[Callable[..., Any]], Run],
     tolerance: Tolerance,
     device: torch.device,
+    tuned: bool = False,
 ) -> list[Variant]:
     """Return variants that call what `torch.compile` makes of a function; on CUDA also one that it tunes.
 
@@ -122,6 +123,7 @@ def compiled(
         of: makes a run that calls the compiled function.
         tolerance: of the variants.
         device: of the case.
+        tuned: whether that may take the time; with products of matrices it takes minutes.
     """
     modes = {name: None, name + TUNED: "max-autotune-no-cudagraphs"}
     return [
@@ -129,7 +131,7 @@ def compiled(
             title, of(torch.compile(function, fullgraph=True, dynamic=False, mode=mode)), tolerance, both_modes=False
         )
         for title, mode in modes.items()
-        if mode is None or device.type == "cuda"
+        if mode is None or (tuned and device.type == "cuda")
     ]
 
 
@@ -166,6 +168,9 @@ def predict_case(
     def of(predict: Callable[..., Tensor]) -> Run:
         return lambda turn: [predict(at(turn), weight, bias, gain)]
 
+    def folded(sum_: Callable[..., Tensor]) -> Run:
+        return lambda turn: [sum_(at(turn), coefficients, offset)]
+
     def into(turn: int) -> list[Tensor]:
         ring = rings[turn % sets]
         torch.ops.lesa.forecast_into(ring, coefficients[None], offset[None], range(count), [count])
@@ -177,7 +182,7 @@ def predict_case(
     variants = [
         *(Variant(f"{name}predict", of(ops.predict), exact) for name, ops in implementations(device).items()),
         Variant(INTO, into, exact),
-        *compiled(COMPILED, folded_sum, lambda f: lambda turn: [f(at(turn), coefficients, offset)], exact, device),
+        *compiled(COMPILED, folded_sum, folded, exact, device, tuned=True),
     ]
     if published:
         rounded = half_rounded(dtype)
@@ -256,7 +261,7 @@ def forecast_case(
         *(Variant(f"{name}forecast", fresh(ops.forecast), exact) for name, ops in kernels),
         Variant(f"{rows} x lesa::forecast_into of one", one_by_one, exact),
         Variant(f"{rows} x lesa::predict", singles(torch.ops.lesa.predict), exact),
-        *compiled(COMPILED_ROWS, folded_rows, fresh, exact, device),
+        *compiled(COMPILED_ROWS, folded_rows, fresh, exact, device, tuned=True),
     ]
     if published:
         variants.append(Variant(f"{rows} x {EAGER}", singles(published_eager), half_rounded(dtype)))

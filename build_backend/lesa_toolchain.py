@@ -5,6 +5,7 @@ Nothing here imports torch: pip's isolation hides it, and its headers and librar
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -110,7 +111,18 @@ class Plan:
             "nvcc": self.nvcc.version if self.nvcc else None,
             "architectures": self.architectures,
             "python": sysconfig.get_python_version(),
+            "sources": sources_digest(),
         }
+
+
+def sources_digest() -> str:
+    """Return a hash of the libraries' sources, so that one can tell whether a library was built from those here."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in [root / "CMakeLists.txt", *sorted((root / "csrc").rglob("*"))]:
+        if path.is_file():
+            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def find_torch() -> Torch:

@@ -20,6 +20,7 @@ using Floats = __m256;
 using Doubles = __m256d;
 inline constexpr int kSumRegisters = 12;
 inline constexpr int kVectors = 4;
+inline constexpr int kSingleVectors = 12;
 
 inline Floats fill(float value) { return _mm256_set1_ps(value); }
 inline Doubles fill(double value) { return _mm256_set1_pd(value); }
@@ -67,6 +68,25 @@ inline void store_past_cache(T* to, Floats values) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
 }
 inline void fence() { _mm_sfence(); }
+
+// In the lower 16 bits of each word.
+inline __m256i rounded(Floats values) {
+  const __m256i bits = _mm256_castps_si256(values);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
+
+// Two vectors of sums; as in avx512.cpp, a NaN among them needs no mask.
+template <bool kPastCache>
+inline void put_sums(bfloat16* to, Floats first, Floats second) {
+  constexpr int kInOrder = 0b11'01'10'00;  // packing goes by halves of the vectors
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(first), rounded(second)), kInOrder);
+  if constexpr (kPastCache) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), packed);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+  }
+}
 
 // sign_of for every lane.
 inline Floats signs_of(Floats errors) {

@@ -25,6 +25,7 @@ using Floats = __m512;
 using Doubles = __m512d;
 inline constexpr int kSumRegisters = 24;
 inline constexpr int kVectors = 8;
+inline constexpr int kSingleVectors = kVectors;
 
 inline Floats fill(float value) { return _mm512_set1_ps(value); }
 inline Doubles fill(double value) { return _mm512_set1_pd(value); }

@@ -11,6 +11,7 @@ using Words [[gnu::vector_size(16)]] = std::uint32_t;
 using Halves [[gnu::vector_size(8)]] = std::uint16_t;
 inline constexpr int kSumRegisters = 12;
 inline constexpr int kVectors = 4;
+inline constexpr int kSingleVectors = kVectors;
 
 inline Floats fill(float value) { return Floats{value, value, value, value}; }
 inline Doubles fill(double value) { return Doubles{value, value}; }

@@ -21,7 +21,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import cases, compare, harness, results, suite, targets
+from benchmarks import cases, compare, dispatch, harness, results, suite, targets
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.clock import CpuClock, CudaClock, Run, clock_for
 from benchmarks.memory import ceiling_case, pages_case
@@ -337,13 +337,14 @@ def test_the_fastest_of_a_rival_counts() -> None:
 def test_on_a_gpu_a_function_is_also_compiled_with_autotuning() -> None:
     torch.compiler.reset()
     history, coefficients, offset = [torch.randn(64) for _ in range(3)], torch.randn(3), torch.randn(())
-    for device, count in (("cpu", 1), ("cuda", 2)):
+    for device, tuned, count in (("cpu", True, 1), ("cuda", False, 1), ("cuda", True, 2)):
         variants = cases.compiled(
             "compiled",
             folded_sum,
             lambda f: lambda turn: [f(history, coefficients, offset)],
             Tolerance(1, 1),
             torch.device(device),
+            tuned,
         )
         assert [variant.name for variant in variants] == ["compiled", "compiled, max-autotune"][:count]
         for variant in variants:
@@ -397,7 +398,8 @@ def test_the_command_measures_and_saves(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "got nothing" in run("--op", "push", "--op", "nothing")
     for device in ("meta", "nowhere", "cuda:63"):
         assert f"--device must be cpu or a GPU that is there, got {device}" in run("--device", device)
-    for option in (["--sweep"], ["--save"], ["--seconds", "1"]):
+    assert "--isa must be one that _cpu was compiled for and this processor runs, got mmx" in run("--isa", "mmx")
+    for option in (["--sweep"], ["--save"], ["--seconds", "1"], ["--isa", "avx2"]):
         assert f"{option[0]} and --baseline exclude each other" in run("--baseline", "HEAD", *option)
 
 
@@ -664,3 +666,15 @@ def test_a_checkout_that_was_deleted_is_made_again(tmp_path: Path, monkeypatch: 
     for _ in range(2):
         assert (compare.checked_out("HEAD", "cpu", Console()) / "setup.py").exists()
         shutil.rmtree(tmp_path / "build")
+
+
+def test_the_host_time_of_every_mode_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        dispatch.main(samples=3)
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    for op in dispatch.calls():
+        (line,) = [line for line in lines if line.startswith(f"│ {op} ")]
+        assert len(re.findall(r"\d+\.\d", line)) == len(dispatch.MODES)

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tools.gpu_check import counters, full_size, memcheck, pack, phases, report, smoke, suite
+from benchmarks import harness
+from tools.gpu_check import counters, full_size, headline, memcheck, pack, phases, report, smoke, suite
 from tools.gpu_check.calls import CALLS, ODD, error_of
 from tools.gpu_check.launches import titles
 from tools.gpu_check.load import BUILD_SECONDS
@@ -82,6 +84,53 @@ def test_a_job_out_of_time_is_cut_and_a_crashed_one_has_failed(settings: Setting
 
 
 SLOW_AND_BAD = [("slow", "import time; time.sleep(60)"), ("bad", "raise RuntimeError('no')")]
+
+
+def test_a_job_that_never_started_is_cut(settings: Settings) -> None:
+    jobs = [settings.job(name, [sys.executable, "-c", "import time; time.sleep(60)"]) for name in ("slow", "waiting")]
+    run_all(jobs, settings.out, os.environ, 1.0, 1, lambda job: settings.record_end("a phase", job))
+    assert [(record.name, record.status) for record in load(settings.out / RECORDS)] == [
+        ("slow", CUT),
+        ("waiting", CUT),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason", "wrong", "status"),
+    [
+        ("lesa::predict", "off by 3", True, FAILED),
+        ("lesa::predict", "RuntimeError: no", False, FAILED),
+        ("lesa::predict, captured", "RuntimeError: not inside of a capture", False, LEFT_OUT),
+        ("lesa::predict, captured", "off by 3", True, FAILED),
+        ("torch.compile of it", "off by 3", True, LEFT_OUT),
+        ("torch.compile of it", "AcceleratorError: CUDA error: an illegal memory access", False, FAILED),
+        ("torch.compile of it", harness.NO_TIME, False, CUT),
+        ("", harness.NO_TIME, False, CUT),
+    ],
+)
+def test_what_the_benchmark_drops_counts_where_it_is_ours(variant: str, reason: str, wrong: bool, status: str) -> None:
+    dropped = harness.Dropped("predict", "4", variant, reason, wrong, harness.is_ours(variant))
+    assert headline.status_of(asdict(dropped)) == status
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_headline_runs_where_compiled_kernels_serve(
+    loaded: bool, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headline, "run_all", lambda jobs, *_: None)
+    on_gpu = replace(settings, device="cuda")
+    on_gpu.record(Record("load", "first launch", PASSED if loaded else LEFT_OUT))
+    headline.run(on_gpu, 60)
+    last = load(settings.out / RECORDS)[-1]
+    assert (last.status == LEFT_OUT and "do not serve" in last.text) is not loaded
+
+
+def test_every_op_is_checked_on_both_engines_and_captured_at_first_by_the_compiled_one() -> None:
+    found = smoke.wanted("cuda")
+    assert {(engine, *ops) for engine, ops, options in found if not options} == {
+        (engine, op) for engine in ("lesa", "triton") for op in CALLS
+    }
+    assert [(engine, ops) for engine, ops, options in found if options] == [("lesa", [op]) for op in CALLS]
 
 
 def _records(*statuses: str) -> Callable[[Settings, float], None]:
@@ -167,9 +216,12 @@ def test_smoke_sees_bits_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_smoke_goes_on_after_an_error_and_ends_at_one_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = iter(["shape must be right", "CUDA error: an illegal memory access was encountered"])
+    answers = iter([True, False])
 
     def fails(*_: Any) -> None:
         raise RuntimeError(next(texts))
+
+    monkeypatch.setattr(smoke, "alive", lambda device: next(answers))
 
     monkeypatch.setattr(smoke, "namespaces", lambda: {"lesa": SimpleNamespace(predict=fails)})
     found: list[Record] = []
@@ -258,11 +310,12 @@ def test_the_listed_tests_are_there() -> None:
     assert not missing, "name them in suite.TESTS"
 
 
-def _package(folder: Path, architectures: str | None) -> Path:
+def _package(folder: Path, architectures: str | None, sources: str | None = None) -> Path:
     folder.mkdir()
     for name in ("_cpu.so", "_cuda.so"):
         (folder / name).write_bytes(b"machine code")
-    (folder / "_build_info.json").write_text(json.dumps({"architectures": architectures}))
+    record = {"architectures": architectures, "sources": sources or pack.sources_digest()}
+    (folder / "_build_info.json").write_text(json.dumps(record))
     return folder
 
 
@@ -270,6 +323,8 @@ def test_a_pack_needs_code_for_the_gpu(tmp_path: Path) -> None:
     assert len(pack.libraries(_package(tmp_path / "good", "80-real;90-real;90-virtual"))) == 3
     with pytest.raises(ValueError, match="must hold code for sm_90, it was built for 80-real"):
         pack.libraries(_package(tmp_path / "old", "80-real"))
+    with pytest.raises(ValueError, match="must be built from csrc as it is now"):
+        pack.libraries(_package(tmp_path / "stale", "90-real", "of another commit"))
     (tmp_path / "good" / "_cuda.so").unlink()
     with pytest.raises(ValueError, match=r"must hold _cuda\.so: run `make setup`"):
         pack.libraries(tmp_path / "good")

@@ -113,6 +113,8 @@ import sys
 import lesa_kernels
 import torch
 from lesa_kernels.backends import registration
+from triton_engines import mend_interpreter
+mend_interpreter()
 registration.register("CPU")
 h, w, one = [torch.randn(2, 3) for _ in range(2)], torch.randn(2, requires_grad=True), torch.randn(1)
 grid, weights = torch.randn(3, 6).sort(1).values, [torch.randn(shape) for shape in ((1, 3), (1, 3, 2), (1, 3))]
@@ -133,4 +135,5 @@ for op in lesa_kernels.ops.OPS:
 assert "lesa_kernels.backends.triton" in sys.modules
 """,
         TRITON_INTERPRET="1",
+        PYTHONPATH=os.pathsep.join(sys.path),
     )

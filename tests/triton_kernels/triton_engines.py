@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.cache import get_cache_manager
 
 PACKAGE = "lesa_kernels.backends.triton"
@@ -46,9 +47,24 @@ def kernels(interpreted: bool) -> ModuleType:
         sys.modules.update(mine)
 
 
+@functools.cache
+def mend_interpreter() -> None:
+    """Let numbers be bounds of loops in the interpreter of Triton 3.6: NumPy 2.4 takes no array of one for a number."""
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch = triton_interpreter._patch_lang_tensor
+
+    def patched(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
+
+    triton_interpreter._patch_lang_tensor = patched
+
+
 @contextmanager
 def interpreter() -> Iterator[ModuleType]:
     """Run kernels in Triton's interpreter, whose reductions are quick only for the functions that it knows."""
+    mend_interpreter()
     package = kernels(interpreted=True)
     before, tl.standard._sum_combine = tl.standard._sum_combine, package.kernels.reduce.add
     try:

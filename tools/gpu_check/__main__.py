@@ -15,12 +15,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tools.gpu_check.phases import CALLS, pack_logs, run_phases
+from tools.gpu_check import clocks
+from tools.gpu_check.phases import CALLS, run_phases
 from tools.gpu_check.records import FACTS, FAILED, PASSED, Record
-from tools.gpu_check.report import write
 from tools.gpu_check.settings import FILES, PACK, REPORT, ROOT, Settings
 
 WORK = ROOT / "build" / "gpu-check"
+FACTS_SECONDS = 60
 
 
 class Device(str, Enum):
@@ -63,11 +64,10 @@ def main(
     _record_facts(settings)
     chosen = [each for each in phases if not phase or each.name in phase]
     statuses = []
-    for end in run_phases(chosen, settings, (seconds or limit) - (time.monotonic() - begin)):
-        console.print(f"{end.phase}: {end.status}, {end.text} ({end.seconds:.0f} s)")
-        statuses.append(end.status)
-    pack_logs(settings)
-    write(settings)
+    with clocks.recorded(settings):
+        for end in run_phases(chosen, settings, (seconds or limit) - (time.monotonic() - begin)):
+            console.print(f"{end.phase}: {end.status}, {end.text} ({end.seconds:.0f} s)")
+            statuses.append(end.status)
     console.print((settings.out / REPORT).read_text(), markup=False)
     console.print(f"report: {settings.out}; next: python -m tools.gpu_check.publish {settings.out}")
     raise typer.Exit(int(FAILED in statuses))
@@ -85,11 +85,17 @@ def _emptied(folder: Path) -> Path:
 def _record_facts(settings: Settings) -> None:
     """Write down the machine; a child asks, since this process must not hold memory of the GPU."""
     command = [sys.executable, "-m", "tools.gpu_check.facts", settings.device, str(settings.pack)]
-    done = subprocess.run(command, cwd=ROOT, env=settings.env(), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr.strip())
-    command_line = " ".join(["python -m tools.gpu_check", *sys.argv[1:]])
-    settings.record(Record(FACTS, "machine", PASSED, values={**json.loads(done.stdout), "command": command_line}))
+    asked = {"command": " ".join(["python -m tools.gpu_check", *sys.argv[1:]])}
+    try:
+        found = subprocess.run(
+            command, cwd=ROOT, env=settings.env(), capture_output=True, text=True, check=True, timeout=FACTS_SECONDS
+        )
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(error.stderr.strip()) from None
+    except subprocess.TimeoutExpired:
+        settings.record(Record(FACTS, "machine", FAILED, f"no answer within {FACTS_SECONDS} s", values=asked))
+        return
+    settings.record(Record(FACTS, "machine", PASSED, values={**json.loads(found.stdout), **asked}))
 
 
 if __name__ == "__main__":

@@ -142,9 +142,16 @@ def capture(run: Callable[[], list[Tensor]], warm: bool = True) -> tuple[Callabl
         with torch.cuda.stream(side):
             run()
         torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            outputs = run()
+    except Exception:
+        # torch leaves the stream of a failed capture the current one, and random numbers as if it went on.
+        torch.cuda.set_stream(current)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda").add_(1)
+        raise
     return graph.replay, outputs
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 
 from tools.gpu_check.launches import MARK, titles
 from tools.gpu_check.processes import run_all
-from tools.gpu_check.records import CUT, FAILED, LEFT_OUT, PASSED, Record
+from tools.gpu_check.records import CUT, LEFT_OUT, PASSED, Record
 from tools.gpu_check.settings import COUNTERS, ROOT, Settings
 
 PHASE = "counters"
@@ -32,6 +33,7 @@ METRICS = {
 }
 UNITS = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "usecond": 1.0, "nsecond": 1e-3, "msecond": 1e3}  # to microseconds
 BYTES = {"byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1.0, "Gbyte": 1e3}  # to MB
+LEAST_SECONDS = 15
 PLACES = ("ncu", "/usr/local/cuda/bin/ncu")
 
 
@@ -46,25 +48,32 @@ def run(settings: Settings, seconds: float) -> None:
         settings.record(Record(PHASE, "Nsight Compute", LEFT_OUT, reason))
         settings.record_end(PHASE, job)
         return
+    begin = time.monotonic()
     # A metric that this chip lacks must not cost the others: then the duration alone.
     for metrics in (METRICS, DURATION):
+        left = seconds - (time.monotonic() - begin)
+        if left < LEAST_SECONDS:
+            break
         path = settings.out / COUNTERS
         path.unlink(missing_ok=True)
-        options = ["--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off"]
-        command = [profiler, *options, "--metrics", ",".join(metrics.values()), "--log-file", str(path), *launches]
+        options = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
+        options += ["--profile-from-start", "off", "--metrics", ",".join(metrics.values()), "--log-file", str(path)]
+        # The profiler writes when the program ends, so it has to end in time.
+        command = [profiler, *options, *launches, f"{left - LEAST_SECONDS:.0f}"]
         job = settings.job(f"counters-{len(metrics)}", command)
-        run_all([job], ROOT, settings.env(), seconds)
+        run_all([job], ROOT, settings.env(), left)
         found = parsed(path.read_text(errors="replace").splitlines() if path.exists() else ())
         for title, kernels in found.items():
             for number, values in enumerate(kernels):
                 settings.record(
                     Record(PHASE, f"{title}, kernel {number}", PASSED, str(values.pop("kernel")), 0, values)
                 )
+        settings.record_end(PHASE, job)
+        missing = [title for title in titles() if title not in found]
         if found or job.timed_out:
+            if missing:
+                settings.record(Record(PHASE, "launches", CUT, f"not reached: {'; '.join(missing)}"))
             break
-    if not found:
-        status = CUT if job.timed_out else FAILED
-        settings.record(Record(PHASE, "Nsight Compute", status, job.tail(), job.seconds))
 
 
 def parsed(lines: Iterable[str]) -> dict[str, list[dict[str, float | str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,20 @@ def titles() -> list[str]:
     return [f"{op}, {engine}" for engine in ("lesa", "triton") for op in PROFILED]
 
 
-def main(device: str) -> None:
-    """Launch everything once to warm up, then once more behind its mark, with the profiler on."""
+def main(device: str, seconds: float = float("inf")) -> None:
+    """Launch everything once to warm up, then once more behind its mark, with the profiler on.
+
+    Args:
+        device: "cuda" or "cpu".
+        seconds: after which nothing more is launched.
+    """
+    begin = time.monotonic()
     engines = namespaces()
     on_gpu = device == "cuda"
     with torch.device(device), torch.inference_mode():
         for title in titles():
+            if time.monotonic() - begin > seconds:
+                break
             op, engine = title.split(", ")
             if engine == "triton" and not on_gpu:
                 continue
@@ -49,4 +58,4 @@ def _profiled(run: Callable[[], Any], on_gpu: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(float, sys.argv[2:]))

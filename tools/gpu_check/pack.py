@@ -20,6 +20,10 @@ from tools.gpu_check.load import LIBRARIES
 from tools.gpu_check.phases import CALLS
 from tools.gpu_check.settings import FILES, PACK, PACKED, ROOT
 
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from lesa_toolchain import sources_digest
+
 ARCHITECTURE = "90"
 LARGEST_MIB = 64
 """What travels to the machine, the checkout included."""
@@ -39,7 +43,10 @@ def libraries(package: Path) -> list[Path]:
     paths = [package / name for name in LIBRARIES]
     if missing := [path.name for path in paths if not path.exists()]:
         raise ValueError(f"{package} must hold {', '.join(missing)}: run `make setup` where nvcc is")
-    built = json.loads((package / "_build_info.json").read_text())["architectures"] or "none"
+    record = json.loads((package / "_build_info.json").read_text())
+    if record.get("sources") != sources_digest():
+        raise ValueError(f"the libraries in {package} must be built from csrc as it is now: run `make setup`")
+    built = record["architectures"] or "none"
     if ARCHITECTURE not in {part.split("-")[0] for part in built.split(";")}:
         raise ValueError(f"_cuda.so must hold code for sm_{ARCHITECTURE}, it was built for {built}: set CUDAARCHS")
     return paths

@@ -12,7 +12,7 @@ from tools.gpu_check import counters, full_size, headline, load, memcheck, smoke
 from tools.gpu_check.records import CUT, FAILED, SUMMARY, Record, worst
 from tools.gpu_check.records import load as load_records
 from tools.gpu_check.report import write
-from tools.gpu_check.settings import LOGS, RECORDS, Settings
+from tools.gpu_check.settings import LOGS, RECORDS, REPORT, Settings
 
 PACKING_SECONDS = 5
 """Kept back for the logs and the report."""
@@ -37,8 +37,8 @@ class Phase:
 LOAD = Phase(load.PHASE, load.FIRST_LAUNCH_SECONDS + load.BUILD_SECONDS, load.run)
 FIRST = (
     LOAD,
-    Phase(smoke.PHASE, 60, smoke.run),
-    Phase("compile", 45, headline.run_compile),
+    Phase(smoke.PHASE, 70, smoke.run),
+    Phase("compile", 35, headline.run_compile),
     Phase("headline", 110, headline.run),
     Phase(counters.PHASE, 50, counters.run),
 )
@@ -82,12 +82,16 @@ def run_phases(phases: Sequence[Phase], settings: Settings, seconds: float) -> I
             counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
             end = Record(phase.name, SUMMARY, worst(statuses), counts, time.monotonic() - begin)
         settings.record(end)
-        write(settings)
+        pack(settings)
         yield end
 
 
-def pack_logs(settings: Settings) -> None:
-    """Put the logs of all processes into one file of the report."""
+def pack(settings: Settings) -> None:
+    """Write the page of the report and put the logs of all processes beside it; what fails must not end the check."""
+    try:
+        write(settings)
+    except Exception:
+        settings.record(Record("report", REPORT, FAILED, traceback.format_exc()))
     with tarfile.open(settings.out / LOGS, "w:gz") as archive:
         for path in sorted((settings.work / "logs").glob("*")):
             archive.add(path, path.name)

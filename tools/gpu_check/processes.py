@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_SECONDS = 0.05
+END_SECONDS = 10
 
 
 @dataclass
@@ -55,7 +56,9 @@ class Job:
             self.timed_out = True
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            # A process that waits for its device may not be there to end.
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_SECONDS)
 
     def text(self) -> str:
         """What it has printed."""
@@ -82,7 +85,7 @@ def run_all(
         env: their environment.
         seconds: for all of them; what has not ended then is ended.
         at_once: how many may run at a time.
-        ended: is called with each job that was started, as soon as it ends.
+        ended: is called with each job as soon as it ends; with one that was never started, at the end.
     """
     deadline = time.monotonic() + seconds
     waiting, running, began = list(jobs), list[Job](), dict[str, float]()
@@ -104,4 +107,7 @@ def run_all(
         for job in running:
             job.seconds = time.monotonic() - began[job.name]
             job.stop()
+            ended(job)
+        for job in waiting:
+            job.timed_out = True
             ended(job)

@@ -67,7 +67,7 @@ class Settings:
 
     def job(self, name: str, command: Sequence[str]) -> Job:
         """Return a job whose output goes into the logs."""
-        return Job(name, command, self.work / "logs" / f"{name}.log")
+        return Job(name, command, self.work / "logs" / f"{name.replace(' ', '-')}.log")
 
     def module(self, name: str, module: str, *arguments: str) -> Job:
         """Return a job that runs a Python module with this interpreter."""

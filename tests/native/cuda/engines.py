@@ -150,7 +150,8 @@ class Simulated(Engine):
         callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
         self._callback = callback(self._launch)
         self._library.on_launch(self._callback)
-        modules = [ptxsim.Module(path.read_text()) for path in ptx]
+        texts = [path.read_text() for path in ptx]
+        modules = [ptxsim.Module(text) for text in texts if ".entry" in text]  # a file may hold host code alone
         self._modules = {name: module for module in modules for name in module.names}
 
     def begin(self) -> None:

@@ -41,7 +41,7 @@ def mixed(held, row, column_stride, offset, K: tl.constexpr):
 
 @triton.jit
 def chosen(values, which, COUNT: tl.constexpr):
-    """Return one of a tuple's values by a number that only the running kernel knows."""
+    """Return one of a tuple's values by a number that only the running kernel knows; the first for no such number."""
     value = values[0]
     for i in tl.static_range(1, COUNT):
         value = tl.where(which == i, values[i], value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lesa_kernels.backends.triton.kernels.combine import chosen
 from lesa_kernels.backends.triton.kernels.reduce import add, tile_of, write_partials, zeros
 
 
@@ -66,18 +67,9 @@ def fits_float(squares):
 
 
 @triton.jit
-def feature_of(features, which, K: tl.constexpr):
-    """Return the feature of a row; row 0 is the constant and has none: any."""
-    feature = features[0]
-    for k in tl.static_range(1, K):
-        feature = tl.where(which == k + 1, features[k], feature)
-    return feature
-
-
-@triton.jit
 def total_in_double(features, numel, row, column, K: tl.constexpr, WIDTH: tl.constexpr):
     """Return the sum of the products of two rows, from memory and in float64."""
-    left, right = feature_of(features, row, K), feature_of(features, column, K)
+    left, right = chosen(features, row - 1, K), chosen(features, column - 1, K)  # any for row 0, the constant
     sums = tl.full((WIDTH,), 0.0, tl.float64)
     for start in range(0, numel.to(tl.int64), WIDTH):
         position = start + tl.arange(0, WIDTH)
