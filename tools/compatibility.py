@@ -1,6 +1,6 @@
 """Runs a command, the tests say, with the other torches that the package serves, on the libraries as they are built.
 
-`make compatibility` does it; what cannot be had is named and left out.
+`make compatibility` and `make compatibility-all` do it; what cannot be had is named and left out.
 """
 
 from __future__ import annotations
