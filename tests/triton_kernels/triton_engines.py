@@ -25,9 +25,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.cache import get_cache_manager
+
+from benchmarks.triton_host import NoGpu
 
 PACKAGE = "lesa_kernels.backends.triton"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -124,11 +125,11 @@ class Compiled:
         return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-class Simulator:
-    """Stands in for Triton's driver: `load_binary` and `launcher_cls` are what compiled kernels call."""
+class Simulator(NoGpu):
+    """Stands in for Triton's driver: what compiled kernels launch is simulated."""
 
     def __init__(self) -> None:
-        self.utils = self
+        super().__init__()
         self.compilations = 0
         self.begin()
 
@@ -138,20 +139,8 @@ class Simulator:
         self._memory = ptxsim.Memory()
         self._alive: list[Any] = []
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": 1}
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
-        return name, name, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return what launches one compiled kernel."""
