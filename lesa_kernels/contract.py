@@ -173,6 +173,8 @@ def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
     Raises:
         ValueError: when two do.
     """
+    if tensor.is_contiguous():
+        return
     dims = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     for a, (_, stride_a) in enumerate(dims):
         for b, (size_b, stride_b) in enumerate(dims):
@@ -258,25 +260,25 @@ def check_apart(op: str, written: Mapping[str, Tensor], read: Mapping[str, Tenso
     Raises:
         ValueError: when memory of two overlaps.
     """
-    for position, (name, tensor) in enumerate(written.items()):
-        for other_name, other in [*list(written.items())[position + 1 :], *read.items()]:
-            if not tensor.numel() or not other.numel():
-                continue
-            start, at = tensor.data_ptr(), other.data_ptr()
-            end, other_end = (
-                first + _extent(each) * each.element_size() for first, each in ((start, tensor), (at, other))
-            )
-            dense = all(_extent(each) == each.numel() for each in (tensor, other))
-            if start == at or (dense and start < other_end and at < end):
+    spans = [(name, _span(tensor)) for name, tensor in (*written.items(), *read.items()) if tensor.numel()]
+    for position, (name, (start, end, dense)) in enumerate(spans):
+        if name not in written:
+            return
+        for other_name, (at, other_end, other_dense) in spans[position + 1 :]:
+            if start == at or (start < other_end and at < end and dense and other_dense):
                 raise ValueError(
                     f"lesa::{op}: {name} must not share memory with {other_name}, "
                     f"got memory that starts {start - at} bytes after its start"
                 )
 
 
-def _extent(tensor: Tensor) -> int:
-    """From the first element to behind the last one, in elements; as many as there are, if there are no gaps."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def _span(tensor: Tensor) -> tuple[int, int, bool]:
+    """Return where the memory of a tensor starts, where it ends, and whether it has no gaps."""
+    start, count = tensor.data_ptr(), tensor.numel()
+    if tensor.is_contiguous():
+        return start, start + count * tensor.element_size(), True
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + extent * tensor.element_size(), extent == count
 
 
 def check_kan_linear(

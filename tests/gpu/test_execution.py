@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_a_replayed_graph_sees_new_data_and_coefficients(call: Call, ops: Any) -
 
 
 def test_the_first_call_may_be_captured(tmp_path: Path) -> None:
-    """C++ kernels load themselves inside a capture; Triton compiles at the first call, which has to come before."""
+    """C++ kernels load themselves inside a capture; Triton's cannot."""
     if not any(library.name == "_cuda" and library.loaded for library in libraries.libraries()):
         pytest.skip("the library _cuda is not loaded")
     records = tmp_path / "records.jsonl"
@@ -58,6 +59,23 @@ def test_the_first_call_may_be_captured(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr[-3000:]
     found = load(records)
     assert len(found) == len(CALLS) and [record for record in found if record.status != PASSED] == []
+
+
+def test_triton_says_what_to_do_where_the_first_call_is_captured() -> None:
+    launchers = importlib.import_module("lesa_kernels.backends.triton")
+    with DEVICE:
+        # As many features as no other test has: their kernel is not loaded.
+        history, parameters = [torch.ones(64)] * 23, (torch.ones(23), torch.ones(1), torch.ones(1))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        history[0].add_(1)  # a graph must not be empty
+        with pytest.raises(RuntimeError, match=r"lesa::predict: .* call the op once with the same arguments first"):
+            launchers.predict(history, *parameters)
+    want = launchers.predict(history, *parameters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = launchers.predict(history, *parameters)
+    graph.replay()
+    assert torch.equal(got, want)
 
 
 def test_no_op_waits_for_the_device(call: Call, ops: Any) -> None:

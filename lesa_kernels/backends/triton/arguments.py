@@ -59,7 +59,7 @@ def walkable(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return tensors, copied where they are not contiguous."""
-    return tuple(tensor.contiguous() for tensor in tensors)
+    return tuple([tensor.contiguous() for tensor in tensors])
 
 
 def fresh_like(tensor: Tensor) -> Tensor:
@@ -80,7 +80,12 @@ def skew_of(numel: int, tensors: Iterable[Tensor], slot_stride: int = 0) -> int 
 
 def codes_of(slots: Iterable[int]) -> tuple[int, ...]:
     """Return slot numbers as `kernels.combine.slot_of` takes them."""
-    return tuple(2 * slot + 3 for slot in slots)
+    return tuple([2 * slot + 3 for slot in slots])
+
+
+def is_wide(number: int) -> bool:
+    """Return whether Triton passes a number in 64 bits."""
+    return number >= 2**31
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

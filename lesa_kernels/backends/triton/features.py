@@ -7,7 +7,7 @@ slots of a ring are written through a temporary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,12 +19,14 @@ from lesa_kernels.backends.triton.arguments import (
     codes_of,
     contiguous,
     fresh_like,
+    is_wide,
     on_device_of,
     power_of_2,
     share_dense_layout,
     skew_of,
 )
 from lesa_kernels.backends.triton.kernels.combine import combine, copy
+from lesa_kernels.backends.triton.launch import launch
 
 T = TypeVar("T")
 WARPS = 4
@@ -34,7 +36,7 @@ THREADS = 32 * WARPS
 HELD_FLOATS = 64
 # Four loads of 16 bytes in flight saturate memory at the occupancy that the registers allow.
 BYTES_IN_FLIGHT = 64
-# How many outputs a kernel has room for: one kernel serves every M up to that, and picks an output in 2 M instructions.
+# How many outputs a kernel has room for: one serves every M up to that, and picks each in two instructions a place.
 PLACES = (1, 8, 16, contract.MAX_FORECASTS)
 
 
@@ -49,6 +51,7 @@ def _filled(values: Sequence[T], count: int) -> tuple[T, ...]:
 
 
 def _combine(
+    op: str,
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
     coefficients: Tensor,
@@ -59,6 +62,7 @@ def _combine(
     """Launch out[m] = sum_k coefficients[m, k] * in[k] + offsets[m]; with a gain, `predict`.
 
     Args:
+        op: the op that asks for it.
         inputs: K tensors that are walked flat, or the ring alone.
         outputs: M tensors, likewise.
         coefficients: [M, K] or [K].
@@ -66,36 +70,35 @@ def _combine(
         gain: one element or None.
         ring_slots: the slots to read and those to write, where tensors are rings.
     """
-    in_ring = ring_slots is not None
-    numel = inputs[0][0].numel() if in_ring else inputs[0].numel()
+    first = inputs[0]
+    numel = first.numel()
     if numel == 0:
         return
-    read, write = map(len, ring_slots or (inputs, outputs))
-    places = next(count for count in PLACES if count >= write)
-    slot_stride = inputs[0].stride(0) if in_ring else 0
-    skew = skew_of(numel, (*inputs, *outputs), slot_stride)
-    block = _block(read, inputs[0].element_size())
-    with on_device_of(inputs[0]):
-        combine[(blocks_of(numel, block),)](
-            tuple(inputs),
-            codes_of(ring_slots[0]) if ring_slots else None,
-            tuple(outputs) if in_ring else _filled(outputs, places),
-            _filled(codes_of(ring_slots[1]), places) if ring_slots else None,
-            slot_stride,
-            coefficients,
-            coefficients.stride(0) if coefficients.dim() == 2 else 0,
-            coefficients.stride(-1),
-            offsets,
-            offsets.stride(0) if offsets.dim() == 1 else 0,
-            gain,
-            write,
-            numel,
-            skew,
-            read,
-            places,
-            block,
-            **OPTIONS,
-        )
+    count, rows = map(len, ring_slots or (inputs, outputs))
+    places = next(each for each in PLACES if each >= rows)
+    tensors: tuple[Any, ...]
+    if ring_slots is None:
+        slot_stride, tensors = 0, (tuple(inputs), None, _filled(outputs, places), None)
+    else:
+        slot_stride, numel = first.stride(0), numel // first.shape[0]
+        tensors = (inputs, codes_of(ring_slots[0]), outputs, _filled(codes_of(ring_slots[1]), places))
+    # The stride of a single row or column is any number.
+    strides = (
+        coefficients.stride(0) if rows > 1 else 0,
+        coefficients.stride(-1) if count > 1 else 1,
+        offsets.stride(0) if rows > 1 else 0,
+    )
+    skew = skew_of(numel, inputs if ring_slots else (*inputs, *outputs), slot_stride)
+    key = None
+    if skew is None:
+        types = (first.dtype, coefficients.dtype, offsets.dtype, None if gain is None else gain.dtype)
+        sizes = (ring_slots is None, count, places, strides, is_wide(numel), is_wide(slot_stride))
+        key = ("combine", first.device, types, sizes)
+    block = _block(count, first.element_size())
+    parameters = (coefficients, *strides[:2], offsets, strides[2], gain)
+    arguments = (*tensors, slot_stride, *parameters, rows, numel, skew, count, places, block)
+    with on_device_of(first):
+        launch(op, combine, blocks_of(numel, block), arguments, OPTIONS, key)
 
 
 def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tenso
     check_history("predict", history)
     contract.check_predict("predict", history, weight, bias, gain)
     out = fresh_like(history[0])
-    _combine(contiguous(history), [out], weight, bias, gain)
+    _combine("predict", contiguous(history), [out], weight, bias, gain)
     return out
 
 
@@ -113,7 +116,7 @@ def forecast(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -
     contract.check_history("forecast", history)
     contract.check_rows("forecast", coefficients, offsets, len(history), "history[0]", history[0])
     outputs = [fresh_like(history[0]) for _ in range(coefficients.shape[0])]
-    _combine(contiguous(history), outputs, coefficients, offsets)
+    _combine("forecast", contiguous(history), outputs, coefficients, offsets)
     return outputs
 
 
@@ -125,8 +128,8 @@ def forecast_into(
     contract.check_forecast_into(ring, coefficients, offsets, read, write)
     contract.check_distinct_elements("forecast_into", "ring", ring)
     contract.check_apart("forecast_into", {"ring": ring}, {"coefficients": coefficients, "offsets": offsets})
-    if share_dense_layout([ring[0]]):
-        _combine([ring], [ring], coefficients, offsets, ring_slots=(read, write))
+    if ring.is_contiguous() or share_dense_layout([ring[0]]):
+        _combine("forecast_into", (ring,), (ring,), coefficients, offsets, ring_slots=(read, write))
         return
     for slot, row in zip(write, forecast([ring[slot] for slot in read], coefficients, offsets), strict=True):
         ring[slot].copy_(row)
@@ -143,15 +146,11 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
         ring[slot].copy_(feature)
     elif feature.numel() > 0:
         numel, slot_stride = feature.numel(), ring.stride(0)
+        skew = skew_of(numel, (ring, feature), slot_stride)
+        key = None
+        if skew is None:
+            key = ("copy", ring.device, ring.dtype, feature.dtype, is_wide(numel), is_wide(slot_stride))
         block = THREADS * BYTES_IN_FLIGHT // max(ring.element_size(), feature.element_size())
+        arguments = (ring, *codes_of([slot]), slot_stride, feature, numel, skew, block)
         with on_device_of(ring):
-            copy[(blocks_of(numel, block),)](
-                ring,
-                *codes_of([slot]),
-                slot_stride,
-                feature,
-                numel,
-                skew_of(numel, (ring, feature), slot_stride),
-                block,
-                **OPTIONS,
-            )
+            launch("push", copy, blocks_of(numel, block), arguments, OPTIONS, key)

@@ -23,6 +23,7 @@ from lesa_kernels.backends.triton.arguments import (
     walkable,
 )
 from lesa_kernels.backends.triton.kernels import reduce
+from lesa_kernels.backends.triton.launch import launch
 from lesa_kernels.backends.triton.passes import OPTIONS, Pass
 
 # Some 20 run at a time: several times as many leave no long tail, and `finish` reads little.
@@ -31,26 +32,14 @@ FINISH_TILE = 4096
 
 
 def _finish(
-    run: Pass, weight: Tensor, bias: Tensor, gain: Tensor, loss: Tensor | None, count: int
+    op: str, run: Pass, weight: Tensor, bias: Tensor, gain: Tensor, loss: Tensor | None, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of weight, bias and gain, divided by a count; fills in the loss."""
     gradients = fresh_like(weight), fresh_like(bias), fresh_like(gain)
     sums = power_of_2(run.partials.shape[0])
-    reduce.finish[(1,)](
-        run.partials,
-        run.programs,
-        weight,
-        weight.stride(0),
-        bias,
-        gain,
-        loss,
-        *gradients,
-        count,
-        weight.numel(),
-        sums,
-        FINISH_TILE // sums,
-        **OPTIONS,
-    )
+    parameters = (weight, weight.stride(0), bias, gain, loss)
+    sizes = (count, weight.numel(), sums, FINISH_TILE // sums)
+    launch(op, reduce.finish, 1, (run.partials, run.programs, *parameters, *gradients, *sizes), OPTIONS)
     return gradients
 
 
@@ -69,6 +58,7 @@ def predict_backward(
     with on_device_of(grad):
         run = Pass(grad, inputs, inputs + 1, WARPS_PER_PROCESSOR)
         run.launch(
+            op,
             reduce.backward,
             grad,
             tuple(history),
@@ -80,7 +70,7 @@ def predict_backward(
             grad.numel(),
             skew_of(grad.numel(), (grad, *history, *grad_history)),
         )
-        return (grad_history, *_finish(run, weight, bias, gain, None, 1))
+        return (grad_history, *_finish(op, run, weight, bias, gain, None, 1))
 
 
 def _check_out(
@@ -113,6 +103,7 @@ def predict_l1(
     with on_device_of(target):
         run = Pass(target, inputs, inputs + 2, WARPS_PER_PROCESSOR)
         run.launch(
+            op,
             reduce.l1,
             tuple(history),
             target,
@@ -125,7 +116,7 @@ def predict_l1(
             target.numel(),
             skew_of(target.numel(), features if written is None else (*features, written)),
         )
-        gradients = _finish(run, weight, bias, gain, loss, max(target.numel(), 1))
+        gradients = _finish(op, run, weight, bias, gain, loss, max(target.numel(), 1))
     if out is not None and written is not None and written is not out:
         out.copy_(written)
     return (loss, *gradients)

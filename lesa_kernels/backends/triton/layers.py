@@ -14,6 +14,7 @@ from lesa_kernels.backends.triton.arguments import (
     power_of_2,
 )
 from lesa_kernels.backends.triton.kernels import kan
+from lesa_kernels.backends.triton.launch import launch
 
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
@@ -35,17 +36,10 @@ def kan_linear(x: Tensor, grid: Tensor, base_weight: Tensor, spline_weight: Tens
     if out.numel() > 0:
         block_in, block_out = min(power_of_2(inputs), FORWARD[0]), min(power_of_2(outputs), FORWARD[1])
         with on_device_of(x):
-            kan.forward[(out.numel() // outputs * blocks_of(outputs, block_out),)](
-                *contiguous([x, grid, base_weight, spline_weight, spline_scaler]),
-                out,
-                inputs,
-                outputs,
-                knots,
-                order,
-                block_in,
-                block_out,
-                **OPTIONS,
-            )
+            tensors = (*contiguous([x, grid, base_weight, spline_weight, spline_scaler]), out)
+            programs = out.numel() // outputs * blocks_of(outputs, block_out)
+            arguments = (*tensors, inputs, outputs, knots, order, block_in, block_out)
+            launch("kan_linear", kan.forward, programs, arguments, OPTIONS)
     return out
 
 
@@ -71,21 +65,9 @@ def _backward_x(
     outputs, inputs = base.shape
     if grad_x.numel() == 0:
         return
-    kan.backward_x[(x.numel(),)](
-        grad,
-        x,
-        grid,
-        base,
-        spline,
-        scaler,
-        grad_x,
-        inputs,
-        outputs,
-        grid.shape[1],
-        reference.spline_order(grid, spline),
-        min(power_of_2(outputs), BACKWARD_X),
-        **OPTIONS,
-    )
+    order, block = reference.spline_order(grid, spline), min(power_of_2(outputs), BACKWARD_X)
+    arguments = (grad, x, grid, base, spline, scaler, grad_x, inputs, outputs, grid.shape[1], order, block)
+    launch("kan_linear_backward", kan.backward_x, x.numel(), arguments, OPTIONS)
 
 
 def _backward_weights(
@@ -102,22 +84,8 @@ def _backward_weights(
     if grad_base.numel() == 0:
         return
     block_out = min(outputs, max(BACKWARD_SUMS // spline.shape[2], 1))
-    knots = grid.shape[1]
-    kan.backward_weights[(blocks_of(outputs, block_out) * blocks_of(inputs, BACKWARD_INPUTS),)](
-        grad,
-        x,
-        grid,
-        spline,
-        scaler,
-        grad_base,
-        grad_spline,
-        grad_scaler,
-        x.numel() // inputs,
-        inputs,
-        outputs,
-        knots,
-        reference.spline_order(grid, spline),
-        BACKWARD_INPUTS,
-        block_out,
-        **{**OPTIONS, "num_warps": 1},
-    )
+    programs = blocks_of(outputs, block_out) * blocks_of(inputs, BACKWARD_INPUTS)
+    tensors = (grad, x, grid, spline, scaler, grad_base, grad_spline, grad_scaler)
+    layer = (x.numel() // inputs, inputs, outputs, grid.shape[1], reference.spline_order(grid, spline))
+    arguments = (*tensors, *layer, BACKWARD_INPUTS, block_out)
+    launch("kan_linear_backward", kan.backward_weights, programs, arguments, {**OPTIONS, "num_warps": 1})

@@ -13,6 +13,7 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lesa_kernels.backends.triton.arguments import blocks_of, power_of_2
+from lesa_kernels.backends.triton.launch import launch
 
 WARPS = 4
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
@@ -66,8 +67,8 @@ class Pass:
         self.programs = blocks_of(tiles, max(self.tiles_each, 1))
         self.partials = feature.new_empty((sums, self.programs), dtype=torch.float32)
 
-    def launch(self, kernel: Any, *arguments: Any) -> None:
-        """Launch a kernel, if there is anything to add up."""
+    def launch(self, op: str, kernel: Any, *arguments: Any) -> None:
+        """Launch a kernel for an op, if there is anything to add up."""
         if self.programs > 0:
             sizes = (self.tiles_each, self.inputs, 32 * self.warps, self.width)
-            kernel[(self.programs,)](*arguments, *sizes, num_warps=self.warps, enable_fp_fusion=True)
+            launch(op, kernel, self.programs, (*arguments, *sizes), {**OPTIONS, "num_warps": self.warps})

@@ -14,6 +14,7 @@ from torch import Tensor
 from lesa_kernels import contract
 from lesa_kernels.backends.triton.arguments import check_history, on_device_of, skew_of, walkable
 from lesa_kernels.backends.triton.kernels import gram as kernels
+from lesa_kernels.backends.triton.launch import launch
 from lesa_kernels.backends.triton.passes import OPTIONS, Pass
 
 GROUP = 8
@@ -46,6 +47,7 @@ def _write(result: Tensor, features: tuple[Tensor, ...], first: int, second: int
     skew = skew_of(numel, chosen)
     # Single elements of 16 features and all sums do not fit into registers several at a time.
     run = Pass(chosen[0], count, (count + 1) * (count + 2) // 2, WARPS_PER_PROCESSOR, WARPS, vectors=skew is None)
-    run.launch(kernels.products, chosen, run.partials, numel, skew)
+    run.launch("gram", kernels.products, chosen, run.partials, numel, skew)
     sums = (run.partials, run.programs, result, first, second, len(features), numel)
-    kernels.matrix[((count + 1) ** 2,)](chosen, *sums, count, GROUP, MATRIX_CHUNK, DOUBLE_CHUNK, **OPTIONS)
+    constants = (count, GROUP, MATRIX_CHUNK, DOUBLE_CHUNK)
+    launch("gram", kernels.matrix, (count + 1) ** 2, (chosen, *sums, *constants), OPTIONS)

@@ -48,7 +48,7 @@ def chosen(values, which, COUNT: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["rows", "skew"])
+@triton.jit(do_not_specialize=["coefficients", "offsets", "gain", "rows", "skew"])
 def combine(
     inputs,
     input_codes,
