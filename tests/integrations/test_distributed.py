@@ -139,7 +139,7 @@ def two_ranks(folder: Path, work: Callable[..., dict[str, Any]], *options: Any) 
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("enable_first", [True, False])
+@pytest.mark.parametrize("enable_first", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_each_rank_forecasts_its_own_tokens(tmp_path: Path, enable_first: bool) -> None:
     model = enabled_transformer()
     with watching(model) as watch:
