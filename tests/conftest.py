@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import math
 import os
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-
-from lesa_kernels.backends import libraries
+from instruction_set import follow_torch
 
 # torch reads it once, at the first product of matrices on CUDA, and demands it for deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -26,15 +24,11 @@ settings.load_profile("short")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the C++ kernels the instruction set that torch was told to use, in ATEN_CPU_CAPABILITY."""
-    wanted = os.environ.get("ATEN_CPU_CAPABILITY")
-    if wanted is None:
-        return
-    # What inductor compiled for one instruction set it takes from its cache for another, and computes half of it.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.rootpath / "build" / "tests" / f"inductor-{wanted}")
-    library, isa = libraries.PACKAGE / "_cpu.so", "baseline" if wanted == "default" else wanted
-    if library.exists() and ctypes.CDLL(str(library)).lesa_cpu_set_isa(isa.encode()):
-        raise pytest.UsageError(f"ATEN_CPU_CAPABILITY: the processor or the library of C++ kernels lacks {wanted}")
+    """Run all tests with the instruction set that torch was told to use."""
+    follow_torch()
+    if wanted := os.environ.get("ATEN_CPU_CAPABILITY"):
+        # What inductor compiled for one instruction set it takes from its cache for another, and computes half of it.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.rootpath / "build" / "tests" / f"inductor-{wanted}")
 
 
 # Folder or file of tests -> the package without which it cannot even be imported.

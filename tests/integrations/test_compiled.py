@@ -21,6 +21,8 @@ SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
 
 # It branches on a tensor's value, with the hooks or without.
 NOT_ONE_GRAPH = {"hunyuan15"}
+# Entries of their own, and a structure that is found.
+ONE_OF_A_KIND = {"flux", "qwen", "hunyuan", "wan"}
 REGIONAL = ["qwen", "hunyuan", "wan", "flux2", "ltx", "z_image", "hunyuan15"]
 
 
@@ -46,7 +48,14 @@ def accelerated(model: nn.Module, name: str, **options: Any) -> list[Tensor]:
         return sample(model, name)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_ONE_GRAPH])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.exhaustive)
+        for name in MODELS
+        if name not in NOT_ONE_GRAPH
+    ],
+)
 def test_a_model_compiled_in_place_is_one_graph_for_each_kind_of_step(name: str) -> None:
     """fullgraph=True: a graph break would be an error. Each forecast lies in another slot of the history."""
     torch._dynamo.reset()
@@ -67,9 +76,14 @@ def test_a_model_compiled_in_place_is_one_graph_for_each_kind_of_step(name: str)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"history_dtype": torch.bfloat16}, {"history_dtype": torch.bfloat16, "chunk": 1}]
+    ("name", "options"),
+    [
+        ("flux", {}),
+        ("flux", {"history_dtype": torch.bfloat16}),
+        ("flux", {"history_dtype": torch.bfloat16, "chunk": 1}),
+        ("wan", {}),
+    ],
 )
-@pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_wrapped_model_is_one_graph_for_each_kind_of_step(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     model = MODELS[name].model()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 from diffusers import ContextParallelConfig, FluxTransformer2DModel
+from instruction_set import follow_torch
 from tiny_flux import CHANNELS, call_arguments, tiny_transformer, watching
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,6 +124,7 @@ def guidance_rank() -> dict[str, Any]:
 
 def _rank(rank: int, folder: str, work: Callable[..., dict[str, Any]], options: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    follow_torch()
     warnings.simplefilter("error")
     # diffusers calls torch by names that are going out of use.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -137,7 +139,7 @@ def two_ranks(folder: Path, work: Callable[..., dict[str, Any]], *options: Any) 
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("enable_first", [True, False])
+@pytest.mark.parametrize("enable_first", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_each_rank_forecasts_its_own_tokens(tmp_path: Path, enable_first: bool) -> None:
     model = enabled_transformer()
     with watching(model) as watch:

@@ -87,7 +87,7 @@ def by_torchao(model: nn.Module) -> None:
 
 # torchao's own remarks at its import.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("quantize", [by_rows, by_torchao])
+@pytest.mark.parametrize("quantize", [by_rows, pytest.param(by_torchao, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_quantized_weights(quantize: Callable[[nn.Module], None], dtype: torch.dtype) -> None:
     pipe = tiny_pipeline()

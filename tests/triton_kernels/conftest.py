@@ -85,13 +85,20 @@ _QUICK: dict[str, dict[str, list[Any]]] = {
         "order": [0, 3],
     },
 }
+# Likewise of single tests: the products of all pairs take seconds in the interpreter, of 64 features half a minute.
+_QUICK_OF_TEST: dict[tuple[str, str], dict[str, list[Any]]] = {
+    ("interpreter", "test_gram_takes_1_to_64_features"): {"count": [1, 3, 8]},
+    ("interpreter", "test_gram_takes_any_shape_and_layout"): {"shape": [(), (0,), (7,), (3, 0, 2), (1030,)]},
+    ("interpreter", "test_gram_of_features_whose_products_leave_the_range_of_float32"): {"size": [67]},
+    ("ptx", "test_gram_takes_1_to_64_features"): {"count": [8]},
+    ("ptx", "test_gram_of_features_whose_products_leave_the_range_of_float32"): {"size": [67, 9001]},
+}
 
 
 def _is_quick(item: pytest.Function) -> bool:
     parameters = _parameters_of(item)
     if ON_GPU and "lesa" not in parameters:
         return False  # simulated, or about the dispatcher: passes or fails here as it does without a GPU
-    if item.originalname == "test_gram_takes_1_to_64_features" and parameters["count"] == 64:
-        return False  # 2,080 products, half a minute in either engine
-    quick = _QUICK.get(parameters.get("lesa", "gpu"), {})
+    engine = parameters.get("lesa", "")
+    quick = _QUICK.get(engine, {}) | _QUICK_OF_TEST.get((engine, item.originalname), {})
     return all(value in quick[name] for name, value in parameters.items() if name in quick)
