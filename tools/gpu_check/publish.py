@@ -29,8 +29,9 @@ def status_line(records: Sequence[Record]) -> str:
     for engine, name in (("lesa", "CUDA"), ("triton", "Triton")):
         rows = [row for row in report.smoke_rows(records) if row[1] == engine]
         right = sum(row[2] == PASSED for row in rows)
-        counts.append(f"{right} of {len(rows)} ops right on {name}")
-    parts = [f"Ran on {facts.get('device', 'an unknown device')}, torch {facts.get('torch', '?')}: {', '.join(counts)}"]
+        counts += [f"{right} of {len(rows)} ops right on {name}"] if rows else []
+    ran = f"Ran on {facts.get('device', 'an unknown device')}, torch {facts.get('torch', '?')}"
+    parts = [": ".join([ran, *([", ".join(counts)] if counts else [])])]
     for values in (r.values for r in records if r.phase == full_size.PHASE and "cached_step_s" in r.values):
         parts.append(
             f"FLUX of {values['parameters'] / 1e9:.0f} B parameters: {values['full_step_s']:.3f} s a full step, "
