@@ -26,7 +26,7 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], what: s
         raise TypeError(f"{name} must be {what}, got {reprlib.repr(value)}")
 
 
-def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+def check_int(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return an integer argument, Python's or NumPy's.
 
     Args:
@@ -53,7 +53,7 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
     return number
 
 
-def number(
+def check_float(
     name: str, value: object, *, least: float | None = None, above: float | None = None, finite: bool = True
 ) -> float:
     """Return a number argument.
@@ -84,7 +84,7 @@ def number(
     return found
 
 
-def items(name: str, value: object, what: str) -> list[Any]:
+def check_list(name: str, value: object, what: str) -> list[Any]:
     """Return what a sequence argument holds.
 
     Args:
@@ -104,7 +104,7 @@ def items(name: str, value: object, what: str) -> list[Any]:
     raise TypeError(f"{name} must be {what}, got {reprlib.repr(value)}")
 
 
-def falling(sigmas: object, name: str = "sigmas") -> tuple[float, ...]:
+def check_decreasing(sigmas: object, name: str = "sigmas") -> tuple[float, ...]:
     """Return noise levels as floats.
 
     Args:
@@ -115,8 +115,8 @@ def falling(sigmas: object, name: str = "sigmas") -> tuple[float, ...]:
         TypeError: when they are no numbers.
         ValueError: when they are not at least two finite, falling numbers.
     """
-    values = items(name, sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas, "S+1 >= 2 falling numbers")
-    levels = tuple(number(f"{name}[{index}]", value) for index, value in enumerate(values))
+    values = check_list(name, sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas, "S+1 >= 2 falling numbers")
+    levels = tuple(check_float(f"{name}[{index}]", value) for index, value in enumerate(values))
     if len(levels) < 2 or not all(later < earlier for earlier, later in itertools.pairwise(levels)):
         raise ValueError(f"{name} must hold S+1 >= 2 falling numbers, got {levels}")
     return levels

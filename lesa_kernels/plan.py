@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from lesa_kernels.checks import falling, integer
+from lesa_kernels.checks import check_decreasing, check_int
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
 # What one launch of `forecast_into` takes.
@@ -153,8 +153,8 @@ class Plan:
         """
         if isinstance(shape, str | bytes) or not isinstance(shape, Sequence):
             raise TypeError(f"shape must be a sequence of sizes, got {reprlib.repr(shape)}")
-        shape = [integer(f"shape[{dim}]", size, 0) for dim, size in enumerate(shape)]
-        return self.num_slots * math.prod(shape) * integer("itemsize", itemsize, 1)
+        shape = [check_int(f"shape[{dim}]", size, 0) for dim, size in enumerate(shape)]
+        return self.num_slots * math.prod(shape) * check_int("itemsize", itemsize, 1)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -251,7 +251,7 @@ def compile_plan(
             first_step, chunk or check_every is out of range.
         TypeError: when the schedule is neither a Schedule nor a rule, or chunk or check_every no int.
     """
-    levels = falling(sigmas)
+    levels = check_decreasing(sigmas)
     steps = len(levels) - 1
     if not isinstance(schedule, Schedule) and not callable(schedule):
         raise TypeError(f"schedule must be a Schedule or a rule that makes one, got {type(schedule).__name__}")
@@ -262,7 +262,7 @@ def compile_plan(
         raise ValueError(
             f"schedule must have {steps} steps (the sigmas hold {steps + 1} values), got {resolved.num_steps}"
         )
-    first_step = integer("first_step", first_step, 0)
+    first_step = check_int("first_step", first_step, 0)
     if first_step >= steps:
         raise ValueError(f"first_step must be in [0, {steps}), got {first_step}")
     check_count("chunk", chunk)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lesa_kernels.checks import falling, integer, items
+from lesa_kernels.checks import check_decreasing, check_int, check_list
 
 # More than any sampler takes; a number beyond it is a mistake, which would cost gigabytes.
 MAX_STEPS = 10_000
@@ -31,7 +31,7 @@ class Schedule:
     full_steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_steps", integer("num_steps", self.num_steps, 1, MAX_STEPS))
+        object.__setattr__(self, "num_steps", check_int("num_steps", self.num_steps, 1, MAX_STEPS))
         object.__setattr__(self, "full_steps", _steps(self.full_steps))
         for position, step in enumerate(self.full_steps):
             if step >= self.num_steps:
@@ -61,8 +61,8 @@ class Schedule:
         Raises:
             ValueError: when a number is out of range.
         """
-        num_steps = integer("num_steps", num_steps, 1, MAX_STEPS)
-        interval, warmup = integer("interval", interval, 1), integer("warmup", warmup, 1)
+        num_steps = check_int("num_steps", num_steps, 1, MAX_STEPS)
+        interval, warmup = check_int("interval", interval, 1), check_int("warmup", warmup, 1)
         full, counter = [], 0
         for step in range(num_steps):
             due = step < warmup or counter == interval - 1
@@ -99,10 +99,10 @@ class Schedule:
         Raises:
             ValueError: when a count is out of range or the sigmas do not fall.
         """
-        levels = falling(sigmas)
+        levels = check_decreasing(sigmas)
         num_steps = len(levels) - 1
-        warmup = integer("warmup", warmup, 1, num_steps)
-        num_full = integer("num_full", num_full, warmup)
+        warmup = check_int("warmup", warmup, 1, num_steps)
+        num_full = check_int("num_full", num_full, warmup)
         if num_full > num_steps:
             raise ValueError(
                 f"num_full must be at most {num_steps} (the steps of {num_steps + 1} sigmas), got {num_full}"
@@ -127,5 +127,5 @@ ScheduleRule: TypeAlias = Callable[[Sequence[float]], Schedule]
 
 
 def _steps(full_steps: object) -> tuple[int, ...]:
-    steps = enumerate(items("full_steps", full_steps, "steps"))
-    return tuple(integer(f"full_steps[{position}]", step, 0) for position, step in steps)
+    steps = enumerate(check_list("full_steps", full_steps, "steps"))
+    return tuple(check_int(f"full_steps[{position}]", step, 0) for position, step in steps)

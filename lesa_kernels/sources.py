@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import check_type, falling, integer
+from lesa_kernels.checks import check_decreasing, check_int, check_type
 
 ONLY_BRANCH = "cond"
 """The branch of models that are called once a step; guidance adds others ("uncond"), each with a history of its own."""
@@ -91,7 +91,7 @@ class Recorded:
     """
 
     def __init__(self, trajectories: Sequence[Sequence[Tensor]], sigmas: Sequence[float]) -> None:
-        self.sigmas = falling(sigmas)
+        self.sigmas = check_decreasing(sigmas)
         check_type("trajectories", trajectories, Sequence, "a sequence of runs")
         if not trajectories:
             raise ValueError("trajectories must hold at least one run, got none")
@@ -128,9 +128,9 @@ class Sampled:
 
     def __init__(self, loop: Callable[[Sequence[int], Player], None], count: int, sigmas: Sequence[float]) -> None:
         check_type("loop", loop, Callable, "a function")  # type: ignore[arg-type]
-        self.sigmas = falling(sigmas)
+        self.sigmas = check_decreasing(sigmas)
         self._loop = loop
-        self._count = integer("count", count, 0)
+        self._count = check_int("count", count, 0)
 
     def __len__(self) -> int:
         return self._count

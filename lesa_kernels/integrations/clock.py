@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from lesa_kernels.checks import falling
+from lesa_kernels.checks import check_decreasing
 
 # Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
 _MAX_FLOW_SIGMA = 1.001
@@ -44,7 +44,7 @@ class Clock:
         # A strong reference would keep the pipeline's text encoders alive as long as its transformer.
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler if pipeline is None else pipeline.scheduler
-        self._sigmas = None if sigmas is None else falling(sigmas)
+        self._sigmas = None if sigmas is None else check_decreasing(sigmas)
         # Whether it came out of a pickle without its pipeline.
         self._strayed = False
         if self._sigmas is None and not hasattr(self._scheduler, "sigmas" if self.has_index else "timesteps"):

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import falling
+from lesa_kernels.checks import check_decreasing
 from lesa_kernels.integrations.clock import Clock, Follower, Position
 from lesa_kernels.integrations.summaries import Summary, Tally
 from lesa_kernels.plan import Plan, check_count
@@ -51,7 +51,7 @@ def default_schedule(sigmas: Sequence[float]) -> Schedule:
     Raises:
         ValueError: when the sigmas do not fall.
     """
-    levels = falling(sigmas)
+    levels = check_decreasing(sigmas)
     steps = len(levels) - 1
     return Schedule.uniform_in_sigma(levels, num_full=min(steps, max(3, -(-steps // 5))))
 

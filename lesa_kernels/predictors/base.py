@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from lesa_kernels.checks import falling
+from lesa_kernels.checks import check_decreasing
 from lesa_kernels.plan import Plan, RowRule, compile_plan
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
@@ -94,7 +94,7 @@ class Forecaster(ABC):
         """
         if on_other_sigmas not in ("refuse", "adapt"):
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {on_other_sigmas!r}')
-        levels = falling(sigmas)
+        levels = check_decreasing(sigmas)
         chosen = self.schedule if schedule is None else schedule
         if chosen is None:
             raise ValueError(f"schedule must be given: this {type(self).__name__} was not made for one")

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.checks import check_type, falling, integer, items, number
+from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list, check_type
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
@@ -68,16 +68,16 @@ class LesaPredictor(
         full_steps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.num_steps = integer("num_steps", num_steps, 1, MAX_STEPS)
-        hidden_dim = integer("hidden_dim", hidden_dim, 1, MAX_WIDTH)
-        grid_size = integer("grid_size", grid_size, 1, MAX_WIDTH)
-        spline_order = integer("spline_order", spline_order, 0, MAX_WIDTH)
-        pairs = items("stages", stages, "pairs of threshold and history")
+        self.num_steps = check_int("num_steps", num_steps, 1, MAX_STEPS)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1, MAX_WIDTH)
+        grid_size = check_int("grid_size", grid_size, 1, MAX_WIDTH)
+        spline_order = check_int("spline_order", spline_order, 0, MAX_WIDTH)
+        pairs = check_list("stages", stages, "pairs of threshold and history")
         for index, stage in enumerate(pairs):
             if not isinstance(stage, Sequence) or len(stage) != 2:
                 raise ValueError(f"stages[{index}] must be a pair of threshold and history, got {reprlib.repr(stage)}")
-            number(f"threshold of stages[{index}]", stage[0])
-            window = number(f"history of stages[{index}]", stage[1])
+            check_float(f"threshold of stages[{index}]", stage[0])
+            window = check_float(f"history of stages[{index}]", stage[1])
             if window != int(window) or not 1 <= window <= MAX_HISTORY:
                 raise ValueError(f"stages[{index}] must have a history of 1 to {MAX_HISTORY} features, got {window}")
         self.stages = tuple((float(threshold), int(window)) for threshold, window in pairs)
@@ -99,7 +99,7 @@ class LesaPredictor(
 
     @trained_sigmas.setter
     def trained_sigmas(self, sigmas: Sequence[float] | None) -> None:
-        self._trained_sigmas = None if sigmas is None else falling(sigmas, "trained_sigmas")
+        self._trained_sigmas = None if sigmas is None else check_decreasing(sigmas, "trained_sigmas")
         if self._trained_sigmas is not None and len(self._trained_sigmas) != self.num_steps + 1:
             raise ValueError(
                 f"trained_sigmas must hold num_steps + 1 = {self.num_steps + 1} values, got {len(self._trained_sigmas)}"
@@ -165,7 +165,7 @@ class LesaPredictor(
         Raises:
             ValueError: when there are not S+1 sigmas.
         """
-        kan = cast(KAN, self.timestep[integer("stage", stage, 0, len(self.stages) - 1)])
+        kan = cast(KAN, self.timestep[check_int("stage", stage, 0, len(self.stages) - 1)])
         levels = self._levels(sigmas)
         times = [t] if isinstance(t, (int, float)) else list(t)
         now = torch.tensor(times, dtype=torch.float64, device=levels.device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import falling
+from lesa_kernels.checks import check_decreasing
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
@@ -50,7 +50,7 @@ class LinearPredictor(
         self, sigmas: Sequence[float], full_steps: Sequence[int], window: int = 3, over_all: bool = False
     ) -> None:
         super().__init__()
-        self.trained_sigmas = falling(sigmas)
+        self.trained_sigmas = check_decreasing(sigmas)
         if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= MAX_HISTORY:
             raise ValueError(f"window must be 1 to {MAX_HISTORY} features, got {window!r}")
         self._schedule = Schedule(len(self.trained_sigmas) - 1, full_steps)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from lesa_kernels.checks import number
+from lesa_kernels.checks import check_float
 from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Forecaster
 
@@ -88,7 +88,7 @@ class HiCache(TaylorSeer):
 
     def __init__(self, order: int = 2, contraction: float = 0.5, variable: Literal["sigma", "step"] = "step") -> None:
         super().__init__(order, variable)
-        self.contraction = number("contraction", contraction, above=0)
+        self.contraction = check_float("contraction", contraction, above=0)
 
     def basis(self, order: int, distance: float) -> float:
         """See `TaylorSeer.basis`."""

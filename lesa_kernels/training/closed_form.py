@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import number
+from lesa_kernels.checks import check_float
 from lesa_kernels.plan import Row
 from lesa_kernels.predictors import LinearPredictor
 from lesa_kernels.predictors.taylor import taylor_weights
@@ -109,7 +109,7 @@ def fit_features(
         FloatingPointError: when a feature is not finite; names the step.
     """
     check_source(source)
-    ridge = number("ridge", ridge, least=0)
+    ridge = check_float("ridge", ridge, least=0)
     placement = resolved(source.sigmas, schedule)
     statistics = GramStatistics(placement)
     with progress_bar(progress) as bar:

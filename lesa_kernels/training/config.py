@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lesa_kernels.checks import integer, number
+from lesa_kernels.checks import check_float, check_int
 
 Phase = Literal["guided", "closed loop"]
 
@@ -53,12 +53,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("guided_epochs", 0), ("closed_loop_epochs", 0), ("decay_every", 1), ("batch_size", 1)):
-            object.__setattr__(self, name, integer(name, getattr(self, name), least))
-        number("weight_decay", self.weight_decay, least=0)
+            object.__setattr__(self, name, check_int(name, getattr(self, name), least))
+        check_float("weight_decay", self.weight_decay, least=0)
         for name in ("learning_rate", "decay_factor"):
-            number(name, getattr(self, name), above=0)
+            check_float(name, getattr(self, name), above=0)
         # Infinite: gradients are not clipped.
-        number("clip_norm", self.clip_norm, above=0, finite=False)
+        check_float("clip_norm", self.clip_norm, above=0, finite=False)
         if self.decay not in ("step", "cosine"):
             raise ValueError(f'decay must be "step" or "cosine", got {self.decay!r}')
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.checks import check_type, falling, integer
+from lesa_kernels.checks import check_decreasing, check_int, check_type
 from lesa_kernels.predictors import LesaPredictor, LinearPredictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.sources import Source, check_source
@@ -40,7 +40,7 @@ def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8)
         TypeError: for something else than numbers, a schedule and an integer.
         ValueError: when the sigmas do not fall or are not those of the schedule, or the window is empty.
     """
-    levels, window = falling(sigmas), integer("window", window, 1)
+    levels, window = check_decreasing(sigmas), check_int("window", window, 1)
     check_type("schedule", schedule, Schedule, "a Schedule")
     if schedule.num_steps != len(levels) - 1:
         raise ValueError(f"schedule must have {len(levels) - 1} steps (those of the sigmas), got {schedule.num_steps}")
@@ -89,7 +89,7 @@ def fit_lesa(
         if parameter.device.type != "cpu":
             raise ValueError(f"{name} of predictor must be on the CPU while it is fitted, got {parameter.device}")
     # One to measure, one to judge a change.
-    rounds = integer("rounds", rounds, 2)
+    rounds = check_int("rounds", rounds, 2)
     sigmas, schedule = fitted.trained_sigmas, fitted.schedule
     todo = [segment for segment in segments(schedule) if segment.steps]
     served = [{predictor.stage(sigmas[step]) for step in segment.steps} for segment in todo]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import check_type, integer, items, number
+from lesa_kernels.checks import check_float, check_int, check_list, check_type
 from lesa_kernels.predictors import Forecaster
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.sources import Source, check_source
@@ -128,13 +128,15 @@ def search_placement(
         TypeError: when an argument is of another type, or judge or make returns something else.
         ValueError: when there are no moves, or fewer evaluations than starts.
     """
-    starts = [start] if isinstance(start, Schedule) else items("start", start, "a Schedule or several")
+    starts = [start] if isinstance(start, Schedule) else check_list("start", start, "a Schedule or several")
     for index, each in enumerate(starts):
         check_type(f"start[{index}]", each, Schedule, "a Schedule")
     check_type("judge", judge, Callable, "a Judge")  # type: ignore[arg-type]
     check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
-    evaluations = integer("evaluations", evaluations, 1)
-    moves = [integer(f"moves[{index}]", move, 1) for index, move in enumerate(items("moves", moves, "distances"))]
+    evaluations = check_int("evaluations", evaluations, 1)
+    moves = [
+        check_int(f"moves[{index}]", move, 1) for index, move in enumerate(check_list("moves", moves, "distances"))
+    ]
     if not 1 <= len(starts) <= evaluations or not moves:
         raise ValueError(
             f"evaluations must be at least 1 a start and moves not empty, got {evaluations} evaluations for "
@@ -228,9 +230,9 @@ def plan_for_budget(
     if not callable(judge) or not hasattr(judge, "sigmas"):
         raise TypeError(f"judge must be a Judge, got {reprlib.repr(judge)}")
     check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
-    calls = calls if calls is None else integer("calls", calls, 1)
-    seconds = seconds if seconds is None else number("seconds", seconds, above=0)
-    decibels = decibels if decibels is None else number("decibels", decibels)
+    calls = calls if calls is None else check_int("calls", calls, 1)
+    seconds = seconds if seconds is None else check_float("seconds", seconds, above=0)
+    decibels = decibels if decibels is None else check_float("decibels", decibels)
     steps = len(judge.sigmas) - 1
 
     def uniform(count: int) -> Schedule:

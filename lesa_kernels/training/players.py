@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import integer
+from lesa_kernels.checks import check_int
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
 from lesa_kernels.sources import Call, Enough, Player, Source, watch
@@ -32,7 +32,7 @@ def batches(source: Source, batch: int) -> list[range]:
     Raises:
         ValueError: when the batch is not positive.
     """
-    batch = integer("batch", batch, 1)
+    batch = check_int("batch", batch, 1)
     return [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lesa_kernels.checks import falling
+from lesa_kernels.checks import check_decreasing
 from lesa_kernels.files import opened_tensors, parsed, read_json, replacing, shortened
 from lesa_kernels.sources import Call, Player, Source, watch
 from lesa_kernels.training.files import reserved
@@ -342,7 +342,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = read_json(file)
         stamp, branches = dict(index["stamp"]), dict(index["branches"])
-        stamp["sigmas"] = list(falling(stamp["sigmas"]))
+        stamp["sigmas"] = list(check_decreasing(stamp["sigmas"]))
         good = stamp["dtype"] in (None, *_DTYPES) and type(stamp["runs"]) is int and stamp["runs"] > 0
         for facts in branches.values():
             good = good and facts["dtype"] in _CODES and isinstance(facts["shape"], list)

@@ -18,7 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from lesa_kernels.checks import check_type, integer
+from lesa_kernels.checks import check_int, check_type
 from lesa_kernels.plan import Row
 from lesa_kernels.predictors import Forecaster, LinearPredictor, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -231,7 +231,7 @@ def fit_through_tail(
     if objective not in ("latents", "output"):
         raise ValueError(f'objective must be "latents" or "output", got {objective!r}')
     # One to measure, one to judge a change.
-    rounds = integer("rounds", rounds, 2)
+    rounds = check_int("rounds", rounds, 2)
     check_source(source)
     placement = resolved(source.sigmas, schedule)
     predictor = LinearPredictor(source.sigmas, placement.full_steps, window)
