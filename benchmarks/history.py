@@ -17,7 +17,7 @@ from benchmarks.results import origin
 from lesa_kernels.demo.methods import WARM_UNIFORM, WARMUP, psnr
 from lesa_kernels.demo.model import MNIST, load_model, sample, scheduler
 from lesa_kernels.integrations import enabled, summary
-from lesa_kernels.predictors import Forecaster, LesaPredictor, TaylorSeer
+from lesa_kernels.predictors import LesaPredictor, Predictor, TaylorSeer
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import TrainingConfig, train
 
@@ -34,14 +34,14 @@ class Case:
     Args:
         method: name of the predictor.
         placement: where its full steps lie.
-        forecaster: makes the others.
+        predictor: makes the others.
         schedule: the full steps.
         chunk: forecasts that are made at once, None for those of a segment.
     """
 
     method: str
     placement: str
-    forecaster: Forecaster
+    predictor: Predictor
     schedule: Schedule
     chunk: int | None
 
@@ -91,7 +91,7 @@ def measure(setting: Setting, case: Case) -> Line:
     for dtype in DTYPES:
         driver = scheduler()
         options = {"scheduler": driver, "history_dtype": dtype, "chunk": case.chunk}
-        with enabled(setting.model, case.forecaster, case.schedule, **options):
+        with enabled(setting.model, case.predictor, case.schedule, **options):
             images = sample(setting.model, setting.noise, setting.labels, setting.steps, scheduler=driver)
             run = summary(setting.model)
         if run.refused is not None:

@@ -11,7 +11,7 @@ import lesa_kernels as lesa
 from benchmarks.clock import Clock
 from benchmarks.harness import Case, Variant
 from lesa_kernels.demo.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
-from lesa_kernels.predictors import Forecaster
+from lesa_kernels.predictors import Predictor
 from lesa_kernels.reference import Tolerance
 from lesa_kernels.schedule import Schedule
 
@@ -30,10 +30,10 @@ def sampling_case(images: int, clock: Clock, steps: int = STEPS) -> Case:
     noise = initial_noise(images, seed=0, device=clock.device)
     labels = torch.arange(images, device=clock.device) % NUM_CLASSES
 
-    def run(forecaster: Forecaster | None, full: tuple[int, ...]) -> list[Tensor]:
+    def run(predictor: Predictor | None, full: tuple[int, ...]) -> list[Tensor]:
         driver = scheduler()
         schedule = Schedule.explicit(steps, full)
-        hooked = nullcontext() if forecaster is None else lesa.enabled(model, forecaster, schedule, scheduler=driver)
+        hooked = nullcontext() if predictor is None else lesa.enabled(model, predictor, schedule, scheduler=driver)
         with hooked:
             return [sample(model, noise, labels, num_steps=steps, scheduler=driver)]
 

@@ -9,10 +9,10 @@ from lesa_kernels.backends import status
 from lesa_kernels.integrations import LesaWarning, disable, enable, enabled, recorded, summary
 from lesa_kernels.plan import Plan
 from lesa_kernels.predictors import (
-    Forecaster,
     HiCache,
     LesaPredictor,
     LinearPredictor,
+    Predictor,
     Reuse,
     TaylorSeer,
     load_official,
@@ -24,12 +24,12 @@ from lesa_kernels.session import Session
 _load()
 
 __all__ = [
-    "Forecaster",
     "HiCache",
     "LesaPredictor",
     "LesaWarning",
     "LinearPredictor",
     "Plan",
+    "Predictor",
     "Reuse",
     "Schedule",
     "ScheduleRule",

@@ -1,6 +1,6 @@
 """A plan: everything about a sampling run that is known before it starts.
 
-A forecaster's gains depend on the schedule alone, so each forecast is a row of constants over earlier features.
+A predictor's gains depend on the schedule alone, so each forecast is a row of constants over earlier features.
 Between two full steps no new information arrives: the rows of a segment are composed, in float64, into one matrix over
 the features that are resident after the full step, and one launch computes the whole segment. Slots of the ring are
 assigned by liveness.
@@ -96,7 +96,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Plan:
-    """The compiled form of a forecaster, a schedule and the sigmas. Made by `Forecaster.plan`.
+    """The compiled form of a predictor, a schedule and the sigmas. Made by `Predictor.plan`.
 
     Args:
         sigmas: the S+1 noise levels.

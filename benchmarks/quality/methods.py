@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.setting import Setting
-from lesa_kernels.predictors import Forecaster, HiCache, LesaPredictor, LinearPredictor, Reuse, TaylorSeer
+from lesa_kernels.predictors import HiCache, LesaPredictor, LinearPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.sources import ONLY_BRANCH
 from lesa_kernels.training import (
@@ -81,8 +81,8 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
     taylors = search_placement(judge, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
     own = _own_placement(setting, [uniform, taylors], effort)
 
-    def by(name: str, placement: str, forecaster: Forecaster, schedule: Schedule) -> Sampled:
-        images, full_steps = setting.images(forecaster, schedule)
+    def by(name: str, placement: str, predictor: Predictor, schedule: Schedule) -> Sampled:
+        images, full_steps = setting.images(predictor, schedule)
         return Sampled(name, placement, full_steps, images)
 
     for placement, schedule in ((PUBLISHED, published), (UNIFORM, uniform), (TAYLORS, taylors), (OWN, own)):
@@ -92,11 +92,11 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
         yield by("HiCache 2", placement, HiCache(2), schedule)
         yield Sampled(EULER, placement, schedule.full_steps, setting.solved(schedule, 1))
         yield Sampled(BASHFORTH, placement, schedule.full_steps, setting.solved(schedule, 2))
-        for name, forecaster in through_tail(setting, schedule):
-            yield by(name, placement, forecaster, schedule)
+        for name, predictor in through_tail(setting, schedule):
+            yield by(name, placement, predictor, schedule)
         if placement in (PUBLISHED, TAYLORS):
-            for name, forecaster in _by_features_or_output(setting, schedule):
-                yield by(name, placement, forecaster, schedule)
+            for name, predictor in _by_features_or_output(setting, schedule):
+                yield by(name, placement, predictor, schedule)
     for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
         predictor = LesaPredictor(setting.steps)
         train(predictor, setting.trajectories, published, config, progress=False)
@@ -114,7 +114,7 @@ def _own_placement(setting: Setting, starts: list[Schedule], effort: Effort) -> 
     return search_placement(judge, starts, fit, evaluations=effort.coefficients, progress=False).schedule
 
 
-def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
+def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
     """Yield what is fitted to the latents, closed loop."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
     tail = fit_through_tail(source, schedule, rounds=3, batch=batch, progress=False)
@@ -124,7 +124,7 @@ def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Fo
     yield LESA_TAIL, form
 
 
-def _by_features_or_output(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Forecaster]]:
+def _by_features_or_output(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
     """Yield what is fitted step by step."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
     for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):

@@ -26,7 +26,7 @@ from lesa_kernels.demo.model import (
 )
 from lesa_kernels.demo.solvers import solve
 from lesa_kernels.integrations import recorded
-from lesa_kernels.predictors import Forecaster
+from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
 from lesa_kernels.training.players import Following, reference_run
@@ -152,9 +152,9 @@ class Setting:
         return solve(self.model, self.noise, self.labels, set_up(scheduler(), CONVERGED_STEPS).tolist(), order=2)
 
     @torch.no_grad()
-    def images(self, forecaster: Forecaster, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
+    def images(self, predictor: Predictor, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
         """Sample the unseen noise with forecasts; return images and the steps that were full."""
-        plan = forecaster.plan(self.sigmas, schedule)
+        plan = predictor.plan(self.sigmas, schedule)
         following = Following({ONLY_BRANCH: plan}, self.sigmas)
         self.source(self.noise, self.labels).play(range(len(self.noise)), following)
         if following.final is None:

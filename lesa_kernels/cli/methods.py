@@ -29,7 +29,7 @@ from lesa_kernels.training import (
     train,
 )
 from lesa_kernels.training.files import reserved
-from lesa_kernels.training.placement import MakeForecaster
+from lesa_kernels.training.placement import MakePredictor
 from lesa_kernels.training.reports import save_predictors
 
 _INTERVAL = 7
@@ -151,7 +151,7 @@ def _placement(schedule: Schedule, wanted: Schedule) -> str:
     return text if not more else f"{text}; {more} more than asked for, as the predictor's windows are not full before"
 
 
-def _found_schedule(job: Job, fit: MakeForecaster) -> Schedule:
+def _found_schedule(job: Job, fit: MakePredictor) -> Schedule:
     """Return where the full steps lie for a fit: as asked for, or found by sampling, with TaylorSeer and with fits."""
     sigmas, show = job.source.sigmas, not job.console.quiet
     if job.interval is not None:

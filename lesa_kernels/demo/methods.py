@@ -1,4 +1,4 @@
-"""What the demo compares: forecasters and solvers at the same number of block calls, in the same places."""
+"""What the demo compares: predictors and solvers at the same number of block calls, in the same places."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lesa_kernels.demo.model import sample, scheduler
 from lesa_kernels.demo.solvers import solve
 from lesa_kernels.integrations import enabled, recorded
-from lesa_kernels.predictors import Forecaster, LesaPredictor, Reuse, TaylorSeer
+from lesa_kernels.predictors import LesaPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
 
 PUBLISHED = "published rule"
@@ -34,14 +34,14 @@ class Method:
         name: what it is called.
         placement: where its calls of the blocks lie.
         schedule: those steps.
-        forecaster: makes the other steps; None for a solver that takes only these.
+        predictor: makes the other steps; None for a solver that takes only these.
         order: of the solver.
     """
 
     name: str
     placement: str
     schedule: Schedule
-    forecaster: Forecaster | None = None
+    predictor: Predictor | None = None
     order: int = 1
 
     @property
@@ -116,7 +116,7 @@ def run(
     finally:
         handle.remove()
     features: list[Tensor] = []
-    if method is None or method.forecaster is not None:
+    if method is None or method.predictor is not None:
         with recorded(model) as features:
             _sample(model, noise, labels, sigmas, method)
     return Outcome(images.cpu(), seconds, calls, features)
@@ -125,11 +125,11 @@ def run(
 def _sample(
     model: FluxTransformer2DModel, noise: Tensor, labels: Tensor, sigmas: Sequence[float], method: Method | None
 ) -> Tensor:
-    if method is not None and method.forecaster is None:
+    if method is not None and method.predictor is None:
         levels = [sigmas[step] for step in method.schedule.full_steps] + [sigmas[-1]]
         return solve(model, noise, labels, levels, 2 if method.order == 2 else 1)
     driver = scheduler()
-    hooked = nullcontext() if method is None else enabled(model, method.forecaster, method.schedule, scheduler=driver)
+    hooked = nullcontext() if method is None else enabled(model, method.predictor, method.schedule, scheduler=driver)
     with hooked:
         return sample(model, noise, labels, num_steps=len(sigmas) - 1, scheduler=driver)
 

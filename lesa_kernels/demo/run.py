@@ -173,7 +173,7 @@ def _references(
 def _row(method: Method, outcome: Outcome, reference: Outcome, converged: Tensor) -> report.Row:
     quality, error = methods.psnr(outcome.images, reference.images)
     features = None
-    if method.forecaster is not None:
+    if method.predictor is not None:
         features = methods.feature_error(outcome.features, reference.features, method.schedule)
     return report.Row(
         method=method.name,

@@ -13,7 +13,7 @@ from lesa_kernels.integrations.adapters import Adapter, find_adapter
 from lesa_kernels.integrations.clock import Clock
 from lesa_kernels.integrations.runs import Options, Predictors, Runs
 from lesa_kernels.integrations.summaries import Summary, merged
-from lesa_kernels.predictors import Forecaster, TaylorSeer
+from lesa_kernels.predictors import Predictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
@@ -205,18 +205,18 @@ def _prepare(
 
 
 def _check_predictor(predictor: object) -> None:
-    if isinstance(predictor, Forecaster):
+    if isinstance(predictor, Predictor):
         return
     if not isinstance(predictor, Mapping):
         raise TypeError(
-            f"lesa.enable: predictor must be a Forecaster, a mapping of them or None, got {type(predictor).__name__}"
+            f"lesa.enable: predictor must be a Predictor, a mapping of them or None, got {type(predictor).__name__}"
         )
     if not predictor:
         raise ValueError("lesa.enable: a mapping of predictors must have at least one entry, got none")
     for name, each in predictor.items():
-        if not isinstance(name, str) or not isinstance(each, Forecaster):
+        if not isinstance(name, str) or not isinstance(each, Predictor):
             raise TypeError(
-                "lesa.enable: a mapping of predictors must go from names of cache contexts to Forecasters, "
+                "lesa.enable: a mapping of predictors must go from names of cache contexts to Predictors, "
                 f"got {name!r}: {type(each).__name__}"
             )
 

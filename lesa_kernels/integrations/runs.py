@@ -16,7 +16,7 @@ from lesa_kernels.checks import check_decreasing
 from lesa_kernels.integrations.clock import Clock, Follower, Position
 from lesa_kernels.integrations.summaries import Summary, Tally
 from lesa_kernels.plan import Plan, check_count
-from lesa_kernels.predictors import Forecaster
+from lesa_kernels.predictors import Predictor
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.session import Session, check_history
@@ -27,8 +27,8 @@ _MAX_CALLS = 4
 _SIGMA_TOLERANCE = 1e-5
 _MAX_PLANS = 16
 
-Predictors: TypeAlias = "Forecaster | Mapping[str, Forecaster]"
-"""One forecaster for all cache contexts, or those of each by its name."""
+Predictors: TypeAlias = "Predictor | Mapping[str, Predictor]"
+"""One predictor for all cache contexts, or those of each by its name."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -312,8 +312,8 @@ class Runs:
             track = run.tracks[context.name, number] = Track(run, session, layout, step)
         return run, track
 
-    def _predictor(self, branch: str) -> Forecaster:
-        return self._predictors if isinstance(self._predictors, Forecaster) else self._predictors[branch]
+    def _predictor(self, branch: str) -> Predictor:
+        return self._predictors if isinstance(self._predictors, Predictor) else self._predictors[branch]
 
     def _start(self, source: Any) -> Run:
         # What a run that was broken off held would live on until the cyclic garbage collection.
@@ -344,7 +344,7 @@ def branch_of(predictors: Predictors, context: str) -> str | None:
     A pipeline that opens no context has an unnamed one. A predictor for "cond" alone serves it: nothing says that a
     call is of another branch.
     """
-    if isinstance(predictors, Forecaster):
+    if isinstance(predictors, Predictor):
         return ""
     if context in predictors:
         return context
@@ -352,7 +352,7 @@ def branch_of(predictors: Predictors, context: str) -> str | None:
 
 
 def _no_predictor(predictors: Predictors, context: str) -> str:
-    names = [] if isinstance(predictors, Forecaster) else sorted(predictors)
+    names = [] if isinstance(predictors, Predictor) else sorted(predictors)
     if not context:
         return f"full steps: the pipeline opens no cache context that would tell which of the predictors {names} is due"
     return f"full steps for the cache context {context!r}: there are predictors for {names} alone"

@@ -1,6 +1,6 @@
-"""Sources of coefficients: LESA, per-step coefficients, and the training-free forecasters."""
+"""Sources of coefficients: LESA, per-step coefficients, and the training-free predictors."""
 
-from lesa_kernels.predictors.base import Forecaster
+from lesa_kernels.predictors.base import Predictor
 from lesa_kernels.predictors.lesa import LesaPredictor
 from lesa_kernels.predictors.linear import LinearPredictor
 from lesa_kernels.predictors.official import load_official
@@ -8,10 +8,10 @@ from lesa_kernels.predictors.saved import load_predictor
 from lesa_kernels.predictors.taylor import HiCache, Reuse, TaylorSeer
 
 __all__ = [
-    "Forecaster",
     "HiCache",
     "LesaPredictor",
     "LinearPredictor",
+    "Predictor",
     "Reuse",
     "TaylorSeer",
     "load_official",

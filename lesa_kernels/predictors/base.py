@@ -1,4 +1,4 @@
-"""What every forecaster is: a source of rows of coefficients. Kernels and sessions know nothing else of it."""
+"""What every predictor is: a source of rows of coefficients. Kernels and sessions know nothing else of it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def objection_to_sigmas(trained: Sequence[float] | None, sigmas: Sequence[float]
     )
 
 
-class Forecaster(ABC):
+class Predictor(ABC):
     """Base of all predictors. A new one implements `rows` and needs to touch no kernel."""
 
     @abstractmethod
     def rows(self, sigmas: Sequence[float]) -> RowRule:
-        """Bind the forecaster to a schedule's noise levels.
+        """Bind the predictor to a schedule's noise levels.
 
         Args:
             sigmas: S+1 falling noise levels.
@@ -46,7 +46,7 @@ class Forecaster(ABC):
         """
 
     def objection(self, sigmas: Sequence[float]) -> str | None:
-        """Say why the forecaster was not made for these sigmas; None if it was, or if any will do.
+        """Say why the predictor was not made for these sigmas; None if it was, or if any will do.
 
         Args:
             sigmas: S+1 falling noise levels.
@@ -58,7 +58,7 @@ class Forecaster(ABC):
 
     @property
     def schedule(self) -> Schedule | None:
-        """The full steps that the forecaster was trained or fitted for, None if it was not made for any."""
+        """The full steps that the predictor was trained or fitted for, None if it was not made for any."""
         return None
 
     def plan(
@@ -71,17 +71,17 @@ class Forecaster(ABC):
         check_every: int | None = None,
         on_other_sigmas: OnOtherSigmas = "refuse",
     ) -> Plan:
-        """Compile this forecaster for a schedule.
+        """Compile this predictor for a schedule.
 
         Args:
             sigmas: S+1 falling noise levels, such as a diffusers scheduler's `sigmas`; a list or a 1-d tensor.
             schedule: which steps are full, or a rule that makes the schedule from the sigmas; None takes the one that
-                the forecaster was made for.
+                the predictor was made for.
             first_step: where the run starts (image-to-image starts late).
             chunk: at most this many forecasts a launch (1: step by step); None composes whole segments.
             check_every: of the full steps after the first, compare each n-th with what it would have been forecast; see
                 `Session.errors`. None compares none.
-            on_other_sigmas: what to do with sigmas that the forecaster was not trained for: "refuse", or "adapt", which
+            on_other_sigmas: what to do with sigmas that the predictor was not trained for: "refuse", or "adapt", which
                 uses it as it is.
 
         Returns:
@@ -89,7 +89,7 @@ class Forecaster(ABC):
 
         Raises:
             ValueError: when the sigmas do not fall, the schedule does not fit them or is missing, a number is out of
-                range, or the forecaster was trained for other sigmas.
+                range, or the predictor was trained for other sigmas.
             TypeError: when the schedule is neither a Schedule nor a rule.
         """
         if on_other_sigmas not in ("refuse", "adapt"):

@@ -1,4 +1,4 @@
-"""LESA's learned forecaster (arXiv 2602.20497): per noise range some mixing weights, a bias, a KAN for the gain."""
+"""LESA's learned predictor (arXiv 2602.20497): per noise range some mixing weights, a bias, a KAN for the gain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list, check_type
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
-from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
+from lesa_kernels.predictors.base import Predictor, objection_to_sigmas
 from lesa_kernels.predictors.kan import GRID_SIZE, KAN, SPLINE_ORDER
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import MAX_STEPS, Schedule
@@ -29,7 +29,7 @@ MAX_WIDTH = 65_536
 
 class LesaPredictor(
     Saved,
-    Forecaster,
+    Predictor,
     library_name="lesa-kernels",
     paper_url="https://arxiv.org/abs/2602.20497",
     tags=["feature-caching", "diffusion"],
@@ -120,7 +120,7 @@ class LesaPredictor(
 
     @property
     def schedule(self) -> Schedule | None:
-        """See `Forecaster.schedule`."""
+        """See `Predictor.schedule`."""
         return self._trained_schedule
 
     def _note_config(self, **entries: object) -> None:
@@ -129,7 +129,7 @@ class LesaPredictor(
         self._hub_mixin_config = config | entries
 
     def objection(self, sigmas: Sequence[float]) -> str | None:
-        """See `Forecaster.objection`; another number of sigmas is refused by `rows`, whatever the training was."""
+        """See `Predictor.objection`; another number of sigmas is refused by `rows`, whatever the training was."""
         return objection_to_sigmas(self._trained_sigmas, sigmas)
 
     def stage(self, t: float) -> int:
@@ -226,7 +226,7 @@ class LesaPredictor(
 
     @torch.no_grad()
     def rows(self, sigmas: Sequence[float]) -> RowRule:
-        """See `Forecaster.rows`. All gains are computed at once, so that planning costs one synchronisation a stage.
+        """See `Predictor.rows`. All gains are computed at once, so that planning costs one synchronisation a stage.
 
         Raises:
             ValueError: when there are not S+1 sigmas.

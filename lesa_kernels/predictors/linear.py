@@ -1,4 +1,4 @@
-"""A forecaster with coefficients of its own for every step: what fits yield, and the form of L2P (arXiv 2604.26365)."""
+"""A predictor with coefficients of its own for every step: what fits yield, and the form of L2P (arXiv 2604.26365)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
-from lesa_kernels.predictors.base import Forecaster, objection_to_sigmas
+from lesa_kernels.predictors.base import Predictor, objection_to_sigmas
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import Schedule
 
 
 class LinearPredictor(
     Saved,
-    Forecaster,
+    Predictor,
     library_name="lesa-kernels",
     paper_url="https://arxiv.org/abs/2604.26365",
     tags=["feature-caching", "diffusion"],
@@ -118,12 +118,12 @@ class LinearPredictor(
         return [full for full in self._schedule.full_steps if full < step][-self.window :]
 
     def objection(self, sigmas: Sequence[float]) -> str | None:
-        """See `Forecaster.objection`."""
+        """See `Predictor.objection`."""
         return objection_to_sigmas(self.trained_sigmas, sigmas)
 
     @torch.no_grad()
     def rows(self, sigmas: Sequence[float]) -> RowRule:
-        """See `Forecaster.rows`.
+        """See `Predictor.rows`.
 
         Raises:
             ValueError: when there are not S+1 sigmas.

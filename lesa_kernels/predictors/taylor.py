@@ -1,4 +1,4 @@
-"""Training-free forecasters over full features: plain reuse, TaylorSeer and HiCache."""
+"""Training-free predictors over full features: plain reuse, TaylorSeer and HiCache."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Literal
 
 from lesa_kernels.checks import check_float
 from lesa_kernels.plan import Row, RowRule
-from lesa_kernels.predictors.base import Forecaster
+from lesa_kernels.predictors.base import Predictor
 
 MAX_ORDER = 3
 
 
-class Reuse(Forecaster):
+class Reuse(Predictor):
     """Hands out the feature of the last full step again."""
 
     def rows(self, sigmas: Sequence[float]) -> RowRule:
-        """See `Forecaster.rows`; the sigmas do not matter."""
+        """See `Predictor.rows`; the sigmas do not matter."""
         return lambda step, full_steps: Row({full_steps[-1]: 1.0})
 
 
-class TaylorSeer(Forecaster):
+class TaylorSeer(Predictor):
     """TaylorSeer (arXiv 2503.06923): a Taylor polynomial around the last full step.
 
     Its derivatives are backward differences of the full features: the derivative of order i at a full step is the
@@ -46,7 +46,7 @@ class TaylorSeer(Forecaster):
         self.variable = variable
 
     def rows(self, sigmas: Sequence[float]) -> RowRule:
-        """See `Forecaster.rows`."""
+        """See `Predictor.rows`."""
         positions = (
             [float(sigma) for sigma in sigmas] if self.variable == "sigma" else list(map(float, range(len(sigmas))))
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_float, check_int, check_list, check_type
-from lesa_kernels.predictors import Forecaster
+from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.sources import Source, check_source
 from lesa_kernels.training.players import Following, batches, reference_run
@@ -22,7 +22,7 @@ from lesa_kernels.training.progress import progress_bar
 _MOVES = (4, 2, 1)
 _FEWEST_CALLS = 3
 
-MakeForecaster = Callable[[Schedule], Forecaster]
+MakePredictor = Callable[[Schedule], Predictor]
 """Makes what forecasts at a schedule: a constant for TaylorSeer, a fit for learned coefficients."""
 
 
@@ -61,9 +61,9 @@ class Judge:
             self._references = [reference_run(source, runs, [steps]) for runs in recording]
 
     @torch.no_grad()
-    def __call__(self, forecaster: Forecaster, schedule: Schedule) -> Judged:
-        """Judge a forecaster at a schedule."""
-        plan = forecaster.plan(self.sigmas, schedule)
+    def __call__(self, predictor: Predictor, schedule: Schedule) -> Judged:
+        """Judge a predictor at a schedule."""
+        plan = predictor.plan(self.sigmas, schedule)
         errors: list[Tensor] = []
         full: list[float] = []
         forecast: list[float] = []
@@ -104,7 +104,7 @@ class Placement:
 def search_placement(
     judge: Judge,
     start: Schedule | Sequence[Schedule],
-    make: MakeForecaster,
+    make: MakePredictor,
     *,
     evaluations: int = 100,
     moves: Sequence[int] = _MOVES,
@@ -116,7 +116,7 @@ def search_placement(
         judge: of the runs.
         start: where to begin; `Schedule.uniform_in_sigma` is a good guess. Several share the evaluations: what is best
             near one is rarely best of all.
-        make: makes the forecaster of a schedule.
+        make: makes the predictor of a schedule.
         evaluations: most schedules to judge.
         moves: distances, large ones first.
         progress: show a bar.
@@ -167,12 +167,12 @@ def search_placement(
     return Placement(Schedule(starts[0].num_steps, best), seen[best], len(seen))
 
 
-def _judged(judge: Judge, make: MakeForecaster, schedule: Schedule) -> Judged:
+def _judged(judge: Judge, make: MakePredictor, schedule: Schedule) -> Judged:
     """Judge what the functions of a search make of a schedule."""
-    forecaster = make(schedule)
-    check_type("make(schedule)", forecaster, Forecaster, "a Forecaster")
-    judged = judge(forecaster, schedule)
-    check_type("judge(forecaster, schedule)", judged, Judged, "a Judged")
+    predictor = make(schedule)
+    check_type("make(schedule)", predictor, Predictor, "a Predictor")
+    judged = judge(predictor, schedule)
+    check_type("judge(predictor, schedule)", judged, Judged, "a Judged")
     return judged
 
 
@@ -199,7 +199,7 @@ def _climb(
 
 def plan_for_budget(
     judge: Judge,
-    make: MakeForecaster,
+    make: MakePredictor,
     *,
     calls: int | None = None,
     seconds: float | None = None,
@@ -211,7 +211,7 @@ def plan_for_budget(
 
     Args:
         judge: of the runs.
-        make: makes the forecaster of a schedule.
+        make: makes the predictor of a schedule.
         calls: so many full steps.
         seconds: or: as many as a run of one batch may last, by the measured times of both kinds of calls.
         decibels: or: as few as reach this bound, see `Judged`.

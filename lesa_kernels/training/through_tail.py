@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lesa_kernels.checks import check_int, check_type
 from lesa_kernels.plan import Row
-from lesa_kernels.predictors import Forecaster, LinearPredictor, TaylorSeer
+from lesa_kernels.predictors import LinearPredictor, Predictor, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.sources import Call, Enough, Source, check_source, watch
 from lesa_kernels.training.closed_form import resolved
@@ -174,8 +174,8 @@ class _Walk:
         raise Enough
 
 
-def _start(sigmas: Sequence[float], predictor: LinearPredictor, schedule: Schedule, start: Forecaster) -> _Rows:
-    """Begin with the rows of another forecaster, as far as they lie within the predictor's windows."""
+def _start(sigmas: Sequence[float], predictor: LinearPredictor, schedule: Schedule, start: Predictor) -> _Rows:
+    """Begin with the rows of another predictor, as far as they lie within the predictor's windows."""
     rule = start.rows(sigmas)
     rows = _Rows()
     for segment in segments(schedule):
@@ -198,7 +198,7 @@ def fit_through_tail(
     *,
     objective: Objective = "latents",
     window: int = 3,
-    start: Forecaster | None = None,
+    start: Predictor | None = None,
     rounds: int = 4,
     batch: int = 1,
     progress: bool = True,
@@ -215,7 +215,7 @@ def fit_through_tail(
         schedule: where the full steps lie.
         objective: what is compared.
         window: K, full features that a forecast reads.
-        start: where the search starts, a forecaster over full features; None takes TaylorSeer in sigma.
+        start: where the search starts, a predictor over full features; None takes TaylorSeer in sigma.
         rounds: passes over the runs for each segment ("latents") or for all steps ("output"), at least 2.
         batch: runs played at once.
         progress: show a bar.
@@ -237,7 +237,7 @@ def fit_through_tail(
     predictor = LinearPredictor(source.sigmas, placement.full_steps, window)
     if start is None:
         start = TaylorSeer(min(2, window - 1))
-    check_type("start", start, Forecaster, "a Forecaster or None")
+    check_type("start", start, Predictor, "a Predictor or None")
     rows = _start(source.sigmas, predictor, placement, start)
     fit = _fit_latents if objective == "latents" else _fit_outputs
     fit(source, placement, rows, rounds, batch, progress)

@@ -143,10 +143,10 @@ def test_it_names_its_errors(name: str) -> None:
 
 
 def methods() -> list[str]:
-    """Forecasters with a method of their own."""
+    """Predictors with a method of their own."""
     kinds = {name: each for name, each in PUBLIC.items() if isinstance(each, type)}
-    plain = (lesa_kernels.Forecaster, lesa_kernels.Reuse)
-    return [name for name, each in kinds.items() if issubclass(each, lesa_kernels.Forecaster) and each not in plain]
+    plain = (lesa_kernels.Predictor, lesa_kernels.Reuse)
+    return [name for name, each in kinds.items() if issubclass(each, lesa_kernels.Predictor) and each not in plain]
 
 
 @pytest.mark.parametrize("name", methods())

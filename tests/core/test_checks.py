@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesa_kernels import Forecaster, LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
+from lesa_kernels import LesaPredictor, Plan, Predictor, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.plan import Row, RowRule
 
 STEPS = 20
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
 SPARSE = Schedule.explicit(STEPS, [0, 1, 5, 6, 11, 17])
-FORECASTERS = {
+PREDICTORS = {
     "reuse": Reuse(),
     "taylor": TaylorSeer(2),
     "lesa": LesaPredictor(STEPS, stages=((0.5, 2), (0.0, 3))),
@@ -38,9 +38,9 @@ def _run(run: Session, features: Sequence[Tensor]) -> list[Tensor]:
     return results
 
 
-def _expected(forecaster: Forecaster, plan: Plan, results: Sequence[Tensor]) -> dict[int, float]:
+def _expected(predictor: Predictor, plan: Plan, results: Sequence[Tensor]) -> dict[int, float]:
     """The errors by their definition, of forecasts from the features of a run."""
-    rule, expected = forecaster.rows(SIGMAS), {}
+    rule, expected = predictor.rows(SIGMAS), {}
     for step in plan.checked_steps:
         row = rule(step, [full for full in plan.full_steps if full < step])
         assert row is not None
@@ -52,14 +52,14 @@ def _expected(forecaster: Forecaster, plan: Plan, results: Sequence[Tensor]) -> 
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
-@pytest.mark.parametrize("name", FORECASTERS)
+@pytest.mark.parametrize("name", PREDICTORS)
 def test_errors_are_those_of_the_definition_and_forecasts_stay_the_same(name: str, chunk: int | None) -> None:
-    forecaster, features = FORECASTERS[name], _features()
-    plan = forecaster.plan(SIGMAS, SPARSE, chunk=chunk, check_every=1)
+    predictor, features = PREDICTORS[name], _features()
+    plan = predictor.plan(SIGMAS, SPARSE, chunk=chunk, check_every=1)
     run = Session(plan)
     results = _run(run, features)
-    assert all(map(torch.equal, results, _run(Session(forecaster.plan(SIGMAS, SPARSE, chunk=chunk)), features)))
-    expected = _expected(forecaster, plan, results)
+    assert all(map(torch.equal, results, _run(Session(predictor.plan(SIGMAS, SPARSE, chunk=chunk)), features)))
+    expected = _expected(predictor, plan, results)
     assert {5, 6, 11, 17} <= expected.keys() == run.errors.keys()
     for step, error in run.errors.items():
         assert error.item() == pytest.approx(expected[step], rel=1e-4, abs=1e-6)
@@ -115,7 +115,7 @@ def test_features_of_other_dtypes_are_checked(dtype: torch.dtype) -> None:
         assert error.item() == pytest.approx(wide.errors[step].item(), abs=2e-3)
 
 
-class _Broken(Forecaster):
+class _Broken(Predictor):
     def __init__(self, row: Row) -> None:
         self.row = row
 
@@ -139,7 +139,7 @@ def test_rows_of_checks_are_checked_as_those_of_forecasts(row: Row, message: str
 
 def test_a_check_reads_no_more_than_a_launch_can() -> None:
     steps = 80
-    rule = type("Mean", (Forecaster,), {"rows": lambda self, sigmas: lambda step, full: Row(dict.fromkeys(full, 0.1))})
+    rule = type("Mean", (Predictor,), {"rows": lambda self, sigmas: lambda step, full: Row(dict.fromkeys(full, 0.1))})
     sigmas = [1 - step / steps for step in range(steps + 1)]
     with pytest.raises(ValueError, match="a check reads at most 64 features, got 65 for step 65"):
         rule().plan(sigmas, Schedule.explicit(steps, range(steps)), check_every=1)

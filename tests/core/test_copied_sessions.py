@@ -34,7 +34,7 @@ def goes_on(session: lesa.Session, first: int) -> list[Tensor]:
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=lambda predictor: type(predictor).__name__)
 @pytest.mark.parametrize("history", [{}, {"history_dtype": torch.bfloat16}], ids=str)
 def test_a_copied_session_goes_on_from_where_it_was(
-    way: Callable[[Any], Any], predictor: lesa.Forecaster, history: dict[str, Any]
+    way: Callable[[Any], Any], predictor: lesa.Predictor, history: dict[str, Any]
 ) -> None:
     plan = predictor.plan(SIGMAS, SCHEDULE)
     assert way(plan) == plan

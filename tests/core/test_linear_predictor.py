@@ -40,7 +40,7 @@ def test_the_own_schedule_is_the_default_and_others_run_full_where_features_are_
     assert late.full_steps == (*range(1, SCHEDULE.full_steps[3] + 1), *SCHEDULE.full_steps[4:])
 
 
-def test_a_forecaster_that_was_made_for_no_schedule_asks_for_one() -> None:
+def test_a_predictor_that_was_made_for_no_schedule_asks_for_one() -> None:
     with pytest.raises(ValueError, match="schedule must be given: this TaylorSeer was not made for one"):
         lesa.TaylorSeer().plan(SIGMAS)
 

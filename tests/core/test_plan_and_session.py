@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lesa_kernels import Forecaster, LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
+from lesa_kernels import LesaPredictor, Plan, Predictor, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.plan import Row, RowRule, compile_plan
 
 SIGMAS = [1 - step / 20 for step in range(21)]
 
 
-class RandomRows(Forecaster):
+class RandomRows(Predictor):
     """Reads a random set of earlier steps: the hardest plan there is."""
 
     def __init__(self, rows: dict[int, Row]) -> None:
@@ -65,10 +65,10 @@ def _compiled(draw: st.DrawFn) -> tuple[Plan, RowRule]:
         )
         for step in range(1, steps)
     }
-    forecaster = RandomRows(rows)
+    predictor = RandomRows(rows)
     sigmas = SIGMAS[: steps + 1]
     chunk = draw(st.sampled_from([None, 1, 2, 3]))
-    return forecaster.plan(sigmas, Schedule.explicit(steps, full), chunk=chunk), forecaster.rows(sigmas)
+    return predictor.plan(sigmas, Schedule.explicit(steps, full), chunk=chunk), predictor.rows(sigmas)
 
 
 @settings(max_examples=60, deadline=None)

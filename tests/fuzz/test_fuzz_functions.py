@@ -79,7 +79,7 @@ def _tailed() -> training.Sampled:
     return training.Sampled(_loop, 2, SIGMAS)
 
 
-def _taylor(_: lesa.Schedule) -> lesa.Forecaster:
+def _taylor(_: lesa.Schedule) -> lesa.Predictor:
     return lesa.TaylorSeer(1)
 
 

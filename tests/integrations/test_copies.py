@@ -82,7 +82,7 @@ def test_a_copy_of_a_pipeline_samples_the_same_and_on_its_own(way: str) -> None:
 
 @copied_by
 @pytest.mark.parametrize("predictor", [lesa.TaylorSeer(1), lesa.LesaPredictor(STEPS)], ids=["Taylor", "LESA"])
-def test_a_copy_of_a_transformer_with_sigmas_samples_the_same(way: str, predictor: lesa.Forecaster) -> None:
+def test_a_copy_of_a_transformer_with_sigmas_samples_the_same(way: str, predictor: lesa.Predictor) -> None:
     model = tiny_transformer()
     lesa.enable(model, predictor, SCHEDULE, sigmas=SIGMAS)
     want = own_loop(model)

@@ -174,7 +174,7 @@ def test_enabled_cleans_up_after_an_exception(pipe: TinyPipeline) -> None:
 def test_a_refused_enable_changes_nothing(pipe: TinyPipeline) -> None:
     enable(pipe, Reuse(), THREE)
     first = pipe(STEPS)
-    with pytest.raises(TypeError, match="predictor must be a Forecaster, a mapping of them or None, got str"):
+    with pytest.raises(TypeError, match="predictor must be a Predictor, a mapping of them or None, got str"):
         enable(pipe, "taylor")  # type: ignore[arg-type]
     assert torch.equal(pipe(STEPS), first)
 
@@ -199,7 +199,7 @@ def test_a_native_cache_is_refused(pipe: TinyPipeline) -> None:
             "got scheduler and sigmas",
         ),
         ({"sigmas": [1.0, 0.0], "predictor": {}}, ValueError, "at least one entry, got none"),
-        ({"sigmas": [1.0, 0.0], "predictor": {"cond": 5}}, TypeError, "names of .* to Forecasters, got 'cond': int"),
+        ({"sigmas": [1.0, 0.0], "predictor": {"cond": 5}}, TypeError, "names of .* to Predictors, got 'cond': int"),
         ({"sigmas": [1.0, 0.0], "schedule": 5}, TypeError, "schedule must be a Schedule, a rule or None, got int"),
     ],
 )

@@ -68,9 +68,9 @@ def _source(
     return Sampled(loop, count, SIGMAS)
 
 
-def _error(forecaster: lesa.Forecaster, seed: int = 1) -> float:
+def _error(predictor: lesa.Predictor, seed: int = 1) -> float:
     source = _source(RUNS, seed)
-    following = Following({ONLY_BRANCH: forecaster.plan(SIGMAS, SCHEDULE)}, SIGMAS)
+    following = Following({ONLY_BRANCH: predictor.plan(SIGMAS, SCHEDULE)}, SIGMAS)
     source.play(range(RUNS), following)
     assert following.final is not None
     reference = reference_run(source, range(RUNS), [STEPS]).latents[STEPS]

@@ -25,7 +25,7 @@ class _Counting:
     def __init__(self) -> None:
         self.asked: list[tuple[int, ...]] = []
 
-    def __call__(self, forecaster: lesa.Forecaster, schedule: lesa.Schedule) -> Judged:
+    def __call__(self, predictor: lesa.Predictor, schedule: lesa.Schedule) -> Judged:
         self.asked.append(schedule.full_steps)
         full = schedule.full_steps
         distance = sum(abs(a - b) for a, b in zip(full, WANTED, strict=False))
@@ -36,7 +36,7 @@ def _judge() -> Any:
     return cast(Judge, _Counting())
 
 
-def _taylor(schedule: lesa.Schedule) -> lesa.Forecaster:
+def _taylor(schedule: lesa.Schedule) -> lesa.Predictor:
     return lesa.TaylorSeer(2)
 
 
@@ -111,10 +111,10 @@ def test_the_judge_measures_the_final_latents_and_the_times() -> None:
     assert exact.full_seconds > 0
     assert exact.forecast_seconds > 0
     finals = []
-    for forecaster in (None, lesa.Reuse()):
+    for predictor in (None, lesa.Reuse()):
         latents, feature = torch.ones(4), torch.zeros(4)
         for step in range(STEPS):
-            if forecaster is None or step in schedule.full_steps:
+            if predictor is None or step in schedule.full_steps:
                 feature = SIGMAS[step] ** 3 * torch.arange(1.0, 5.0)
             latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * feature
         finals.append(latents - 1)
