@@ -11,7 +11,6 @@ from torch import Tensor
 from benchmarks.quality.setting import Setting
 from lesa_kernels.predictors import HiCache, LesaPredictor, LinearPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import ONLY_BRANCH
 from lesa_kernels.training import (
     Judge,
     TrainingConfig,
@@ -22,6 +21,7 @@ from lesa_kernels.training import (
     segment_stages,
     train,
 )
+from lesa_kernels.trajectories import ONLY_BRANCH
 
 PUBLISHED, UNIFORM = "published rule", "uniform in sigma"
 TAYLORS, OWN = "best for TaylorSeer", "best for coefficients"

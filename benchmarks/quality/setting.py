@@ -28,8 +28,8 @@ from lesa_kernels.demo.solvers import solve
 from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
-from lesa_kernels.training.players import Following, reference_run
+from lesa_kernels.training.policies import Following, reference_run
+from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -93,16 +93,16 @@ class Setting:
         """Make the setting of a trained model."""
         return cls(load_model(folder=folder), data.design, samples=data.samples)
 
-    def learning(self, runs: int) -> Sampled:
+    def learning(self, runs: int) -> LoopSource:
         """Return so many runs to learn from."""
         noise = initial_noise(runs, TRAINING_NOISE, design=self.design)
         return self.source(noise, torch.arange(runs) % NUM_CLASSES)
 
-    def source(self, noise: Tensor, labels: Tensor) -> Sampled:
+    def source(self, noise: Tensor, labels: Tensor) -> LoopSource:
         """Return the Euler runs from some noise [B, T, C], one for each sample."""
-        return Sampled(partial(self._loop, noise, labels), len(noise), self.sigmas)
+        return LoopSource(partial(self._loop, noise, labels), len(noise), self.sigmas)
 
-    def _loop(self, noise: Tensor, labels: Tensor, runs: Sequence[int], player: Player) -> None:
+    def _loop(self, noise: Tensor, labels: Tensor, runs: Sequence[int], policy: StepPolicy) -> None:
         chosen = list(runs)
         tokens, fixed = noise[chosen], conditioning(labels[chosen], design=self.design)
         for step in range(self.steps):
@@ -118,17 +118,17 @@ class Setting:
                 output: Tensor = self.model.proj_out(self.model.norm_out(feature, modulation))
                 return output
 
-            velocity = player(Call(step, blocks, tail, tokens))
+            velocity = policy(ModelCall(step, blocks, tail, tokens))
             if velocity is None:
-                raise RuntimeError("the player must answer with an output")
+                raise RuntimeError("the policy must answer with an output")
             tokens = tokens + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
     @cached_property
-    def trajectories(self) -> Recorded:
+    def trajectories(self) -> RecordedSource:
         """The features of the runs to learn from, two samples a run."""
         kept: list[list[Tensor]] = []
 
-        def player(call: Call) -> Tensor | None:
+        def policy(call: ModelCall) -> Tensor | None:
             feature = call.blocks()
             kept[-1].append(feature)
             return None if call.tail is None else call.tail(feature)
@@ -136,8 +136,8 @@ class Setting:
         with torch.no_grad():
             for start in range(0, len(self.learnt_from), 2):
                 kept.append([])
-                self.learnt_from.play(range(start, min(start + 2, len(self.learnt_from))), player)
-        return Recorded(kept, self.sigmas)
+                self.learnt_from.run(range(start, min(start + 2, len(self.learnt_from))), policy)
+        return RecordedSource(kept, self.sigmas)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -156,7 +156,7 @@ class Setting:
         """Sample the unseen noise with forecasts; return images and the steps that were full."""
         plan = predictor.plan(self.sigmas, schedule)
         following = Following({ONLY_BRANCH: plan}, self.sigmas)
-        self.source(self.noise, self.labels).play(range(len(self.noise)), following)
+        self.source(self.noise, self.labels).run(range(len(self.noise)), following)
         if following.final is None:
             raise RuntimeError("the run did not reach its end")
         return unpatchify(following.final, self.design), plan.full_steps

@@ -15,7 +15,6 @@ from lesa_kernels.integrations import default_schedule
 from lesa_kernels.predictors import LesaPredictor, LinearPredictor, TaylorSeer
 from lesa_kernels.predictors.lesa import PUBLISHED_STAGES
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import ONLY_BRANCH, Source
 from lesa_kernels.training import (
     Judge,
     TrainingConfig,
@@ -31,6 +30,7 @@ from lesa_kernels.training import (
 from lesa_kernels.training.files import reserved
 from lesa_kernels.training.placement import MakePredictor
 from lesa_kernels.training.reports import save_predictors
+from lesa_kernels.trajectories import ONLY_BRANCH, TrajectorySource
 
 _INTERVAL = 7
 # Placements that are tried for a budget if nothing else is said.
@@ -78,7 +78,7 @@ class Job:
         console: where progress goes; a quiet one shows none.
     """
 
-    source: Source
+    source: TrajectorySource
     branches: tuple[str, ...]
     out: Path
     device: str

@@ -17,8 +17,8 @@ from rich.console import Console
 from lesa_kernels.cli.checks import check_device, check_modules
 from lesa_kernels.cli.methods import METHODS, Job, Method
 from lesa_kernels.integrations import PipelineSource
-from lesa_kernels.sources import ONLY_BRANCH, Source
 from lesa_kernels.training import FeatureStore
+from lesa_kernels.trajectories import ONLY_BRANCH, TrajectorySource
 
 DIGITS = "digits"
 # A minute on a CPU.
@@ -215,7 +215,9 @@ def _arguments(settings: list[str]) -> dict[str, Any]:
     return found
 
 
-def _stored(source: PipelineSource, folder: Path, dtype: StorePrecision, device: str, console: Console) -> Source:
+def _stored(
+    source: PipelineSource, folder: Path, dtype: StorePrecision, device: str, console: Console
+) -> TrajectorySource:
     """Record what of a store is missing, and open it."""
     FeatureStore.record(folder, source, dtype=dtype.value, model=source.model, progress=not console.quiet)
     return FeatureStore(folder, model=source.model, sigmas=source.sigmas, device=device)

@@ -20,7 +20,7 @@ from lesa_kernels.demo.solvers import solve
 from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import Recorded, TrainingConfig, TrainingResult, plot_losses, train
+from lesa_kernels.training import RecordedSource, TrainingConfig, TrainingResult, plot_losses, train
 from lesa_kernels.training.files import reserved
 
 STEPS = 50
@@ -147,7 +147,7 @@ def _train_predictors(
             name = f"{calls} calls, {placement}"
             results[name] = train(
                 predictor,
-                Recorded(trajectories, sigmas),
+                RecordedSource(trajectories, sigmas),
                 schedule,
                 config.training,
                 progress=not console.quiet,

@@ -1,4 +1,4 @@
-"""The hook of `PipelineSource`: a player answers each call of the model."""
+"""The hook of `PipelineSource`: a policy answers each call of the model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lesa_kernels.integrations.bypass import BypassHook, attach, detach
 from lesa_kernels.integrations.clock import Clock, Follower, Position
 from lesa_kernels.integrations.outputs import only_tensor, refilled
 from lesa_kernels.integrations.runs import objection_to, uncompiled
-from lesa_kernels.sources import ONLY_BRANCH, Call, Player
+from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, StepPolicy
 
 
 class PlayerHook(BypassHook):
-    """Asks a player what each call of a model is to return.
+    """Asks a policy what each call of a model is to return.
 
     Args:
         model: the model that it will hook.
@@ -33,23 +33,23 @@ class PlayerHook(BypassHook):
         self.latest_step = -1
         self._clock = clock
         self._follower = Follower(clock, self._begin)
-        self._player: Player | None = None
+        self._policy: StepPolicy | None = None
         self._gradients = False
 
     @contextmanager
-    def playing(self, model: nn.Module, player: Player) -> Generator[None, None, None]:
-        """Let a player answer the model's calls for the length of a with statement, one run of the pipeline.
+    def playing(self, model: nn.Module, policy: StepPolicy) -> Generator[None, None, None]:
+        """Let a policy answer the model's calls for the length of a with statement, one run of the pipeline.
 
-        The player runs with gradients where the with statement does, whatever the pipeline turns off.
+        The policy runs with gradients where the with statement does, whatever the pipeline turns off.
         """
-        self._player, self._gradients, self.latest_step = player, torch.is_grad_enabled(), -1
+        self._policy, self._gradients, self.latest_step = policy, torch.is_grad_enabled(), -1
         attach(model, self)
         try:
             with _frozen(model):
                 yield
         finally:
             detach(model)
-            self._player = None
+            self._policy = None
 
     @uncompiled(recursive=False)
     def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
@@ -58,15 +58,17 @@ class PlayerHook(BypassHook):
         position, step, number = self._follower.place(context)
         reason = objection_to(position, context, step, number, getattr(module, "is_cache_enabled", False))
         if reason is None and step > self.latest_step + 1:
-            reason = f"step {step} came where step {self.latest_step + 1} was due; a source plays every step"
-        if reason is not None or self._player is None:
-            raise ValueError(f"lesa: the pipeline cannot be played: {reason or 'there is no player'}")
+            reason = f"step {step} came where step {self.latest_step + 1} was due; a source runs every step"
+        if reason is not None or self._policy is None:
+            raise ValueError(f"lesa: the pipeline cannot be run: {reason or 'there is no policy'}")
         self.latest_step = step
         name = context.name or ONLY_BRANCH
         turn = _Turn(self, module, call)
         with torch.set_grad_enabled(self._gradients):
-            answer = self._player(
-                Call(step, turn.blocks, turn.tail, only_tensor(latents), f"{name} {number + 1}" if number else name)
+            answer = self._policy(
+                ModelCall(
+                    step, turn.blocks, turn.tail, only_tensor(latents), f"{name} {number + 1}" if number else name
+                )
             )
         return turn.output_of(answer, step)
 
@@ -81,7 +83,7 @@ class PlayerHook(BypassHook):
         except (TypeError, ValueError) as error:
             raise ValueError(f"lesa: the noise levels of the pipeline's scheduler cannot be read: {error}") from error
         if self.latest_step >= 0:
-            raise ValueError("lesa: the pipeline cannot be played: a second denoising loop began within one call")
+            raise ValueError("lesa: the pipeline cannot be run: a second denoising loop began within one call")
         if self.sigmas is None:
             self.sigmas = sigmas
         if sigmas != self.sigmas:
@@ -90,7 +92,7 @@ class PlayerHook(BypassHook):
 
 
 class _Turn:
-    """One call of the model, while a player answers it.
+    """One call of the model, while a policy answers it.
 
     Args:
         hook: on the model.
@@ -108,7 +110,7 @@ class _Turn:
 
     @torch.no_grad()
     def blocks(self) -> Tensor:
-        """See `Call`."""
+        """See `ModelCall`."""
         if self._feature is not None:
             raise RuntimeError("blocks must be called at most once in a call")
         output, feature = self._hook.full(self._call)
@@ -117,13 +119,13 @@ class _Turn:
         output, reason = self._hook.check_fit(feature, output, self._module, self._call)
         if reason is not None:
             raise ValueError(f"lesa: {reason}")
-        # Players may keep it; the pipeline may write to the model's output, a CUDA graph to all that it returned.
+        # Policies may keep it; the pipeline may write to the model's output, a CUDA graph to all that it returned.
         self._feature = feature.clone(memory_format=torch.contiguous_format)
         self._full_output = self._latest_output = output
         return self._feature
 
     def tail(self, feature: Tensor) -> Tensor:
-        """See `Call`."""
+        """See `ModelCall`."""
         self._latest_output = (
             self._full_output if feature is self._feature else self._hook.inject(feature, self._module, self._call)
         )
@@ -136,13 +138,13 @@ class _Turn:
         return output
 
     def output_of(self, answer: Tensor | None, step: int) -> Any:
-        """Return a player's answer as the model's output, in what the model's own lies in."""
+        """Return a policy's answer as the model's output, in what the model's own lies in."""
         model_output = only_tensor(self._latest_output)
         if answer is None or model_output is None:
-            raise TypeError(f"a player of a pipeline must answer with what call.tail returns, got none at step {step}")
+            raise TypeError(f"a policy of a pipeline must answer with what call.tail returns, got none at step {step}")
         if answer.shape != model_output.shape:
             raise ValueError(
-                f"a player must answer with an output of shape {tuple(model_output.shape)}, "
+                f"a policy must answer with an output of shape {tuple(model_output.shape)}, "
                 f"got {tuple(answer.shape)} at step {step}"
             )
         return refilled(self._latest_output, answer.detach())

@@ -16,7 +16,7 @@ from torch import Tensor
 from lesa_kernels.integrations.adapters import find_adapter
 from lesa_kernels.integrations.api import bare_models, given_models, is_pipeline
 from lesa_kernels.integrations.clock import Clock
-from lesa_kernels.sources import Call, Enough, Player, watch
+from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
 _OF_EACH_PROMPT = "negative_prompt"
@@ -26,7 +26,7 @@ _OWN = ("num_inference_steps", "generator")
 class PipelineSource:
     """Runs of a diffusers pipeline, one a prompt; nothing is stored, each playing samples them anew.
 
-    A player answers every call of the transformer: it may run the blocks, or leave them out and run what follows on a
+    A policy answers every call of the transformer: it may run the blocks, or leave them out and run what follows on a
     feature of its own. The pipeline goes on with its answers. A run starts from the same noise in any batch. The
     pipeline itself must not be enabled (`lesa.disable`), and it is left as it was found.
 
@@ -92,8 +92,8 @@ class PipelineSource:
             ValueError: when they cannot be read, do not fall, or are not `steps` + 1.
         """
 
-        def stop(call: Call) -> Tensor:
-            raise Enough
+        def stop(call: ModelCall) -> Tensor:
+            raise StopRun
 
         self._probe(stop)
         sigmas = self._hook.sigmas
@@ -110,9 +110,9 @@ class PipelineSource:
         """The branches of guidance that call the model in the first step; this runs it there."""
         found: list[str] = []
 
-        def look(call: Call) -> Tensor | None:
+        def look(call: ModelCall) -> Tensor | None:
             if call.step:
-                raise Enough
+                raise StopRun
             found.append(call.branch)
             return watch(call)[1]
 
@@ -136,32 +136,32 @@ class PipelineSource:
                 _digest(value, digest)
         return digest.hexdigest()[:16]
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        """See `Source.play`. The player runs with gradients where this is called with gradients.
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """See `TrajectorySource.run`. The policy runs with gradients where this is called with gradients.
 
         Raises:
             ValueError: when the pipeline is enabled, skips a step (image-to-image), has other sigmas than before, or
                 its model needs an adapter.
         """
         last = len(self.sigmas) - 2
-        self._play(runs, player)
+        self._run_batch(runs, policy)
         if self._hook.latest_step != last:
             raise ValueError(
                 f"the pipeline must call its transformer up to step {last}, its last call was in step "
                 f"{self._hook.latest_step}"
             )
 
-    def _probe(self, player: Player) -> None:
-        """Begin to play the first run."""
-        with suppress(Enough):
-            self._play([0], player)
+    def _probe(self, policy: StepPolicy) -> None:
+        """Begin to sample the first run."""
+        with suppress(StopRun):
+            self._run_batch([0], policy)
 
-    def _play(self, runs: Sequence[int], player: Player) -> None:
+    def _run_batch(self, runs: Sequence[int], policy: StepPolicy) -> None:
         _check_pipeline(self._pipe)
         prompts = [self._prompts[run] for run in runs]
         arguments = {name: _together([prompt[name] for prompt in prompts]) for name in prompts[0]}
         generators = [torch.Generator().manual_seed(self._seed + run) for run in runs]
-        with self._hook.playing(self._module, player), _silent(self._pipe), torch.no_grad():
+        with self._hook.playing(self._module, policy), _silent(self._pipe), torch.no_grad():
             try:
                 self._pipe(num_inference_steps=self._steps, generator=generators, **arguments, **self._shared)
             except BaseException:
@@ -172,7 +172,7 @@ class PipelineSource:
 
 
 def _check_pipeline(pipe: Any) -> None:
-    """Refuse what cannot be played, before anything is changed."""
+    """Refuse what cannot be run, before anything is changed."""
     # Importing the hooks registers the adapters that ship with the package.
     from lesa_kernels.integrations.hooks import attached
 
@@ -185,7 +185,7 @@ def _check_pipeline(pipe: Any) -> None:
             "other, and a predictor for both cannot be trained"
         )
     if attached(models[0]) is not None:
-        raise ValueError("pipe must not be enabled while it is played: call lesa.disable(pipe) first")
+        raise ValueError("pipe must not be enabled while it is run: call lesa.disable(pipe) first")
     if getattr(models[0], "is_cache_enabled", False):
         raise ValueError("the model must have no cache of diffusers enabled; call disable_cache() first")
     for name in _OWN:

@@ -1,6 +1,5 @@
 """Learning predictors from runs of a model: the published training, fits of coefficients, and where full steps lie."""
 
-from lesa_kernels.sources import Recorded, Sampled
 from lesa_kernels.training.closed_form import fit_features
 from lesa_kernels.training.config import TrainingConfig, TrainingResult
 from lesa_kernels.training.lesa_form import fit_lesa, segment_stages
@@ -9,14 +8,15 @@ from lesa_kernels.training.plots import plot_losses
 from lesa_kernels.training.store import FeatureStore
 from lesa_kernels.training.through_tail import fit_through_tail
 from lesa_kernels.training.trainer import train
+from lesa_kernels.trajectories import LoopSource, RecordedSource
 
 __all__ = [
     "FeatureStore",
     "Judge",
     "Judged",
+    "LoopSource",
     "Placement",
-    "Recorded",
-    "Sampled",
+    "RecordedSource",
     "TrainingConfig",
     "TrainingResult",
     "fit_features",

@@ -18,9 +18,9 @@ from lesa_kernels.plan import Row
 from lesa_kernels.predictors import LinearPredictor
 from lesa_kernels.predictors.taylor import taylor_weights
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.sources import Call, Source, check_source, watch
-from lesa_kernels.training.players import batches
+from lesa_kernels.training.policies import batches
 from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.trajectories import ModelCall, TrajectorySource, check_source, watch
 
 _PRIOR_ORDER = 2
 
@@ -46,7 +46,7 @@ def resolved(sigmas: Sequence[float], schedule: Schedule | ScheduleRule) -> Sche
 
 @dataclass
 class GramStatistics:
-    """What a linear fit needs to know of the features of unaccelerated runs. A player.
+    """What a linear fit needs to know of the features of unaccelerated runs. A policy.
 
     Args:
         schedule: which features are given.
@@ -60,7 +60,7 @@ class GramStatistics:
     def __post_init__(self) -> None:
         self._full: dict[str, list[Tensor]] = {}
 
-    def __call__(self, call: Call) -> Tensor | None:
+    def __call__(self, call: ModelCall) -> Tensor | None:
         """Answer a call in full and add its feature."""
         feature, output = watch(call)
         if call.step == 0:
@@ -81,7 +81,7 @@ class GramStatistics:
 
 @torch.no_grad()
 def fit_features(
-    source: Source,
+    source: TrajectorySource,
     schedule: Schedule | ScheduleRule,
     *,
     window: int = 3,
@@ -98,7 +98,7 @@ def fit_features(
         window: K.
         over_all: forecast from the last K steps, forecasts included, instead of from the last K full steps.
         ridge: pull towards Taylor's coefficients, relative to the mean square of each feature.
-        batch: runs played at once.
+        batch: runs sampled as one batch.
         progress: show a bar.
 
     Returns:
@@ -114,7 +114,7 @@ def fit_features(
     statistics = GramStatistics(placement)
     with progress_bar(progress) as bar:
         for runs in bar.track(batches(source, batch), description="collecting Gram matrices"):
-            source.play(runs, statistics)
+            source.run(runs, statistics)
     return {
         branch: solve(source.sigmas, placement, matrices, window, over_all, ridge)
         for branch, matrices in statistics.matrices.items()

@@ -1,4 +1,4 @@
-"""Hyper-parameters of a training, the order in which its runs are played, and what it leaves behind."""
+"""Hyper-parameters of a training, the order in which it samples its runs, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class TrainingConfig:
         decay_factor: see `decay`.
         restart_each_phase: a fresh optimiser and rate for each phase. Published: one for both, so that with many
             prompts the rate of phase 2 is almost nothing.
-        batch_size: runs that are played at once, one update a forecast step for all of them; processes share them.
-        shuffle: play the runs of each epoch in an order of its own. Published: as they come.
+        batch_size: runs sampled as one batch, one update a forecast step for all of them; processes share them.
+        shuffle: sample the runs of each epoch in an order of its own. Published: as they come.
         seed: of that order.
 
     Raises:
@@ -88,7 +88,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """Runs that are played at once.
+    """Runs sampled as one batch.
 
     Args:
         phase: what the history holds meanwhile.

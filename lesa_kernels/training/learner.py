@@ -19,7 +19,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Learner:
-    """Updates a predictor once a forecast step, while a run is played.
+    """Updates a predictor once a forecast step, while a run is sampled.
 
     History lies in preallocated slots, nothing is stacked: step s in slot s % (K + 1), so the slot that a forecast is
     written to is never one that it is made from. All that changes from run to run is in `state`.
@@ -82,7 +82,7 @@ class Learner:
         """Prepare for a batch of runs.
 
         Args:
-            batch: what is to be played.
+            batch: what is to be sampled.
             index: batches before it in the whole training.
             inspect: look at every tensor, and raise FloatingPointError at the first that holds inf or NaN. Slow.
         """
@@ -98,14 +98,14 @@ class Learner:
         self.norms = []
 
     def check_complete(self) -> None:
-        """Check that a run was played to its end.
+        """Check that a run reached its end.
 
         Raises:
             ValueError: when it was not.
         """
         if self._latest_step != self.schedule.num_steps - 1:
             raise ValueError(
-                f"source must play all {self.schedule.num_steps} steps of branch {self.branch!r}, "
+                f"source must run all {self.schedule.num_steps} steps of branch {self.branch!r}, "
                 f"the last was {self._latest_step}"
             )
 
@@ -123,7 +123,7 @@ class Learner:
         """
         if step != self._latest_step + 1:
             raise ValueError(
-                f"source must play every step once, in order: branch {self.branch!r} came to step {step} after step "
+                f"source must run every step once, in order: branch {self.branch!r} came to step {step} after step "
                 f"{self._latest_step}"
             )
         self._latest_step = step

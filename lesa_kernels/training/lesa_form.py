@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from lesa_kernels.checks import check_decreasing, check_int, check_type
 from lesa_kernels.predictors import LesaPredictor, LinearPredictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import Source, check_source
 from lesa_kernels.training.damped import DampedFit
 from lesa_kernels.training.expert import Expert
 from lesa_kernels.training.kan_gains import set_gains
-from lesa_kernels.training.players import Reference, batches, reference_run
+from lesa_kernels.training.policies import Reference, batches, reference_run
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.training.through_tail import Segment, collect_segment, segments
+from lesa_kernels.trajectories import TrajectorySource, check_source
 
 
 def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8) -> tuple[tuple[float, int], ...]:
@@ -55,7 +55,7 @@ def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8)
 def fit_lesa(
     predictor: LesaPredictor,
     fitted: LinearPredictor,
-    source: Source,
+    source: TrajectorySource,
     *,
     rounds: int = 5,
     batch: int = 1,
@@ -71,7 +71,7 @@ def fit_lesa(
         fitted: of `fit_through_tail`; its schedule and sigmas are taken over.
         source: the runs of that fit.
         rounds: passes over the runs for each segment, at least 2.
-        batch: runs played at once.
+        batch: runs sampled as one batch.
         progress: show a bar.
 
     Raises:
@@ -120,10 +120,10 @@ class _Form:
     Args:
         fitted: the aims.
         source: of runs.
-        batch: runs played at once.
+        batch: runs sampled as one batch.
     """
 
-    def __init__(self, fitted: LinearPredictor, source: Source, batch: int) -> None:
+    def __init__(self, fitted: LinearPredictor, source: TrajectorySource, batch: int) -> None:
         self._source = source
         self._schedule = fitted.schedule
         self.parts = batches(source, batch)

@@ -14,9 +14,9 @@ from torch import Tensor
 from lesa_kernels.checks import check_float, check_int, check_list, check_type
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.sources import Source, check_source
-from lesa_kernels.training.players import Following, batches, reference_run
+from lesa_kernels.training.policies import Following, batches, reference_run
 from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.trajectories import TrajectorySource, check_source
 
 # Distances that the search moves a full step by, one after the other.
 _MOVES = (4, 2, 1)
@@ -45,12 +45,12 @@ class Judge:
     """Compares accelerated with unaccelerated runs from the same noise.
 
     Args:
-        source: plays a model that is called once a step and steps as Euler does.
-        batch: runs played at once.
+        source: runs a model that is called once a step and steps as Euler does.
+        batch: runs sampled as one batch.
         progress: show a bar while the unaccelerated runs are sampled.
     """
 
-    def __init__(self, source: Source, *, batch: int = 1, progress: bool = True) -> None:
+    def __init__(self, source: TrajectorySource, *, batch: int = 1, progress: bool = True) -> None:
         check_source(source)
         self.source = source
         self.sigmas = source.sigmas
@@ -69,9 +69,9 @@ class Judge:
         forecast: list[float] = []
         for runs, reference in zip(self._parts, self._references, strict=True):
             following = Following({reference.branch: plan}, self.sigmas, reference.sign)
-            self.source.play(runs, following)
+            self.source.run(runs, following)
             if following.final is None:
-                raise ValueError("source must play a model with its tail and latents; this one holds features only")
+                raise ValueError("source must run a model with its tail and latents; this one holds features only")
             errors.append(_decibels(following.final, reference.latents[len(self.sigmas) - 1]))
             full += following.full_seconds
             forecast += following.forecast_seconds

@@ -42,7 +42,7 @@ class Ranks:
                 raise ValueError(f"{name} must be a multiple of the {self.count} processes, got {value}")
 
     def share_of(self, runs: Sequence[int]) -> Sequence[int]:
-        """Return the runs that this process plays."""
+        """Return the runs that this process runs."""
         length = len(runs) // self.count
         return runs[self.own * length : (self.own + 1) * length]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.files import opened_tensors, parsed, read_json, replacing, shortened
-from lesa_kernels.sources import Call, Player, Source, watch
 from lesa_kernels.training.files import reserved
 from lesa_kernels.training.ranks import Ranks
+from lesa_kernels.trajectories import ModelCall, StepPolicy, TrajectorySource, watch
 
 _INDEX = "index.json"
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn")}
@@ -40,7 +40,7 @@ class FeatureStore:
         folder: of the store.
         model: what the features must be of, None for any.
         sigmas: the S+1 noise levels that the runs must have, None for any.
-        dtype: of the features that players get; None: of those that were recorded.
+        dtype: of the features that policies get; None: of those that were recorded.
         device: likewise.
 
     Raises:
@@ -77,13 +77,13 @@ class FeatureStore:
 
     @property
     def identity(self) -> str | None:
-        """Which runs the source played that was recorded, None where it did not say."""
+        """Which runs of the source was recorded, None where it did not say."""
         identity: str | None = self._stamp.get("identity")
         return identity
 
     @property
     def sigmas(self) -> tuple[float, ...]:
-        """See `Source.sigmas`."""
+        """See `TrajectorySource.sigmas`."""
         return tuple(self._stamp["sigmas"])
 
     @property
@@ -95,8 +95,8 @@ class FeatureStore:
         """How many runs there are."""
         return int(self._stamp["runs"])
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        """See `Source.play`."""
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """See `TrajectorySource.run`."""
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(_shard(self.folder, run), framework="pt")) for run in runs]
 
@@ -106,7 +106,7 @@ class FeatureStore:
 
             for step in range(len(self.sigmas) - 1):
                 for branch in self._branches:
-                    player(Call(step, lambda step=step, branch=branch: feature(step, branch), branch=branch))  # type: ignore[misc]
+                    policy(ModelCall(step, lambda step=step, branch=branch: feature(step, branch), branch=branch))  # type: ignore[misc]
 
     def _feature(self, file: Any, step: int, branch: str) -> Tensor:
         name = _name(step, branch)
@@ -149,9 +149,15 @@ class FeatureStore:
 
     @classmethod
     def record(
-        cls, folder: str | Path, source: Source, *, model: str, dtype: str | None = None, progress: bool = True
+        cls,
+        folder: str | Path,
+        source: TrajectorySource,
+        *,
+        model: str,
+        dtype: str | None = None,
+        progress: bool = True,
     ) -> FeatureStore:
-        """Play all runs of a source and keep their features; runs that the folder holds already are not played again.
+        """Sample all runs of a source and keep their features; runs that the folder holds already are left out.
 
         The size is shown as soon as the first step's features are known. One run is held in memory at a time.
         Processes of `torch.distributed` share the runs; the folder must be the same for all.
@@ -189,7 +195,12 @@ class FeatureStore:
 
 
 def _record(
-    folder: Path, source: Source, stamp: Mapping[str, Any], missing: Sequence[int], progress: bool, ranks: Ranks
+    folder: Path,
+    source: TrajectorySource,
+    stamp: Mapping[str, Any],
+    missing: Sequence[int],
+    progress: bool,
+    ranks: Ranks,
 ) -> None:
     """Record the runs that are missing, and write the index; see `FeatureStore.record`."""
     with Progress(disable=not (progress and ranks.writes)) as bar:
@@ -197,7 +208,7 @@ def _record(
         recorder = _Recorder(folder, stamp, len(missing), bar.console.print if progress and ranks.writes else None)
         for run in missing[ranks.own :: ranks.count]:
             recorder.begin(run)
-            source.play([run], recorder)
+            source.run([run], recorder)
             recorder.save()
             bar.update(task, advance=ranks.count)
     ranks.wait()
@@ -205,7 +216,7 @@ def _record(
 
 
 class _Recorder:
-    """A player that keeps the features of a run in the host's memory, and then writes them.
+    """A policy that keeps the features of a run in the host's memory, and then writes them.
 
     Args:
         folder: of the store.
@@ -232,7 +243,7 @@ class _Recorder:
         self._tensors = {}
 
     @torch.no_grad()
-    def __call__(self, call: Call) -> Tensor | None:
+    def __call__(self, call: ModelCall) -> Tensor | None:
         """Answer a call in full, and keep its feature."""
         feature, output = watch(call)
         facts = {"shape": list(feature.shape), "dtype": str(feature.dtype).removeprefix("torch.")}
@@ -277,11 +288,11 @@ class _Recorder:
         """Write the run's file, whole or not at all.
 
         Raises:
-            ValueError: when a step was not played.
+            ValueError: when a step is missing.
         """
         for name in _names(self._branches, self._stamp):
             if name not in self._tensors:
-                raise ValueError(f"source must play all steps of each branch, run {self._run} left out {name}")
+                raise ValueError(f"source must run all steps of each branch, run {self._run} left out {name}")
         metadata = {"stamp": json.dumps(self._stamp), "branches": json.dumps(self._branches)}
         with replacing(_shard(self._folder, self._run)) as file:
             save_file(self._tensors, file, metadata)

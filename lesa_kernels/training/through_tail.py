@@ -22,11 +22,11 @@ from lesa_kernels.checks import check_int, check_type
 from lesa_kernels.plan import Row
 from lesa_kernels.predictors import LinearPredictor, Predictor, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.sources import Call, Enough, Source, check_source, watch
 from lesa_kernels.training.closed_form import resolved
 from lesa_kernels.training.damped import DampedFit
-from lesa_kernels.training.players import Reference, batches, euler, play, reference_run
+from lesa_kernels.training.policies import Reference, batches, euler, reference_run, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
 Objective = Literal["latents", "output"]
 
@@ -116,7 +116,7 @@ class _Rows:
 
 
 class _Walk:
-    """A player that follows rows closed loop up to the end of a segment, and hands that segment's derivatives over.
+    """A policy that follows rows closed loop up to the end of a segment, and hands that segment's derivatives over.
 
     Args:
         sigmas: S+1 noise levels.
@@ -145,9 +145,9 @@ class _Walk:
         self._full: dict[int, Tensor] = {}
         self._columns: list[Tensor] = []
 
-    def __call__(self, call: Call) -> Tensor | None:
+    def __call__(self, call: ModelCall) -> Tensor | None:
         if call.latents is None or call.tail is None:
-            raise ValueError("source must play a model with its tail and latents; this one holds features only")
+            raise ValueError("source must run a model with its tail and latents; this one holds features only")
         if call.step == self._segment.end:
             self._finish(call.latents)
         if call.step in self._schedule.full_steps:
@@ -158,7 +158,7 @@ class _Walk:
             self._finish(euler(call, output, self._sigmas, self._reference.sign))
         return output
 
-    def _forecast(self, call: Call, tail: Callable[[Tensor], Tensor]) -> Tensor:
+    def _forecast(self, call: ModelCall, tail: Callable[[Tensor], Tensor]) -> Tensor:
         row = self._rows[call.step]
         history = [self._full[source] for source in row]
         feature = combine(history, list(row.values()))
@@ -171,7 +171,7 @@ class _Walk:
 
     def _finish(self, latents: Tensor) -> None:
         self._receive(self._columns, latents - self._reference.latents[self._segment.end].to(latents))
-        raise Enough
+        raise StopRun
 
 
 def _start(sigmas: Sequence[float], predictor: LinearPredictor, schedule: Schedule, start: Predictor) -> _Rows:
@@ -193,7 +193,7 @@ def _start(sigmas: Sequence[float], predictor: LinearPredictor, schedule: Schedu
 
 @torch.no_grad()
 def fit_through_tail(
-    source: Source,
+    source: TrajectorySource,
     schedule: Schedule | ScheduleRule,
     *,
     objective: Objective = "latents",
@@ -211,13 +211,13 @@ def fit_through_tail(
     single steps along unaccelerated runs.
 
     Args:
-        source: plays a model that is called once a step and steps as Euler does (a rectified flow).
+        source: runs a model that is called once a step and steps as Euler does (a rectified flow).
         schedule: where the full steps lie.
         objective: what is compared.
         window: K, full features that a forecast reads.
         start: where the search starts, a predictor over full features; None takes TaylorSeer in sigma.
         rounds: passes over the runs for each segment ("latents") or for all steps ("output"), at least 2.
-        batch: runs played at once.
+        batch: runs sampled as one batch.
         progress: show a bar.
 
     Returns:
@@ -245,7 +245,9 @@ def fit_through_tail(
     return LinearPredictor.from_rows(source.sigmas, placement, found, window)
 
 
-def _fit_latents(source: Source, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool) -> None:
+def _fit_latents(
+    source: TrajectorySource, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool
+) -> None:
     parts = batches(source, batch)
     todo = [segment for segment in segments(schedule) if segment.steps]
     with progress_bar(progress) as bar:
@@ -265,7 +267,7 @@ def _fit_latents(source: Source, schedule: Schedule, rows: _Rows, rounds: int, b
 
 
 def collect_segment(
-    source: Source,
+    source: TrajectorySource,
     schedule: Schedule,
     rows: Mapping[int, Mapping[int, float]],
     segment: Segment,
@@ -273,7 +275,7 @@ def collect_segment(
     references: Sequence[Reference],
     fit: DampedFit,
 ) -> None:
-    """Play all runs up to the end of a segment and add its derivatives to a fit.
+    """Run all runs up to the end of a segment and add its derivatives to a fit.
 
     Args:
         source: of the runs.
@@ -293,20 +295,22 @@ def collect_segment(
             reference,
             lambda columns, residual, key=key: fit.add(key, columns, residual),  # type: ignore[misc]
         )
-        play(source, runs, walk)
+        run_until_stopped(source, runs, walk)
 
 
-def _fit_outputs(source: Source, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool) -> None:
+def _fit_outputs(
+    source: TrajectorySource, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool
+) -> None:
     parts = batches(source, batch)
     fits = {step: DampedFit(rows.vector(rows.keys([step])), name=f"step {step}") for step in rows.values}
     full: dict[int, Tensor] = {}
     latest = -1
 
-    def player(key: int, call: Call) -> Tensor | None:
+    def policy(key: int, call: ModelCall) -> Tensor | None:
         nonlocal latest
         feature, output = watch(call)
         if output is None or call.tail is None:
-            raise ValueError("source must play a model with its tail; this one holds features only")
+            raise ValueError("source must run a model with its tail; this one holds features only")
         if call.step == latest:
             raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
         latest = call.step
@@ -322,7 +326,7 @@ def _fit_outputs(source: Source, schedule: Schedule, rows: _Rows, rounds: int, b
         task = bar.add_task("fitting all steps", total=rounds * len(parts))
         for _ in range(rounds):
             for key, runs in enumerate(parts):
-                source.play(runs, partial(player, key))
+                source.run(runs, partial(policy, key))
                 bar.advance(task)
             for fit in fits.values():
                 if not fit.finished:

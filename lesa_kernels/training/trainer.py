@@ -2,7 +2,7 @@
 
 Both phases minimise the L1 distance to the feature of the unaccelerated run, one update a forecast step. Phase 1
 ("GT-guided") feeds true features back, phase 2 ("CL-AR", closed loop) the forecasts, detached, as at inference. The
-trainer is a player of a `Source`: it learns while the model samples, and keeps no more than a window of features.
+trainer is a `StepPolicy`: it learns while the model samples, and keeps no more than a window of features.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import Tensor
 from lesa_kernels.checks import check_type
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.sources import ONLY_BRANCH, Call, Source, check_source, watch
 from lesa_kernels.training.checkpoint import Checkpoint
 from lesa_kernels.training.config import Batch, TrainingConfig, TrainingResult, agenda, losses_by_phase
 from lesa_kernels.training.files import reserved
 from lesa_kernels.training.learner import Learner
 from lesa_kernels.training.ranks import Ranks
 from lesa_kernels.training.reports import Scalars, check_reports, save_predictors, write_losses
+from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, TrajectorySource, check_source, watch
 
 
 @torch.inference_mode(False)
 def train(
     predictor: LesaPredictor | Mapping[str, LesaPredictor],
-    source: Source,
+    source: TrajectorySource,
     schedule: Schedule | ScheduleRule,
     config: TrainingConfig | None = None,
     *,
@@ -50,7 +50,7 @@ def train(
     same arguments, and gives the same bits as one that was not; one that is finished returns its result. What stops it
     (a non-finite loss, Ctrl-C, an error of the source) leaves the predictor as the last complete batch made it.
 
-    Under `torch.distributed` each process plays its share of a batch, gradients are averaged, rank 0 writes.
+    Under `torch.distributed` each process runs its share of a batch, gradients are averaged, rank 0 writes.
 
     Args:
         predictor: float32 parameters, on the device of the features; or one a branch of guidance, by name. The calls
@@ -69,7 +69,7 @@ def train(
         Losses and times.
 
     Raises:
-        ValueError: when the source has no run, does not play all steps of a branch, or cannot be split over the
+        ValueError: when the source has no run, does not run all steps of a branch, or cannot be split over the
             processes; when the plan forecasts no step, or `out` holds a training with other arguments.
         BlockingIOError: when another process trains in `out`.
         OSError: when `out` cannot be written to, before anything is trained; or when the disk is full, which leaves the
@@ -110,7 +110,7 @@ def _run(
         try:
             while training.done < len(training.batches):
                 batch = training.batches[training.done]
-                loss, rate = training.play(batch)
+                loss, rate = training.run(batch)
                 scalars.add(training.done - 1, batch, loss, rate)
                 bar.update(task, advance=1, loss=f"{loss:.4f}", description=f"{description} ({batch.phase})")
                 if folder and writes and time.monotonic() - saved >= save_seconds:
@@ -136,7 +136,7 @@ class _Training:
     def __init__(
         self,
         predictor: LesaPredictor | Mapping[str, LesaPredictor],
-        source: Source,
+        source: TrajectorySource,
         schedule: Schedule | ScheduleRule,
         config: TrainingConfig,
         ranks: Ranks,
@@ -230,7 +230,7 @@ class _Training:
         updates = self.done * sum(learner.forecasts for learner in self._learners.values())
         return TrainingResult(losses_by_phase(self.batches, self._losses), self._seconds, updates)
 
-    def play(self, batch: Batch) -> tuple[float, float]:
+    def run(self, batch: Batch) -> tuple[float, float]:
         """Train on a batch of runs; whatever fails, the state is that of the last complete batch.
 
         Returns:
@@ -241,7 +241,7 @@ class _Training:
         """
         begin = time.perf_counter()
         try:
-            self._play(batch)
+            self._run_batch(batch)
             loss = self._mean_loss(batch)
         except BaseException:
             self._go_back()
@@ -251,11 +251,11 @@ class _Training:
         self._seconds += time.perf_counter() - begin
         return loss, next(iter(self._learners.values())).rate
 
-    def _play(self, batch: Batch, *, inspect: bool = False) -> None:
+    def _run_batch(self, batch: Batch, *, inspect: bool = False) -> None:
         for learner in self._learners.values():
             learner.begin(batch, self.done, inspect=inspect)
 
-        def player(call: Call) -> Tensor | None:
+        def policy(call: ModelCall) -> Tensor | None:
             feature, output = watch(call)
             if (learner := self._learners.get(call.branch)) is not None:
                 # Sources may sample in inference mode, under autocast and without gradients.
@@ -268,7 +268,7 @@ class _Training:
             return output
 
         with torch.no_grad():
-            self._source.play(self._ranks.share_of(batch.runs), player)
+            self._source.run(self._ranks.share_of(batch.runs), policy)
         for learner in self._learners.values():
             learner.check_complete()
 
@@ -295,9 +295,9 @@ class _Training:
             "a step whose gradient is not",
         )
         self._go_back()
-        self._play(batch, inspect=True)
+        self._run_batch(batch, inspect=True)
         raise FloatingPointError(
-            f"a loss was not finite at {first} ({batch}); played again the source gave other features, all finite"
+            f"a loss was not finite at {first} ({batch}); sampled again the source gave other features, all finite"
         )
 
     @torch.no_grad()

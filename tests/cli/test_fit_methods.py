@@ -112,10 +112,10 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
 ) -> None:
     (tmp_path / "file").write_text("")
 
-    def play(*_: Any) -> None:
-        raise AssertionError("nothing is to be played")
+    def run_nothing(*_: Any) -> None:
+        raise AssertionError("nothing is to be run")
 
-    monkeypatch.setattr("lesa_kernels.integrations.sampling.PipelineSource.play", play)
+    monkeypatch.setattr("lesa_kernels.integrations.sampling.PipelineSource.run", run_nothing)
     result = run(tmp_path / "file" / "out", "--method", method)
     assert result.exit_code == 2
     assert "Not a directory" in " ".join(result.output.split())

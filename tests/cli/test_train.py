@@ -100,7 +100,7 @@ def test_digits_train_a_predictor_that_serves_them(tmp_path: Path) -> None:
 def test_a_finished_training_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_digits(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(sampling.PipelineSource, "play", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(sampling.PipelineSource, "run", lambda *_: pytest.fail("sampled again"))
     train_digits(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
@@ -127,7 +127,7 @@ def test_calls_lie_uniformly_in_sigma(tmp_path: Path) -> None:
 def test_a_store_is_filled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_digits(tmp_path / "one", "--store", tmp_path / "store")
     assert (tmp_path / "store" / "index.json").is_file()
-    monkeypatch.setattr(sampling.PipelineSource, "play", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(sampling.PipelineSource, "run", lambda *_: pytest.fail("sampled again"))
     train_digits(tmp_path / "two", "--store", tmp_path / "store")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
@@ -231,6 +231,6 @@ def test_what_ends_a_training_early_is_told(
 
     source = sampling.PipelineSource
     monkeypatch.setattr(source, "branches", ("cond",))
-    monkeypatch.setattr(source, "play", fail)
+    monkeypatch.setattr(source, "run", fail)
     result = run("--model", "digits", "--out", tmp_path, *SMALL)
     assert result.exit_code == code and expected in result.output

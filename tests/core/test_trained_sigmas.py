@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lesa_kernels import LesaPredictor, Reuse, Schedule
-from lesa_kernels.training import Recorded, TrainingConfig, train
+from lesa_kernels.training import RecordedSource, TrainingConfig, train
 
 SIGMAS = [1.0, 0.8, 0.55, 0.3, 0.1, 0.0]
 OTHERS = [1.0, 0.8, 0.6, 0.3, 0.1, 0.0]
@@ -33,7 +33,7 @@ def test_they_are_saved_with_the_weights(tmp_path: Path) -> None:
 def test_training_sets_them() -> None:
     trained = predictor(OTHERS)
     trajectory = [torch.randn(3) for _ in range(5)]
-    train(trained, Recorded([trajectory], SIGMAS), SCHEDULE, TrainingConfig(closed_loop_epochs=0), progress=False)
+    train(trained, RecordedSource([trajectory], SIGMAS), SCHEDULE, TrainingConfig(closed_loop_epochs=0), progress=False)
     assert trained.trained_sigmas == tuple(SIGMAS)
 
 

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from lesa_kernels import LesaPredictor, LinearPredictor, load_official, load_predictor
-from lesa_kernels.sources import Recorded
 from lesa_kernels.training import FeatureStore
 from lesa_kernels.training.checkpoint import Checkpoint
+from lesa_kernels.trajectories import RecordedSource
 
 STEPS = 4
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
@@ -54,13 +54,13 @@ def _kind(fill: Callable[[Path], object], load: Callable[[Path], object]) -> Kin
 
 def _record(folder: Path) -> None:
     features = [[torch.full((1, 2), float(step)) for step in range(STEPS)] for _ in range(2)]
-    FeatureStore.record(folder, Recorded(features, SIGMAS), model="small", dtype="float16", progress=False)
+    FeatureStore.record(folder, RecordedSource(features, SIGMAS), model="small", dtype="float16", progress=False)
 
 
-def _play(folder: Path) -> None:
+def _run_store(folder: Path) -> None:
     store = FeatureStore(folder)
     assert 0 < len(store) <= 2
-    store.play(range(len(store)), lambda call: call.blocks() is None)  # type: ignore[arg-type,return-value]
+    store.run(range(len(store)), lambda call: call.blocks() is None)  # type: ignore[arg-type,return-value]
 
 
 def _separate(predictor: LesaPredictor | LinearPredictor) -> Callable[[Path], None]:
@@ -84,7 +84,7 @@ def kinds() -> dict[str, Kind]:
             lambda folder: torch.save({"model": lesa().state_dict(), "config": {"lr": 1e-4}}, folder / "file.pt"),
             lambda folder: load_official(folder / "file.pt"),
         ),
-        "store": _kind(_record, _play),
+        "store": _kind(_record, _run_store),
         "checkpoint": _kind(checkpoint.save, Checkpoint.load),
     }
 

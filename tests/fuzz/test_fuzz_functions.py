@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import lesa_kernels as lesa
 from lesa_kernels import training
 from lesa_kernels.integrations import default_schedule
-from lesa_kernels.sources import Call
+from lesa_kernels.trajectories import ModelCall
 
 STEPS = 6
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
@@ -63,20 +63,20 @@ def _enable(**arguments: Any) -> None:
             model(FEATURE)
 
 
-def _recorded() -> training.Recorded:
-    return training.Recorded(RUNS, SIGMAS)
+def _recorded() -> training.RecordedSource:
+    return training.RecordedSource(RUNS, SIGMAS)
 
 
-def _loop(runs: Any, player: Any) -> None:
+def _loop(runs: Any, policy: Any) -> None:
     """A model whose feature is the hyperbolic tangent of its latents, sampled by Euler's steps."""
     latents = torch.linspace(-1, 1, len(runs) * 12).view(len(runs), 3, 4)
     for step in range(STEPS):
-        output = player(Call(step, lambda latents=latents: latents.tanh(), torch.sin, latents))
+        output = policy(ModelCall(step, lambda latents=latents: latents.tanh(), torch.sin, latents))
         latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * output
 
 
-def _tailed() -> training.Sampled:
-    return training.Sampled(_loop, 2, SIGMAS)
+def _tailed() -> training.LoopSource:
+    return training.LoopSource(_loop, 2, SIGMAS)
 
 
 def _taylor(_: lesa.Schedule) -> lesa.Predictor:
@@ -128,11 +128,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "enable target": (lesa.enable, {"target": Small(), "sigmas": SIGMAS}),
     "disable": (lesa.disable, {"target": Small()}),
     "summary": (lesa.summary, {"target": Small()}),
-    "Recorded": (training.Recorded, {"trajectories": RUNS, "sigmas": SIGMAS}),
+    "Recorded": (training.RecordedSource, {"trajectories": RUNS, "sigmas": SIGMAS}),
     "TrainingConfig": (training.TrainingConfig, vars(training.TrainingConfig())),
     "train": (_trained, {"schedule": SCHEDULE, "source": _recorded(), "config": training.TrainingConfig(1, 1),
                          "predictor": lesa.LesaPredictor(**LESA), "progress": False}),
-    "Sampled": (training.Sampled, {"loop": _loop, "count": 2, "sigmas": SIGMAS}),
+    "Sampled": (training.LoopSource, {"loop": _loop, "count": 2, "sigmas": SIGMAS}),
     "fit_features": (training.fit_features, FIT),
     "fit_through_tail": (training.fit_through_tail, {
         "source": _tailed(), "schedule": SCHEDULE, "objective": "latents", "window": 2, "start": lesa.TaylorSeer(1),

@@ -1,4 +1,4 @@
-"""A pipeline as a source: players answer its calls, see the features, and can run its tail with gradients."""
+"""A pipeline as a source: policies answer its calls, see the features, and can run its tail with gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lesa_kernels.integrations import PipelineSource, disable, enable, recorded,
 from lesa_kernels.integrations.hooks import attached
 from lesa_kernels.integrations.outputs import only_tensor, refilled
 from lesa_kernels.integrations.sampling import load_pipeline
-from lesa_kernels.sources import ONLY_BRANCH, Call, watch
+from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, watch
 
 every_case = pytest.mark.parametrize("name", list(CASES))
 
@@ -45,7 +45,7 @@ def test_a_player_that_runs_all_blocks_changes_nothing(name: str) -> None:
         case.plain(1)
     once = count.blocks
     with counting(case.pipe.transformer) as count:
-        assert torch.equal(case.played([1], in_full), plain)
+        assert torch.equal(case.run([1], in_full), plain)
         # Not once more in search of the sigmas; where a tail is checked on the first step, that is without blocks.
         assert count.blocks == once
 
@@ -59,15 +59,15 @@ def test_forecasts_of_a_plan_give_what_enable_gives(name: str) -> None:
     disable(case.pipe)
     assert not torch.equal(expected, case.plain(2))
     with counting(case.pipe.transformer) as count:
-        assert torch.equal(case.played([2], Followed(case.source())), expected)
+        assert torch.equal(case.run([2], Followed(case.source())), expected)
     assert count.blocks == full_calls * len(blocks_of(case.pipe.transformer))
 
 
 @every_case
 def test_a_run_is_the_same_in_any_batch(name: str) -> None:
     case = CASES[name]()
-    alone = case.played([2], in_full)
-    both = case.played([0, 2], in_full)
+    alone = case.run([2], in_full)
+    both = case.run([0, 2], in_full)
     assert len(both) == 2 and not torch.allclose(both[0], both[1], atol=1e-2)
     torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-4)
 
@@ -79,7 +79,7 @@ def test_calls_tell_step_branch_feature_and_latents(name: str) -> None:
     given: list[Tensor] = []
     features: list[Tensor] = []
 
-    def look(call: Call) -> Tensor:
+    def look(call: ModelCall) -> Tensor:
         feature, output = watch(call)
         calls.append((call.step, call.branch))
         assert call.latents is not None and output is not None
@@ -91,7 +91,7 @@ def test_calls_tell_step_branch_feature_and_latents(name: str) -> None:
     with recorded(case.pipe) as expected:
         case.plain(0)
     branches = BRANCHES.get(name, ("cond",))
-    case.played([0], look)
+    case.run([0], look)
     assert calls == [(step, branch) for step in range(STEPS) for branch in branches]
     assert all(map(torch.equal, features, expected[: len(features)]))
     per_branch = len(branches)
@@ -105,7 +105,7 @@ def test_the_tail_has_the_gradient_of_finite_differences(name: str) -> None:
     case = CASES[name]()
     found: dict[str, Tensor] = {}
 
-    def differentiate(call: Call) -> Tensor:
+    def differentiate(call: ModelCall) -> Tensor:
         feature, output = watch(call)
         assert call.tail is not None and output is not None
         if call.step != 2 or found:
@@ -124,7 +124,7 @@ def test_the_tail_has_the_gradient_of_finite_differences(name: str) -> None:
         return output
 
     before = {name: parameter.requires_grad for name, parameter in case.pipe.transformer.named_parameters()}
-    latents = case.played([0], differentiate)
+    latents = case.run([0], differentiate)
     torch.testing.assert_close(found["grad"], found["expected"], rtol=2e-2, atol=1e-3)
     torch.testing.assert_close(found["forward"], found["grad"], rtol=1e-3, atol=1e-4)
     assert found["expected"].abs() > 0.02
@@ -138,7 +138,7 @@ def test_an_answer_with_gradients_reaches_the_pipeline_without() -> None:
     scale = torch.ones((), requires_grad=True)
     outputs: list[Tensor] = []
 
-    def scaled(call: Call) -> Tensor:
+    def scaled(call: ModelCall) -> Tensor:
         assert call.tail is not None
         answer = call.tail(call.blocks() * scale)
         assert answer.requires_grad
@@ -148,7 +148,7 @@ def test_an_answer_with_gradients_reaches_the_pipeline_without() -> None:
     case.pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     modes: set[bool] = set()
     blocks_of(case.pipe.transformer)[0].register_forward_hook(lambda *_: modes.add(torch.is_grad_enabled()))
-    torch.testing.assert_close(case.played([0], scaled), plain)
+    torch.testing.assert_close(case.run([0], scaled), plain)
     assert len(outputs) == STEPS and not any(output.requires_grad for output in outputs)
     assert modes == {False}, "blocks run as in plain sampling, compiled ones in the same graph"
 
@@ -157,12 +157,12 @@ def test_the_player_has_gradients_where_play_was_called_with_them() -> None:
     case = flux_case()
     modes: set[bool] = set()
     with torch.no_grad():
-        case.played([0], lambda call: (modes.add(torch.is_grad_enabled()), in_full(call))[1])
+        case.run([0], lambda call: (modes.add(torch.is_grad_enabled()), in_full(call))[1])
     assert modes == {False}
     modes.clear()
     pipe = odd_pipeline()
     source = PipelineSource(pipe, ["one"], steps=2, itself_without=False)
-    source.play([0], lambda call: (modes.add(torch.is_grad_enabled()), in_full(call))[1])
+    source.run([0], lambda call: (modes.add(torch.is_grad_enabled()), in_full(call))[1])
     assert modes == {True}
 
 
@@ -170,13 +170,13 @@ def test_a_pipeline_may_write_to_what_it_was_given() -> None:
     case = hunyuan_case()
     features: list[Tensor] = []
 
-    def keep(call: Call) -> Tensor | None:
+    def keep(call: ModelCall) -> Tensor | None:
         feature, output = watch(call)
         features.append(feature)
         return output
 
     case.pipe.transformer.register_forward_hook(lambda module, args, output: output[0].zero_())
-    case.played([0], keep)
+    case.run([0], keep)
     assert all(feature.any() for feature in features)
 
 
@@ -221,23 +221,23 @@ def test_the_pipeline_is_left_as_it_was() -> None:
     case.pipe.set_progress_bar_config(leave=False)
     forward, attributes = model.forward, set(vars(model))
 
-    def fail(call: Call) -> Tensor:
+    def fail(call: ModelCall) -> Tensor:
         assert case.pipe._progress_bar_config["disable"]
         if call.step == 3:
             raise KeyboardInterrupt
         return in_full(call)
 
-    for player in (in_full, fail):
+    for policy in (in_full, fail):
         try:
-            source.play([0], player)
+            source.run([0], policy)
         except KeyboardInterrupt:
-            assert player is fail
+            assert policy is fail
         assert attached(model) is None and not any(module._forward_pre_hooks for module in model.modules())
         assert case.pipe._progress_bar_config == {"leave": False}
         assert model.forward == forward and set(vars(model)) - attributes <= {"_diffusers_hook"}
         assert all(parameter.requires_grad for parameter in model.parameters())
     del case.pipe._progress_bar_config
-    source.play([0], in_full)
+    source.run([0], in_full)
     assert "_progress_bar_config" not in vars(case.pipe)
 
 
@@ -248,7 +248,7 @@ def test_offloaded_models_are_freed_after_every_way_out(monkeypatch: pytest.Monk
     source = case.source()
     assert len(source.sigmas) == STEPS + 1
     assert len(freed) == 1
-    source.play([0], in_full)
+    source.run([0], in_full)
     assert len(freed) == 2
 
 
@@ -258,7 +258,7 @@ def test_accelerate_may_offload() -> None:
     plain = case.plain(0)
     accelerate.hooks.add_hook_to_module(case.pipe.transformer, accelerate.hooks.ModelHook())
     wrapped = case.pipe.transformer.forward
-    assert torch.equal(case.played([0], in_full), plain)
+    assert torch.equal(case.run([0], in_full), plain)
     assert case.pipe.transformer.forward == wrapped
 
 
@@ -271,11 +271,11 @@ def test_lora_counts_in_blocks_and_tail() -> None:
     case.pipe.transformer.add_adapter(config, adapter_name="style")
     tuned = case.plain(0)
     assert not torch.equal(tuned, without)
-    assert torch.equal(case.played([0], in_full), tuned)
+    assert torch.equal(case.run([0], in_full), tuned)
     enable(case.pipe, TaylorSeer(2, variable="sigma"), SPARSE)
     expected = case.plain(0)
     disable(case.pipe)
-    assert torch.equal(case.played([0], Followed(case.source())), expected)
+    assert torch.equal(case.run([0], Followed(case.source())), expected)
     assert case.source().model != name
 
 
@@ -290,13 +290,13 @@ def test_a_compiled_model_is_played(wrapped: bool) -> None:
         case.pipe.transformer = torch.compile(case.pipe.transformer, backend="eager", fullgraph=True)
     else:
         case.pipe.transformer.compile(backend="eager", fullgraph=True)
-    assert torch.equal(case.played([0], Followed(case.source())), expected)
+    assert torch.equal(case.run([0], Followed(case.source())), expected)
 
 
 def test_texts_are_prompts_and_negative_prompts_are_repeated() -> None:
     pipe, calls = odd_pipeline(), []
     source = PipelineSource(pipe, ["one", "two"], steps=2, negative_prompt="ugly", on_call=calls.append)
-    source.play([1, 0], in_full)
+    source.run([1, 0], in_full)
     assert calls[-1]["prompt"] == ["two", "one"] and calls[-1]["negative_prompt"] == ["ugly", "ugly"]
     assert len(source) == 2
 
@@ -316,12 +316,12 @@ def test_a_saved_pipeline_is_loaded_and_prompts_may_be_classes(tmp_path: Path) -
     assert len(source.sigmas) == 5
     shapes: list[torch.Size] = []
 
-    def look(call: Call) -> Tensor | None:
+    def look(call: ModelCall) -> Tensor | None:
         feature, output = watch(call)
         shapes.append(feature.shape)
         return output
 
-    source.play([1, 0], look)
+    source.run([1, 0], look)
     # Guidance in one call: both runs, with and without their class.
     assert shapes == [torch.Size((4, 4, 32))] * 4
     with pytest.raises(ValueError, match=r"must be a folder or a hub id of a diffusers pipeline, got .*nothing"):

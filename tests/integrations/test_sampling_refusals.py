@@ -1,4 +1,4 @@
-"""What a pipeline must be, and a player must do, to be played; what else comes is told."""
+"""What a pipeline must be, and a policy must do, to be run; what else comes is told."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiny_sources import (
 
 from lesa_kernels.integrations import PipelineSource, disable, enable
 from lesa_kernels.integrations.hooks import attached
-from lesa_kernels.sources import Player
+from lesa_kernels.trajectories import StepPolicy
 
 FLUX_PROMPTS = embeddings(pooled=True)
 
@@ -31,7 +31,7 @@ FLUX_PROMPTS = embeddings(pooled=True)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"begin": 1}, "step 1 came where step 0 was due; a source plays every step"),
+        ({"begin": 1}, "step 1 came where step 0 was due; a source runs every step"),
         ({"loops": 2}, "a second denoising loop began within one call"),
         ({"loops": 0}, "did not call its transformer"),
         ({"extra_steps": 1}, "must have 3 steps as asked for, it has 4"),
@@ -40,7 +40,7 @@ FLUX_PROMPTS = embeddings(pooled=True)
 def test_what_is_no_single_run_is_refused(settings: dict[str, Any], message: str) -> None:
     pipe = odd_pipeline()
     with pytest.raises(ValueError, match=message):
-        PipelineSource(pipe, ["one"], steps=3, **settings).play([0], in_full)
+        PipelineSource(pipe, ["one"], steps=3, **settings).run([0], in_full)
     assert attached(pipe.transformer) is None
 
 
@@ -50,28 +50,28 @@ def test_all_runs_have_the_same_sigmas() -> None:
     assert source.sigmas
     case.pipe.scheduler.register_to_config(max_shift=2.0, base_shift=0.9)
     with pytest.raises(ValueError, match="all runs must have the same sigmas"):
-        source.play([0], in_full)
+        source.run([0], in_full)
 
 
 def test_a_scheduler_whose_sigmas_repeat_is_refused() -> None:
     case = wan_case()
     case.pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
-    with pytest.raises(ValueError, match="cannot be played: the scheduler's sigmas repeat"):
-        case.played([0], in_full)
+    with pytest.raises(ValueError, match="cannot be run: the scheduler's sigmas repeat"):
+        case.run([0], in_full)
 
 
 def test_an_interrupted_run_is_told() -> None:
     case = flux_case()
     source = case.source(callback_on_step_end=lambda pipe, i, t, found: setattr(pipe, "_interrupt", i == 2) or found)
     with pytest.raises(ValueError, match="must call its transformer up to step 5, its last call was in step 2"):
-        source.play([0], in_full)
+        source.run([0], in_full)
 
 
 def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
     pipe = odd_pipeline()
     pipe.transformer = Strange()
     with pytest.raises(ValueError, match=r"must return one tensor, or a list .* Strange returns something else"):
-        PipelineSource(pipe, ["one"], steps=2).play([0], in_full)
+        PipelineSource(pipe, ["one"], steps=2).run([0], in_full)
 
     class Two(Strange):
         def forward(self, hidden_states: Tensor, **_: Any) -> Any:
@@ -82,12 +82,12 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
 
     pipe.transformer = Two()
     with pytest.raises(ValueError, match=r"Two, given the feature captured at 'norm_out' .* gives another output"):
-        PipelineSource(pipe, ["one"], steps=2).play([0], in_full)
+        PipelineSource(pipe, ["one"], steps=2).run([0], in_full)
     assert attached(pipe.transformer) is None
 
 
 @pytest.mark.parametrize(
-    ("player", "error", "message"),
+    ("policy", "error", "message"),
     [
         (lambda call: None, TypeError, "must answer with what call.tail returns, got none at step 0"),
         (lambda call: call.blocks() and None, RuntimeError, "Boolean value"),
@@ -95,9 +95,9 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
         (lambda call: [call.blocks(), call.blocks()], RuntimeError, "blocks must be called at most once"),
     ],
 )
-def test_players_are_told_what_they_do_wrong(player: Player, error: type[Exception], message: str) -> None:
+def test_players_are_told_what_they_do_wrong(policy: StepPolicy, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        flux_case().source().play([0], player)
+        flux_case().source().run([0], policy)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_pipelines_are_checked() -> None:
     source = case.source()
     enable(case.pipe)
     with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) first"):
-        source.play([0], in_full)
+        source.run([0], in_full)
     assert attached(case.pipe.transformer) is not None
     disable(case.pipe)
     case.pipe.transformer = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lesa_kernels import Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import PipelineSource
-from lesa_kernels.sources import Call, Player, watch
+from lesa_kernels.trajectories import ModelCall, StepPolicy, watch
 
 STEPS = 6
 SEED = 20
@@ -40,9 +40,9 @@ class Case:
         settings = {"steps": STEPS, "seed": SEED, "callback_on_step_end": keep} | self.arguments | options
         return PipelineSource(self.pipe, self.prompts, **settings)
 
-    def played(self, runs: Sequence[int], player: Player) -> Tensor:
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> Tensor:
         self.latents.clear()
-        self.source().play(runs, player)
+        self.source().run(runs, policy)
         return self.latents[-1]
 
     def plain(self, run: int) -> Tensor:
@@ -99,18 +99,18 @@ def z_image_case() -> Case:
     return Case(quiet(pipe), prompts, {"guidance_scale": 2.0, "height": 16, "width": 16})
 
 
-def in_full(call: Call) -> Tensor:
+def in_full(call: ModelCall) -> Tensor:
     return watch(call)[1]  # type: ignore[return-value]
 
 
 class Followed:
-    """A player that follows a plan, each branch through a session of its own."""
+    """A policy that follows a plan, each branch through a session of its own."""
 
     def __init__(self, source: PipelineSource) -> None:
         self.plan = TaylorSeer(2, variable="sigma").plan(source.sigmas, SPARSE)
         self.sessions: dict[str, Session] = {}
 
-    def __call__(self, call: Call) -> Tensor:
+    def __call__(self, call: ModelCall) -> Tensor:
         session = self.sessions.setdefault(call.branch, Session(self.plan))
         if self.plan.is_full(call.step):
             feature = call.blocks()

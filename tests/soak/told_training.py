@@ -11,8 +11,8 @@ import matplotlib.figure  # noqa: F401 - imported before the processes part, as 
 import torch
 from small_training import QUICK, SCHEDULE, runs, small_predictor
 
-from lesa_kernels.sources import Player
-from lesa_kernels.training import Recorded, checkpoint, reports, train, trainer
+from lesa_kernels.training import RecordedSource, checkpoint, reports, train, trainer
+from lesa_kernels.trajectories import StepPolicy
 
 Tell = Callable[[str], None]
 
@@ -25,18 +25,18 @@ def telling(tell: Tell, phase: str, function: Callable[..., Any]) -> Callable[..
     return told
 
 
-class Told(Recorded):
-    """Runs that say that they are played."""
+class Told(RecordedSource):
+    """Runs that say that they are run."""
 
     def __init__(self, tell: Tell) -> None:
         source = runs()
         super().__init__(source._trajectories, source.sigmas)
         self._tell = tell
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        """See `Source.play`."""
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """See `TrajectorySource.run`."""
         self._tell("playing")
-        super().play(runs, player)
+        super().run(runs, policy)
 
 
 def main(folder: str, ear: Connection) -> None:

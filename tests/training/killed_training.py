@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from small_training import SCHEDULE, SHORT, runs, small_predictor
 
-from lesa_kernels.sources import Player
-from lesa_kernels.training import Recorded, train
+from lesa_kernels.training import RecordedSource, train
+from lesa_kernels.trajectories import StepPolicy
 
 
-class Slow(Recorded):
+class Slow(RecordedSource):
     """Gives whoever wants to kill the training time to do so."""
 
     def __init__(self) -> None:
         source = runs()
         super().__init__(source._trajectories, source.sigmas)
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        """See `Source.play`."""
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """See `TrajectorySource.run`."""
         time.sleep(0.1)
-        super().play(runs, player)
+        super().run(runs, policy)
 
 
 def kill_before(renames: int) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Schedule
-from lesa_kernels.sources import Call, Player
-from lesa_kernels.training import Recorded, TrainingConfig
+from lesa_kernels.training import RecordedSource, TrainingConfig
+from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 STEPS = 20
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
@@ -30,8 +30,8 @@ def trajectories(count: int = 4, dtype: torch.dtype = torch.float32) -> list[lis
     return paths
 
 
-def runs(count: int = 4, dtype: torch.dtype = torch.float32) -> Recorded:
-    return Recorded(trajectories(count, dtype), SIGMAS)
+def runs(count: int = 4, dtype: torch.dtype = torch.float32) -> RecordedSource:
+    return RecordedSource(trajectories(count, dtype), SIGMAS)
 
 
 def small_predictor(seed: int = 0) -> LesaPredictor:
@@ -59,11 +59,11 @@ class Guided:
     def __len__(self) -> int:
         return len(self._features["cond"])
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
         for step in range(STEPS):
             for branch, features in self._features.items():
                 feature = torch.cat([features[run][step] for run in runs])
-                answer = player(Call(step, lambda feature=feature: feature, torch.tanh, branch=branch))
+                answer = policy(ModelCall(step, lambda feature=feature: feature, torch.tanh, branch=branch))
                 assert answer is not None
                 self.outputs.append(answer)
 
@@ -71,7 +71,7 @@ class Guided:
 class Meddling:
     """A source that does something at one call of the model, counted over the whole training."""
 
-    def __init__(self, source: Recorded, at: int, action: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, source: RecordedSource, at: int, action: Callable[[Tensor], Tensor]) -> None:
         self.sigmas = source.sigmas
         self._source, self._at, self._action = source, at, action
         self.calls = 0
@@ -79,12 +79,12 @@ class Meddling:
     def __len__(self) -> int:
         return len(self._source)
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        def meddled(call: Call) -> Tensor | None:
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        def meddled(call: ModelCall) -> Tensor | None:
             number, self.calls = self.calls, self.calls + 1
             if number != self._at:
-                return player(call)
+                return policy(call)
             feature = self._action(call.blocks())
-            return player(Call(call.step, lambda: feature, branch=call.branch))
+            return policy(ModelCall(call.step, lambda: feature, branch=call.branch))
 
-        self._source.play(runs, meddled)
+        self._source.run(runs, meddled)

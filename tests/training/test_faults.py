@@ -34,7 +34,7 @@ ONE = TrainingConfig(1, 0)
 
 
 def refuse(_: Tensor) -> Tensor:
-    raise AssertionError("nothing is to be played")
+    raise AssertionError("nothing is to be run")
 
 
 def told(command: list[str]) -> dict[str, dict[str, Any]]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import lesa_kernels as lesa
-from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
 from lesa_kernels.training import fit_features, fit_lesa, fit_through_tail, segment_stages
 from lesa_kernels.training.damped import DampedFit, gram_of
 from lesa_kernels.training.expert import Expert
 from lesa_kernels.training.kan_gains import set_gains
-from lesa_kernels.training.players import Following, batches, reference_run
+from lesa_kernels.training.policies import Following, batches, reference_run
 from lesa_kernels.training.through_tail import derivatives
+from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
 
 STEPS, RUNS, WIDTH = 12, 6, 8
 SIGMAS = [1 - (step / STEPS) ** 1.3 for step in range(STEPS)] + [0.0]
@@ -44,7 +44,7 @@ class _Flow(torch.nn.Module):
 
 def _source(
     count: int = RUNS, seed: int = 0, calls: list[int] | None = None, sign: float = 1.0, branch: str = ONLY_BRANCH
-) -> Sampled:
+) -> LoopSource:
     """Return runs of a flow; with the sign -1 its model returns the negative of what the steps take."""
     model = _Flow()
     noise = torch.randn(count, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
@@ -54,24 +54,24 @@ def _source(
             calls.append(step)
         return model.blocks(latents, step)
 
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         latents = noise[list(runs)]
         for step in range(STEPS):
 
             def tail(feature: Tensor, step: int = step) -> Tensor:
                 return sign * model.tail(feature, step)
 
-            output = player(Call(step, partial(blocks, latents, step), tail, latents, branch))
+            output = policy(ModelCall(step, partial(blocks, latents, step), tail, latents, branch))
             assert output is not None
             latents = latents + sign * (SIGMAS[step + 1] - SIGMAS[step]) * output
 
-    return Sampled(loop, count, SIGMAS)
+    return LoopSource(loop, count, SIGMAS)
 
 
 def _error(predictor: lesa.Predictor, seed: int = 1) -> float:
     source = _source(RUNS, seed)
     following = Following({ONLY_BRANCH: predictor.plan(SIGMAS, SCHEDULE)}, SIGMAS)
-    source.play(range(RUNS), following)
+    source.run(range(RUNS), following)
     assert following.final is not None
     reference = reference_run(source, range(RUNS), [STEPS]).latents[STEPS]
     return ((following.final - reference).norm() / reference.norm()).item()
@@ -80,13 +80,13 @@ def _error(predictor: lesa.Predictor, seed: int = 1) -> float:
 def _features(seed: int = 0) -> list[list[Tensor]]:
     features: list[list[Tensor]] = [[] for _ in range(RUNS)]
 
-    def player(run: int, call: Call) -> Tensor:
+    def policy(run: int, call: ModelCall) -> Tensor:
         features[run].append(call.blocks())
         assert call.tail is not None
         return call.tail(features[run][-1])
 
     for run in range(RUNS):
-        _source(seed=seed).play([run], partial(player, run))
+        _source(seed=seed).run([run], partial(policy, run))
     return features
 
 
@@ -100,7 +100,9 @@ def test_closed_form_finds_the_coefficients_that_made_the_features() -> None:
             sources = [full for full in SCHEDULE.full_steps if full < step][-2:]
             run[step] = sum(c * run[k] for c, k in zip(values[:2], sources, strict=True)) + values[2]  # type: ignore[assignment]
         trajectories.append(run)
-    found = fit_features(Recorded(trajectories, SIGMAS), SCHEDULE, window=2, ridge=0.0, progress=False)[ONLY_BRANCH]
+    found = fit_features(RecordedSource(trajectories, SIGMAS), SCHEDULE, window=2, ridge=0.0, progress=False)[
+        ONLY_BRANCH
+    ]
     for step, values in wanted.items():
         assert torch.allclose(found.coefficients[step].float(), values[:2], atol=1e-5), step
         assert found.offsets[step].item() == pytest.approx(values[2].item(), abs=1e-5)
@@ -110,7 +112,7 @@ def test_closed_form_finds_the_coefficients_that_made_the_features() -> None:
 def test_closed_form_is_the_least_squares_fit_on_the_rolled_out_history(over_all: bool) -> None:
     trajectories = _features()
     found = fit_features(
-        Recorded(trajectories, SIGMAS), SCHEDULE, window=2, over_all=over_all, ridge=0.0, progress=False
+        RecordedSource(trajectories, SIGMAS), SCHEDULE, window=2, over_all=over_all, ridge=0.0, progress=False
     )[ONLY_BRANCH]
     # Step by step on stacked, rolled-out histories, in float64.
     history: dict[int, Tensor] = {}
@@ -127,7 +129,7 @@ def test_closed_form_is_the_least_squares_fit_on_the_rolled_out_history(over_all
 
 
 def test_a_strong_ridge_gives_taylor() -> None:
-    found = fit_features(Recorded(_features(), SIGMAS), SCHEDULE, ridge=1e12, progress=False)[ONLY_BRANCH]
+    found = fit_features(RecordedSource(_features(), SIGMAS), SCHEDULE, ridge=1e12, progress=False)[ONLY_BRANCH]
     fitted, taylor = found.plan(SIGMAS), lesa.TaylorSeer(2).plan(SIGMAS, SCHEDULE)
     for got, want in zip(fitted.segments, taylor.segments, strict=True):
         for row, other in zip(got.launches[0].coefficients, want.launches[0].coefficients, strict=True):
@@ -144,7 +146,7 @@ def test_fits_refuse_features_that_are_not_finite() -> None:
     trajectories = _features()
     trajectories[2][4] = trajectories[2][4] * torch.inf
     with pytest.raises(FloatingPointError, match="not at step 4"):
-        fit_features(Recorded(trajectories, SIGMAS), SCHEDULE, progress=False)
+        fit_features(RecordedSource(trajectories, SIGMAS), SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
@@ -212,18 +214,20 @@ def test_a_pipeline_that_takes_the_negative_of_the_output_is_fitted_alike(object
     assert torch.allclose(plain.coefficients, negative.coefficients, atol=1e-4, equal_nan=True)
 
 
-def _elsewhere() -> Sampled:
+def _elsewhere() -> LoopSource:
     """Return runs whose latents take half of each step."""
     noise, model = torch.randn(RUNS, 5, WIDTH, generator=torch.Generator().manual_seed(0)), _Flow()
 
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         latents = noise[list(runs)]
         for step in range(STEPS):
-            output = player(Call(step, partial(model.blocks, latents, step), partial(model.tail, step=step), latents))
+            output = policy(
+                ModelCall(step, partial(model.blocks, latents, step), partial(model.tail, step=step), latents)
+            )
             assert output is not None
             latents = latents + 0.5 * (SIGMAS[step + 1] - SIGMAS[step]) * output
 
-    return Sampled(loop, RUNS, SIGMAS)
+    return LoopSource(loop, RUNS, SIGMAS)
 
 
 def test_steps_other_than_eulers_are_refused() -> None:
@@ -252,16 +256,16 @@ def test_a_compiled_tail_keeps_its_derivative() -> None:
 def test_guidance_with_several_calls_a_step_is_refused_by_both_objectives() -> None:
     single = _source()
 
-    def loop(runs: Sequence[int], player: Player) -> None:
-        def twice(call: Call) -> Tensor | None:
-            player(call)
-            return player(replace(call, branch="uncond"))
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
+        def twice(call: ModelCall) -> Tensor | None:
+            policy(call)
+            return policy(replace(call, branch="uncond"))
 
-        single.play(runs, twice)
+        single.run(runs, twice)
 
     for objective in ("latents", "output"):
         with pytest.raises(ValueError, match="source must call its model once a step"):
-            fit_through_tail(Sampled(loop, RUNS, SIGMAS), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
+            fit_through_tail(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
 
 
 def test_batches_do_not_change_the_fit() -> None:
@@ -379,7 +383,7 @@ def test_lesa_that_does_not_suit_the_schedule_is_refused() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    recorded = Recorded(_features(), SIGMAS)
+    recorded = RecordedSource(_features(), SIGMAS)
     with pytest.raises(ValueError, match="this one holds features only"):
         fit_through_tail(recorded, SCHEDULE, progress=False)
     with pytest.raises(ValueError, match="this one holds features only"):
@@ -399,21 +403,21 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def test_a_branch_that_comes_late_is_refused() -> None:
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         for step in range(STEPS):
             for branch in ("cond", "uncond")[: 1 + (step > 4)]:
-                player(Call(step, lambda: torch.ones(1, WIDTH), branch=branch))
+                policy(ModelCall(step, lambda: torch.ones(1, WIDTH), branch=branch))
 
     with pytest.raises(ValueError, match="branch 'uncond' at every step, it came late to step 5"):
-        fit_features(Sampled(loop, 1, SIGMAS), SCHEDULE, progress=False)
+        fit_features(LoopSource(loop, 1, SIGMAS), SCHEDULE, progress=False)
 
 
 def test_two_calls_a_step_are_refused() -> None:
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         latents = torch.randn(1, WIDTH)
         for step in range(STEPS):
             for branch in ("cond", "uncond"):
-                player(Call(step, lambda: latents, lambda feature: feature, latents, branch))
+                policy(ModelCall(step, lambda: latents, lambda feature: feature, latents, branch))
 
     with pytest.raises(ValueError, match="once a step"):
-        fit_through_tail(Sampled(loop, 1, SIGMAS), SCHEDULE, progress=False)
+        fit_through_tail(LoopSource(loop, 1, SIGMAS), SCHEDULE, progress=False)

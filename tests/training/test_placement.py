@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lesa_kernels as lesa
-from lesa_kernels.sources import ONLY_BRANCH, Call, Player, Recorded, Sampled
 from lesa_kernels.training import Judge, Judged, plan_for_budget, search_placement
+from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
 
 STEPS = 20
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
@@ -87,19 +87,19 @@ def test_budgets() -> None:
         plan_for_budget(_judge(), _taylor, calls=20)
 
 
-def _source(branch: str = ONLY_BRANCH) -> Sampled:
+def _source(branch: str = ONLY_BRANCH) -> LoopSource:
     """dx/dsigma = feature, which is cubic in sigma and differs from run to run."""
 
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         latents = torch.ones(len(runs), 4)
         scale = torch.tensor([1.0 + run for run in runs])[:, None]
         for step in range(STEPS):
             feature = scale * SIGMAS[step] ** 3 * torch.arange(1.0, 5.0)
-            output = player(Call(step, lambda feature=feature: feature, lambda feature: feature, latents, branch))  # type: ignore[misc]
+            output = policy(ModelCall(step, lambda feature=feature: feature, lambda feature: feature, latents, branch))  # type: ignore[misc]
             assert output is not None
             latents = latents + (SIGMAS[step + 1] - SIGMAS[step]) * output
 
-    return Sampled(loop, 3, SIGMAS)
+    return LoopSource(loop, 3, SIGMAS)
 
 
 def test_the_judge_measures_the_final_latents_and_the_times() -> None:
@@ -133,6 +133,6 @@ def test_the_judge_follows_the_branch_that_there_is() -> None:
 
 
 def test_a_judge_needs_a_model() -> None:
-    recorded = Recorded([[torch.ones(2)] * STEPS], SIGMAS)
+    recorded = RecordedSource([[torch.ones(2)] * STEPS], SIGMAS)
     with pytest.raises(ValueError, match="this one holds features only"):
         Judge(recorded, progress=False)

@@ -31,7 +31,7 @@ from small_training import (
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Schedule
-from lesa_kernels.training import FeatureStore, Recorded, TrainingConfig, TrainingResult, train
+from lesa_kernels.training import FeatureStore, RecordedSource, TrainingConfig, TrainingResult, train
 from lesa_kernels.training.checkpoint import FILE, Checkpoint
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
@@ -77,7 +77,7 @@ def test_a_finished_training_returns_its_result(tmp_path: Path) -> None:
     result = train(first, runs(), SCHEDULE, SHORT, out=tmp_path, progress=False)
 
     def refuse(_: Tensor) -> Tensor:
-        raise AssertionError("nothing is to be played")
+        raise AssertionError("nothing is to be run")
 
     second = train(again, Meddling(runs(), 0, refuse), SCHEDULE, SHORT, out=str(tmp_path), progress=False)
     assert equal(first, again) and second == result
@@ -115,7 +115,10 @@ def test_branches_are_saved_apart(tmp_path: Path) -> None:
     [
         ({"config": replace(SHORT, learning_rate=1.0)}, r"config\.learning_rate was 0\.01, now 1\.0; take another"),
         ({"source": runs(3)}, "the number of runs of source was 4, now 3"),
-        ({"source": Recorded(trajectories(), [s**2 for s in SIGMAS])}, r"sigmas\[1\] was 0\.95, now 0\.9025.* and 1"),
+        (
+            {"source": RecordedSource(trajectories(), [s**2 for s in SIGMAS])},
+            r"sigmas\[1\] was 0\.95, now 0\.9025.* and 1",
+        ),
         ({"schedule": Schedule.explicit(20, [0, 1, 2, 12])}, r"predictor\.cond\.full steps were 8 values, now 4"),
         ({"predictor": LesaPredictor(20, ((0.7, 2), (0.4, 3), (0.0, 3)), 8)}, "shapes.timestep.*was 16, now 8"),
         ({"predictor": LesaPredictor(20, ((0.6, 2), (0.4, 3), (0.0, 3)), 16)}, "stages.*was 0.7, now 0.6"),
@@ -131,7 +134,7 @@ def test_another_training_is_refused(tmp_path: Path, change: dict[str, Any], mes
 
 
 def test_other_runs_of_as_many_are_refused(tmp_path: Path) -> None:
-    class Named(Recorded):
+    class Named(RecordedSource):
         identity = "prompts of yesterday"
 
     source = Named(trajectories(2), SIGMAS)

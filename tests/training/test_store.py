@@ -14,8 +14,8 @@ from small_training import SCHEDULE, SIGMAS, STEPS, Guided, Meddling, equal, fil
 from small_training import trajectories as smooth
 from torch import Tensor
 
-from lesa_kernels.sources import Call, Player, Source
-from lesa_kernels.training import FeatureStore, Recorded, Sampled, train
+from lesa_kernels.training import FeatureStore, LoopSource, RecordedSource, train
+from lesa_kernels.trajectories import ModelCall, StepPolicy, TrajectorySource
 
 
 class Played(NamedTuple):
@@ -24,19 +24,19 @@ class Played(NamedTuple):
     feature: Tensor
 
 
-def played(source: Source, runs: Sequence[int]) -> list[Played]:
+def run(source: TrajectorySource, runs: Sequence[int]) -> list[Played]:
     calls: list[Played] = []
 
-    def player(call: Call) -> Tensor | None:
+    def policy(call: ModelCall) -> Tensor | None:
         feature = call.blocks()
         calls.append(Played(call.step, call.branch, feature))
         return None if call.tail is None else call.tail(feature)
 
-    source.play(runs, player)
+    source.run(runs, policy)
     return calls
 
 
-def record(folder: Path, source: Source | None = None, **options: str) -> FeatureStore:
+def record(folder: Path, source: TrajectorySource | None = None, **options: str) -> FeatureStore:
     return FeatureStore.record(folder, source or runs(3), model="small", progress=False, **options)  # type: ignore[arg-type]
 
 
@@ -46,7 +46,7 @@ def test_it_gives_back_what_was_recorded(tmp_path: Path, dtype: torch.dtype) -> 
     store = record(tmp_path, source)
     assert len(store) == 3 and store.sigmas == source.sigmas and store.model == "small" and store.branches == ("cond",)
     for chosen in ([1], [2, 0]):
-        for got, want in zip(played(store, chosen), played(source, chosen), strict=True):
+        for got, want in zip(run(store, chosen), run(source, chosen), strict=True):
             assert got[:2] == want[:2] and got.feature.dtype == dtype and torch.equal(got.feature, want.feature)
     assert files_in(tmp_path) == {"index.json", *(f"run-{run:06d}.safetensors" for run in range(3))}
 
@@ -58,9 +58,9 @@ def test_it_gives_back_what_was_recorded(tmp_path: Path, dtype: torch.dtype) -> 
 def test_smaller_dtypes_hold_features_of_any_size(
     tmp_path: Path, dtype: str, itemsize: int, worst: float, size: float
 ) -> None:
-    source = Recorded([[size * feature for feature in path] for path in smooth(2)], SIGMAS)
+    source = RecordedSource([[size * feature for feature in path] for path in smooth(2)], SIGMAS)
     store = record(tmp_path, source, dtype=dtype)
-    for got, want in zip(played(store, [1]), played(source, [1]), strict=True):
+    for got, want in zip(run(store, [1]), run(source, [1]), strict=True):
         assert got.feature.dtype == torch.float32
         error = (got.feature - want.feature).abs()
         smallest = want.feature.abs().max() / 1000
@@ -70,21 +70,21 @@ def test_smaller_dtypes_hold_features_of_any_size(
 
 
 def test_a_feature_of_zeros_stays_one(tmp_path: Path) -> None:
-    source = Recorded([[torch.zeros(1, 4) for _ in range(STEPS)]], SIGMAS)
-    assert not any(call.feature.any() for call in played(record(tmp_path, source, dtype="float8_e4m3fn"), [0]))
+    source = RecordedSource([[torch.zeros(1, 4) for _ in range(STEPS)]], SIGMAS)
+    assert not any(call.feature.any() for call in run(record(tmp_path, source, dtype="float8_e4m3fn"), [0]))
 
 
 def test_players_get_the_dtype_that_they_ask_for(tmp_path: Path) -> None:
     record(tmp_path, dtype="float16")
     store = FeatureStore(tmp_path, dtype=torch.bfloat16, device="cpu")
-    assert {call.feature.dtype for call in played(store, [0])} == {torch.bfloat16}
+    assert {call.feature.dtype for call in run(store, [0])} == {torch.bfloat16}
 
 
 def test_branches_come_in_the_order_of_their_calls(tmp_path: Path) -> None:
     source = Guided(smooth(2), [[2 * feature for feature in path] for path in smooth(2)])
     store = record(tmp_path, source)
     assert store.branches == ("cond", "uncond")
-    for got, want in zip(played(store, [1]), played(source, [1]), strict=True):
+    for got, want in zip(run(store, [1]), run(source, [1]), strict=True):
         assert got[:2] == want[:2] and torch.equal(got.feature, want.feature)
 
 
@@ -96,13 +96,13 @@ def test_training_on_it_is_training_on_the_source(tmp_path: Path) -> None:
 
 
 def test_features_are_copied_at_once(tmp_path: Path) -> None:
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         feature = torch.empty(1, 3)
         for step in range(STEPS):
-            player(Call(step, lambda step=step: feature.fill_(step)))  # type: ignore[misc]
+            policy(ModelCall(step, lambda step=step: feature.fill_(step)))  # type: ignore[misc]
 
-    store = record(tmp_path, Sampled(loop, 1, SIGMAS))
-    assert [call.feature[0, 0].item() for call in played(store, [0])] == list(range(STEPS))
+    store = record(tmp_path, LoopSource(loop, 1, SIGMAS))
+    assert [call.feature[0, 0].item() for call in run(store, [0])] == list(range(STEPS))
 
 
 def test_complete_runs_are_kept(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_complete_runs_are_kept(tmp_path: Path) -> None:
     rest = Meddling(runs(3), -1, stop)
     store = record(tmp_path, rest)
     assert rest.calls == STEPS and len(store) == 3
-    for got, want in zip(played(store, [0, 1, 2]), played(runs(3), [0, 1, 2]), strict=True):
+    for got, want in zip(run(store, [0, 1, 2]), run(runs(3), [0, 1, 2]), strict=True):
         assert torch.equal(got.feature, want.feature)
     again = Meddling(runs(3), 0, stop)
     assert len(record(tmp_path, again)) == 3 and again.calls == 0
@@ -200,4 +200,4 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run 1, step 2, branch 'cond': .* got .*'shape': \[2, 8, 16\]"):
         record(tmp_path, Meddling(runs(2), 2, lambda feature: torch.cat([feature, feature])))
     with pytest.raises(ValueError, match="run 1 left out cond/0001"):
-        record(tmp_path, Sampled(lambda runs, player: [player(Call(0, lambda: torch.ones(1)))], 2, SIGMAS))  # type: ignore[arg-type]
+        record(tmp_path, LoopSource(lambda runs, policy: [policy(ModelCall(0, lambda: torch.ones(1)))], 2, SIGMAS))  # type: ignore[arg-type]

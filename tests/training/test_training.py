@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Schedule
 from lesa_kernels.ops import predict_l1_loss
-from lesa_kernels.sources import Call, Player
-from lesa_kernels.training import Recorded, Sampled, TrainingConfig, TrainingResult, plot_losses, train
+from lesa_kernels.training import LoopSource, RecordedSource, TrainingConfig, TrainingResult, plot_losses, train
+from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 FORECASTS = STEPS - len(small_predictor().plan(SIGMAS, SCHEDULE).full_steps)
 
@@ -101,18 +101,18 @@ def test_published_settings_count_one_update_a_forecast() -> None:
 
 
 def test_runs_are_played_in_the_order_of_the_seed() -> None:
-    played: list[int] = []
+    run: list[int] = []
 
-    class Watched(Recorded):
-        def play(self, runs: Sequence[int], player: Player) -> None:
-            played.extend(runs)
-            super().play(runs, player)
+    class Watched(RecordedSource):
+        def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+            run.extend(runs)
+            super().run(runs, policy)
 
     def order(**settings: object) -> list[int]:
-        played.clear()
+        run.clear()
         config = replace(TrainingConfig(1, 1), **settings)  # type: ignore[arg-type]
         train(small_predictor(), Watched(trajectories(6), SIGMAS), SCHEDULE, config, progress=False)
-        return list(played)
+        return list(run)
 
     assert order() == [*range(6), *range(6)]
     shuffled = order(shuffle=True)
@@ -125,8 +125,8 @@ def test_a_batch_is_one_run_of_all_its_features() -> None:
     joined = [[torch.cat([paths[i][step], paths[i + 1][step]]) for step in range(STEPS)] for i in (0, 2)]
     batched, plain = small_predictor(), small_predictor()
     config = TrainingConfig(1, 1, batch_size=2)
-    result = train(batched, Recorded(paths, SIGMAS), SCHEDULE, config, progress=False)
-    want = train(plain, Recorded(joined, SIGMAS), SCHEDULE, TrainingConfig(1, 1), progress=False)
+    result = train(batched, RecordedSource(paths, SIGMAS), SCHEDULE, config, progress=False)
+    want = train(plain, RecordedSource(joined, SIGMAS), SCHEDULE, TrainingConfig(1, 1), progress=False)
     assert equal(batched, plain) and result.losses == want.losses
 
 
@@ -141,7 +141,7 @@ def test_each_branch_learns_as_if_alone() -> None:
     source = Guided(own, other)
     result = train(both, source, SCHEDULE, progress=False)
     alone = {"cond": small_predictor(0), "uncond": small_predictor(1)}
-    train(alone["cond"], Recorded(own, SIGMAS), SCHEDULE, progress=False)
+    train(alone["cond"], RecordedSource(own, SIGMAS), SCHEDULE, progress=False)
     train({"uncond": alone["uncond"]}, Guided(own, other), SCHEDULE, progress=False)
     assert equal(both["cond"], alone["cond"]) and equal(both["uncond"], alone["uncond"])
     assert result.updates == 2 * 3 * 2 * FORECASTS
@@ -152,16 +152,16 @@ def test_no_more_than_the_window_is_kept() -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         nonlocal most
         for step in range(STEPS):
             feature = torch.randn(1, 4, 4)
             alive.append(weakref.ref(feature))
-            player(Call(step, lambda feature=feature: feature))  # type: ignore[misc]
+            policy(ModelCall(step, lambda feature=feature: feature))  # type: ignore[misc]
             del feature
             most = max(most, sum(ref() is not None for ref in alive))
 
-    train(small_predictor(), Sampled(loop, 2, SIGMAS), SCHEDULE, TrainingConfig(1, 1), progress=False)
+    train(small_predictor(), LoopSource(loop, 2, SIGMAS), SCHEDULE, TrainingConfig(1, 1), progress=False)
     assert most <= 1, "features are copied into the ring and let go"
 
 
@@ -192,15 +192,15 @@ def test_features_of_low_precision_train_float32_parameters(dtype: torch.dtype) 
 def test_a_source_may_sample_in_any_mode(mode: type[torch.no_grad]) -> None:
     plain, other = small_predictor(), small_predictor()
     paths = trajectories(2)
-    recorded = Recorded(paths, SIGMAS)
+    recorded = RecordedSource(paths, SIGMAS)
 
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         with mode():
-            Recorded([[feature * 1 for feature in path] for path in paths], SIGMAS).play(runs, player)
+            RecordedSource([[feature * 1 for feature in path] for path in paths], SIGMAS).run(runs, policy)
 
     train(plain, recorded, SCHEDULE, progress=False)
     with mode():
-        train(other, Sampled(loop, 2, SIGMAS), SCHEDULE, progress=False)
+        train(other, LoopSource(loop, 2, SIGMAS), SCHEDULE, progress=False)
     assert equal(plain, other)
 
 
@@ -211,7 +211,7 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match="at least one branch"):
         train({}, runs(1), SCHEDULE, progress=False)
     with pytest.raises(ValueError, match="at least one run"):
-        train(predictor, Sampled(lambda runs, player: None, 0, SIGMAS), SCHEDULE, progress=False)
+        train(predictor, LoopSource(lambda runs, policy: None, 0, SIGMAS), SCHEDULE, progress=False)
     with pytest.raises(ValueError, match="all 20 steps of branch 'uncond', the last was -1"):
         train({"uncond": predictor}, runs(1), SCHEDULE, progress=False)
     with pytest.raises(TypeError, match="must be float32"):
@@ -219,12 +219,12 @@ def test_wrong_input_is_named() -> None:
 
 
 def test_a_source_that_leaves_out_a_step_is_refused() -> None:
-    def loop(runs: Sequence[int], player: Player) -> None:
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
         for step in (0, 1, 3):
-            player(Call(step, lambda: torch.ones(2)))
+            policy(ModelCall(step, lambda: torch.ones(2)))
 
     with pytest.raises(ValueError, match="branch 'cond' came to step 3 after step 1"):
-        train(LesaPredictor(STEPS, ((0.0, 2),), 8), Sampled(loop, 1, SIGMAS), SCHEDULE, progress=False)
+        train(LesaPredictor(STEPS, ((0.0, 2),), 8), LoopSource(loop, 1, SIGMAS), SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_run_of_mixed_features_is_named(wrong: Tensor, message: str) -> None:
     paths = trajectories(2)
     paths[1][4] = wrong
     with pytest.raises((ValueError, TypeError), match=message):
-        train(LesaPredictor(STEPS, ((0.0, 2),), 8), Recorded(paths, SIGMAS), SCHEDULE, progress=False)
+        train(LesaPredictor(STEPS, ((0.0, 2),), 8), RecordedSource(paths, SIGMAS), SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from small_training import SCHEDULE, SIGMAS, Meddling, equal, files_in, runs, sm
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor
-from lesa_kernels.training import FeatureStore, Recorded, TrainingConfig, train
+from lesa_kernels.training import FeatureStore, RecordedSource, TrainingConfig, train
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
@@ -70,7 +70,7 @@ def bad_rank(folder: Path) -> dict[str, Any]:
     predictor = small_predictor()
     config = TrainingConfig(1, 1, batch_size=2)
     try:
-        train(predictor, Recorded(paths, SIGMAS), SCHEDULE, config, out=folder, progress=False)
+        train(predictor, RecordedSource(paths, SIGMAS), SCHEDULE, config, out=folder, progress=False)
     except FloatingPointError as error:
         return {"error": str(error), "state": predictor.state_dict()}
     raise AssertionError("it was not stopped")

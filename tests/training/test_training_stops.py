@@ -12,18 +12,18 @@ from small_training import SCHEDULE, SIGMAS, Guided, Meddling, equal, runs, smal
 from torch import Tensor
 
 from lesa_kernels import LesaPredictor
-from lesa_kernels.training import Recorded, TrainingConfig, train
+from lesa_kernels.training import RecordedSource, TrainingConfig, train
 
 ONCE = TrainingConfig(1, 0)
 FULL = SCHEDULE.full_steps
 FORECAST = next(step for step in range(20) if step not in FULL and step > 8)
 
 
-def spoilt(run: int, step: int, value: float = torch.inf, count: int = 4) -> Recorded:
+def spoilt(run: int, step: int, value: float = torch.inf, count: int = 4) -> RecordedSource:
     paths = trajectories(count)
     paths[run][step] = paths[run][step].clone()
     paths[run][step].view(-1)[3] = value
-    return Recorded(paths, SIGMAS)
+    return RecordedSource(paths, SIGMAS)
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
@@ -45,7 +45,7 @@ def test_a_forecast_that_does_not_fit_its_dtype_is_named() -> None:
     predictor = LesaPredictor(20, ((0.0, 2),), 8)
     with torch.no_grad():
         predictor.latent[0].weight.fill_(1e6)
-    source = Recorded([[feature.half() for feature in path] for path in paths], SIGMAS)
+    source = RecordedSource([[feature.half() for feature in path] for path in paths], SIGMAS)
     message = r"history\[1\] \(the forecast of step \d\) is not finite .* \(closed loop phase"
     with pytest.raises(FloatingPointError, match=message):
         train(predictor, source, SCHEDULE, TrainingConfig(0, 1), progress=False)
@@ -88,7 +88,7 @@ def test_the_branch_is_named() -> None:
 
 def test_a_source_that_does_not_repeat_is_named() -> None:
     source = Meddling(runs(), 20 + FORECAST, lambda feature: feature * torch.nan)
-    with pytest.raises(FloatingPointError, match=rf"step {FORECAST} of branch 'cond' .*played again the source gave"):
+    with pytest.raises(FloatingPointError, match=rf"step {FORECAST} of branch 'cond' .*sampled again the source gave"):
         train(small_predictor(), source, SCHEDULE, ONCE, progress=False)
 
 

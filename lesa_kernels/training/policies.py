@@ -1,4 +1,4 @@
-"""Players that fits and searches share: one that follows plans, one that remembers where unaccelerated runs went."""
+"""Policies that fits and searches share: one that follows plans, one that remembers where unaccelerated runs went."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from lesa_kernels.checks import check_int
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
-from lesa_kernels.sources import Call, Enough, Player, Source, watch
+from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, TrajectorySource, watch
 
 # Of the way that the latents went; rounding to bfloat16 in every step makes up a hundredth.
 _EULER_TOLERANCE = 0.05
 
 
-def play(source: Source, runs: Sequence[int], player: Player) -> None:
-    """Play runs until their end, or until the player has seen enough."""
+def run_until_stopped(source: TrajectorySource, runs: Sequence[int], policy: StepPolicy) -> None:
+    """Run runs until their end, or until the policy has seen enough."""
     try:
-        source.play(runs, player)
-    except Enough:
+        source.run(runs, policy)
+    except StopRun:
         return
 
 
-def batches(source: Source, batch: int) -> list[range]:
+def batches(source: TrajectorySource, batch: int) -> list[range]:
     """Split all runs of a source into batches.
 
     Raises:
@@ -36,20 +36,20 @@ def batches(source: Source, batch: int) -> list[range]:
     return [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
 
 
-def euler(call: Call, output: Tensor, sigmas: Sequence[float], sign: float = 1.0) -> Tensor:
+def euler(call: ModelCall, output: Tensor, sigmas: Sequence[float], sign: float = 1.0) -> Tensor:
     """Return the latents after a step of a rectified flow: latents + sign * (sigma_{s+1} - sigma_s) * output.
 
     Raises:
         ValueError: when the source holds features only.
     """
     if call.latents is None:
-        raise ValueError("source must play a model with its latents; this one holds features only")
+        raise ValueError("source must run a model with its latents; this one holds features only")
     return call.latents + sign * (sigmas[call.step + 1] - sigmas[call.step]) * output
 
 
 @dataclass
 class Following:
-    """Plays runs by plans: blocks on full steps, forecasts on the others. Times what each kind of step takes.
+    """Runs runs by plans: blocks on full steps, forecasts on the others. Times what each kind of step takes.
 
     Args:
         plans: of each branch; branches without one run in full.
@@ -70,7 +70,7 @@ class Following:
     def __post_init__(self) -> None:
         self._sessions = {branch: Session(plan) for branch, plan in self.plans.items()}
 
-    def __call__(self, call: Call) -> Tensor | None:
+    def __call__(self, call: ModelCall) -> Tensor | None:
         """Answer a call."""
         _wait(call.latents)
         begin = time.perf_counter()
@@ -110,12 +110,12 @@ class Reference:
 
 
 @torch.no_grad()
-def reference_run(source: Source, runs: Sequence[int], steps: Sequence[int]) -> Reference:
-    """Play runs in full and keep their latents.
+def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence[int]) -> Reference:
+    """Run runs in full and keep their latents.
 
     Args:
-        source: must play a model that is called once a step, and step as Euler does.
-        runs: played as one batch.
+        source: must run a model that is called once a step, and step as Euler does.
+        runs: sampled as one batch.
         steps: before which the latents are kept; S stands for the end of the run.
 
     Returns:
@@ -126,7 +126,7 @@ def reference_run(source: Source, runs: Sequence[int], steps: Sequence[int]) -> 
             Euler does: another solver, guidance within a batch, tokens that stay as they are.
     """
     recorder = _Recorder(source.sigmas, steps)
-    source.play(runs, recorder)
+    source.run(runs, recorder)
     return recorder.reference()
 
 
@@ -137,15 +137,15 @@ class _Recorder:
         self._sigmas = sigmas
         self._steps = steps
         self._latents: dict[int, Tensor] = {}
-        self._last: tuple[Call, Tensor] | None = None
+        self._last: tuple[ModelCall, Tensor] | None = None
         self._first: Tensor | None = None
         self._before_last: Tensor | None = None
         self._moved: Tensor | float = 0.0
 
-    def __call__(self, call: Call) -> Tensor:
+    def __call__(self, call: ModelCall) -> Tensor:
         _, output = watch(call)
         if output is None or call.latents is None:
-            raise ValueError("source must play a model with its tail and latents; this one holds features only")
+            raise ValueError("source must run a model with its tail and latents; this one holds features only")
         # A loop may write to its latents.
         latents = call.latents.detach().clone()
         if self._last is None:

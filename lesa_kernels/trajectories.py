@@ -1,8 +1,8 @@
-"""What trainers and fits learn from: runs of a model, played call by call.
+"""What trainers and fits learn from: runs of a model, call by call.
 
-A *source* plays sampling runs. Before each step it asks a *player*, which decides whether the blocks run or a forecast
+A *source* samples. Before each step it asks a *policy*, which decides whether the blocks run or a forecast
 takes their place, and may look at everything on the way. The published training, the feature store and the fits are
-players; memory, a store on disk, a diffusers pipeline and a loop of one's own are sources.
+policies; memory, a store on disk, a diffusers pipeline and a loop of one's own are sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ONLY_BRANCH = "cond"
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """One call of the model, before it is answered.
 
     Args:
@@ -39,15 +39,15 @@ class Call:
     branch: str = ONLY_BRANCH
 
 
-Player: TypeAlias = Callable[[Call], "Tensor | None"]
+StepPolicy: TypeAlias = Callable[[ModelCall], "Tensor | None"]
 """Answers a call with the model's output (`call.tail` of a feature), or None where there is no tail."""
 
 
-class Enough(Exception):
-    """Raised by a player that has seen what it wanted of a run; whoever had it played catches it."""
+class StopRun(Exception):
+    """Raised by a policy that has seen what it wanted of a run; the caller of `run` catches it."""
 
 
-class Source(Protocol):
+class TrajectorySource(Protocol):
     """Runs to learn from. Playing the same runs twice gives the same calls."""
 
     @property
@@ -57,12 +57,12 @@ class Source(Protocol):
     def __len__(self) -> int:
         """How many runs there are."""
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        """Play some runs at once, as one batch: features and latents of all of them lie along the first dimension.
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """Sample some runs as one batch: features and latents of all of them lie along the first dimension.
 
         Args:
             runs: numbers below `len(self)`.
-            player: is asked once a step and branch, steps in order.
+            policy: is asked once a step and branch, steps in order.
         """
 
 
@@ -73,13 +73,13 @@ def check_source(source: object) -> None:
         TypeError: when it is something else.
         ValueError: when it has no runs.
     """
-    if not all(hasattr(source, name) for name in ("sigmas", "play", "__len__")):
-        raise TypeError(f"source must have sigmas, a length and play(), got {type(source).__name__}")
+    if not all(hasattr(source, name) for name in ("sigmas", "run", "__len__")):
+        raise TypeError(f"source must have sigmas, a length and run(), got {type(source).__name__}")
     if len(source) < 1:  # type: ignore[arg-type]
         raise ValueError("source must hold at least one run, got none")
 
 
-class Recorded:
+class RecordedSource:
     """Features of unaccelerated runs, in memory.
 
     Args:
@@ -107,26 +107,26 @@ class Recorded:
     def __len__(self) -> int:
         return len(self._trajectories)
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        """See `Source.play`."""
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """See `TrajectorySource.run`."""
         chosen = [self._trajectories[run] for run in runs]
         for step in range(len(self.sigmas) - 1):
             features = [trajectory[step] for trajectory in chosen]
             feature = features[0] if len(features) == 1 else torch.cat(features)
-            player(Call(step, lambda feature=feature: feature))  # type: ignore[misc]
+            policy(ModelCall(step, lambda feature=feature: feature))  # type: ignore[misc]
 
 
-class Sampled:
+class LoopSource:
     """Runs of a loop of one's own.
 
     Args:
-        loop: `loop(runs, player)` samples those runs as one batch; at each step it makes a `Call`, hands it to the
-            player and goes on with the output that it gets. It must do the same whenever it is given the same runs.
+        loop: `loop(runs, policy)` samples those runs as one batch; at each step it makes a `ModelCall`, hands it to the
+            policy and goes on with the output that it gets. It must do the same whenever it is given the same runs.
         count: how many runs there are.
         sigmas: S+1 noise levels.
     """
 
-    def __init__(self, loop: Callable[[Sequence[int], Player], None], count: int, sigmas: Sequence[float]) -> None:
+    def __init__(self, loop: Callable[[Sequence[int], StepPolicy], None], count: int, sigmas: Sequence[float]) -> None:
         check_type("loop", loop, Callable, "a function")  # type: ignore[arg-type]
         self.sigmas = check_decreasing(sigmas)
         self._loop = loop
@@ -135,12 +135,12 @@ class Sampled:
     def __len__(self) -> int:
         return self._count
 
-    def play(self, runs: Sequence[int], player: Player) -> None:
-        """See `Source.play`."""
-        self._loop(runs, player)
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """See `TrajectorySource.run`."""
+        self._loop(runs, policy)
 
 
-def watch(call: Call) -> tuple[Tensor, Tensor | None]:
+def watch(call: ModelCall) -> tuple[Tensor, Tensor | None]:
     """Answer a call in full: return the feature that its blocks gave, and the output."""
     feature = call.blocks()
     return feature, None if call.tail is None else call.tail(feature)
