@@ -207,7 +207,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: must hold a dict with the key 'model', got {type(content).__name__}")
     for key, value in model.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{file}: model must hold names of tensors, got {reprlib.repr(key)}: {type(value).__name__}")
+            raise ValueError(
                 f"{file}: model must map names to tensors, got {reprlib.repr(key)}: {type(value).__name__}"
             )
     if sum(value.numel() * value.element_size() for value in model.values()) > size:
