@@ -21,10 +21,9 @@ from lesa_kernels.schedule import MAX_STEPS, Schedule
 PUBLISHED_STAGES = ((0.9, 4), (0.5, 8), (0.0, 8))
 """(threshold, K) of FLUX and HunyuanVideo: a stage serves sigmas above its threshold, the last one all that is left."""
 
+# A config that asks for more than these is damaged, or means harm.
 MAX_STAGES = 1000
-# Of its KANs: hidden units, knots and the order of splines.
-MAX_WIDTH = 65_536
-"""Schedules have fewer steps; a config that asks for more is none of ours."""
+MAX_WIDTH = 65_536  # of the KANs: hidden units, knots, and the order of the splines
 
 
 class LesaPredictor(

@@ -1,11 +1,11 @@
-"""Predictors in folders and on the hub: `config.json` says of which kind one is, safetensors holds its numbers."""
+"""Saves and loads predictors: `config.json` holds kind and options, `model.safetensors` the numbers."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import reprlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +16,7 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lesa_kernels.files import opened_tensors, parsed, read_json, replacing_all, shortened
+from lesa_kernels.files import opened_tensors, read_json, replacing_all, shortened
 
 if TYPE_CHECKING:
     from lesa_kernels.predictors.lesa import LesaPredictor
@@ -26,8 +26,8 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "
 _KIND = "predictor"
 # Predictors that were saved before there were several kinds are LESA's.
 _FIRST_KIND = "LesaPredictor"
-# Header entry of the weights.
-_CONFIG = "config"
+# Entry of the weights' header: the SHA-256 of the config that they were saved with.
+_DIGEST = "config_sha256"
 _README = "README.md"
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -35,10 +35,10 @@ _Predictor = TypeVar("_Predictor", bound="Saved")
 
 
 class Saved(nn.Module, PyTorchModelHubMixin):
-    """What predictors have that are kept in folders and on the hub.
+    """Base of predictors that are kept in folders and on the hub.
 
-    The weights carry a copy of the config, and that one counts; `config.json` is for readers, and for weights without
-    a copy. So a save that is cut short leaves the old predictor or the new one, never a mixture of the two.
+    The weights hold a digest of their config: a save that was cut short between the two files is refused when it is
+    loaded, never taken for a predictor.
     """
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
@@ -58,14 +58,13 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing_all(folder, SAFETENSORS_SINGLE_FILE) as unfinished:
-            local = {name: options[name] for name in ("config", "model_card_kwargs") if name in options}
-            super().save_pretrained(unfinished, **local)
+            super().save_pretrained(unfinished, model_card_kwargs=options.get("model_card_kwargs"))
             if (folder / _README).exists():
                 (unfinished / _README).unlink()
         return str(self.push_to_hub(repo_id or folder.name, **options)) if push else None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        metadata = {_CONFIG: json.dumps(self._hub_mixin_config)}
+        metadata = {_DIGEST: _digest(self._hub_mixin_config)}
         save_model(self, str(save_directory / SAFETENSORS_SINGLE_FILE), metadata)
 
     @classmethod
@@ -95,6 +94,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         where = str(pretrained_model_name_or_path)
         hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
         config, weights = _found(where, hub)
+        digest = _digest(config)
         kind = config.pop(_KIND, _FIRST_KIND)
         if kind not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(f"{where}: must hold a {cls.__name__}, its config says {reprlib.repr(kind)}")
@@ -107,10 +107,15 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         config |= options
         required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
         if missing := [name for name in required if name not in config]:
-            raise ValueError(f"{where}: {CONFIG_NAME} must be there and name {', '.join(missing)}")
-        if weights is None:
+            raise ValueError(f"{where}: {CONFIG_NAME} must name {', '.join(missing)}")
+        if not weights.exists():
             raise FileNotFoundError(f"{where}: must hold {SAFETENSORS_SINGLE_FILE}")
         with opened_tensors(weights) as tensors:
+            if (tensors.metadata() or {}).get(_DIGEST, digest) != digest:
+                raise ValueError(
+                    f"{where}: {CONFIG_NAME} must be the config of the weights beside it, they were saved with another "
+                    "(a save was cut short, or the file was edited): save the predictor again"
+                )
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
             try:
                 predictor = assembled(lambda: cls(**config), shapes, tensors.get_tensor)
@@ -183,8 +188,8 @@ def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredicto
     return kinds[name].from_pretrained(where, **options)
 
 
-def _found(where: str, hub: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None]:
-    """Return the config of a folder or of a hub id, and where its weights lie, None where there are none."""
+def _found(where: str, hub: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Return the config of a folder or of a hub id, and the file of its weights."""
     folder = Path(where)
     if folder.is_dir():
         file, weights = folder / CONFIG_NAME, folder / SAFETENSORS_SINGLE_FILE
@@ -192,17 +197,11 @@ def _found(where: str, hub: Mapping[str, Any]) -> tuple[dict[str, Any], Path | N
         raise FileNotFoundError(f"{where}: must be a folder that holds {CONFIG_NAME}, or the name of one on the hub")
     else:
         file, weights = (Path(hf_hub_download(where, name, **hub)) for name in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE))
-    own = None
-    if weights.exists():
-        with opened_tensors(weights) as tensors:
-            text = (tensors.metadata() or {}).get(_CONFIG)
-        own = None if text is None else parsed(text, weights)
-    if own is None and not file.exists():
+    if not file.exists():
         raise FileNotFoundError(f"{where}: must hold {CONFIG_NAME}")
-    beside = read_json(file) if file.exists() else own
-    if own is not None and beside != own:
-        warnings.warn(
-            f"{file} is not that of the weights beside it (a save was cut short, or it was edited); theirs counts",
-            stacklevel=3,
-        )
-    return beside if own is None else own, weights if weights.exists() else None  # type: ignore[return-value]
+    return read_json(file), weights
+
+
+def _digest(config: object) -> str:
+    """Return the SHA-256 of a config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
