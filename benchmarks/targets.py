@@ -13,7 +13,9 @@ from benchmarks.cases import (
     ALL_THREADS,
     COMPILED,
     COMPILED_ROWS,
+    COMPILED_STEP,
     EAGER,
+    EAGER_STEP,
     INTO,
     KAN_WIDTHS,
     ONE_THREAD,
@@ -22,7 +24,6 @@ from benchmarks.cases import (
 from benchmarks.harness import CAPTURED, COPY
 from benchmarks.results import Measurement
 from benchmarks.suite import FLUX, KAN_ROWS, QWEN, RESIDENT, TINY
-from benchmarks.training import COMPILED_STEP, EAGER_STEP
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,14 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as command
 from benchmarks import cases, compare, dispatch, harness, results, suite, targets
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
+from benchmarks.bench_forecast import forecast_case, push_case, spectrum_case, taylor_case, threads_case
+from benchmarks.bench_gram import gram_case
+from benchmarks.bench_kan import kan_by_ops, kan_case
+from benchmarks.bench_predict import predict_backward_case, predict_case, predict_l1_case, training_step_case
 from benchmarks.clock import CpuClock, CudaClock, Run, clock_for
 from benchmarks.memory import ceiling_case, pages_case
 from benchmarks.predictions import predictions
-from benchmarks.segments import spectrum_case, taylor_case
 from benchmarks.sweeps import elements_case, rows_case
-from benchmarks.training import (
-    gram_case,
-    kan_by_ops,
-    kan_case,
-    predict_backward_case,
-    predict_l1_case,
-    training_step_case,
-)
 from lesa_kernels.predictors.kan import KAN
 from lesa_kernels.reference import Tolerance
 
@@ -86,19 +81,19 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 Make = Callable[[CpuClock], harness.Case]
 MAKERS: dict[str, Make] = {
-    "predict": lambda clock: cases.predict_case("tiny", clock, count=3),
-    "predict, larger than its pool": lambda clock: cases.predict_case("long", clock, count=2, published=False),
-    "predict, float32": lambda clock: cases.predict_case("tiny", clock, count=3, dtype=torch.float32),
-    "forecast, float16": lambda clock: cases.forecast_case("tiny", clock, count=3, rows=2, dtype=torch.float16),
+    "predict": lambda clock: predict_case("tiny", clock, count=3),
+    "predict, larger than its pool": lambda clock: predict_case("long", clock, count=2, published=False),
+    "predict, float32": lambda clock: predict_case("tiny", clock, count=3, dtype=torch.float32),
+    "forecast, float16": lambda clock: forecast_case("tiny", clock, count=3, rows=2, dtype=torch.float16),
     "TaylorSeer segment": lambda clock: taylor_case("tiny", clock, rows=2),
     "Spectrum segment": lambda clock: spectrum_case("tiny", clock, rows=2),
     "ceiling": lambda clock: replace(ceiling_case(clock), variants=[cases.copy_variant(64, 1, clock.device)]),
     "fresh pages": lambda clock: pages_case("tiny", clock),
     "fresh pages, huge ones": lambda clock: pages_case("two huge pages", clock, torch.float32),
-    "threads": lambda clock: cases.threads_case("tiny", clock, count=3, cold=False),
+    "threads": lambda clock: threads_case("tiny", clock, count=3, cold=False),
     "elements": lambda clock: elements_case(64, clock),
     "rows": lambda clock: rows_case("tiny", clock, count=3, rows=4, op="rows"),
-    "push": lambda clock: cases.push_case("tiny", clock),
+    "push": lambda clock: push_case("tiny", clock),
     "predict_l1": lambda clock: predict_l1_case("tiny", clock, count=3),
     "predict_l1, float32": lambda clock: predict_l1_case("tiny", clock, count=3, dtype=torch.float32),
     "predict_backward": lambda clock: predict_backward_case("tiny", clock, count=3),

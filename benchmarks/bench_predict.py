@@ -1,4 +1,4 @@
-"""The cases of training: loss and gradients of one forecast, and the network that yields the gain."""
+"""Times one forecast, its gradients, its loss, and a whole training step on it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,31 @@ from torch.nn import functional
 
 from benchmarks.baselines import (
     folded_backward,
-    gram_by_dots,
-    gram_by_matrix,
+    folded_sum,
     kan_eager,
     published_eager,
     published_l1,
 )
 from benchmarks.cases import (
+    ADDITION,
+    COMPILED,
+    COMPILED_BACKWARD,
+    COMPILED_EAGER,
+    COMPILED_STEP,
+    EAGER,
+    EAGER_BACKWARD,
+    EAGER_STEP,
+    INTO,
     KAN_WIDTHS,
     SIZES,
+    SUMS,
     compiled,
     copy_variant,
     dtype_name,
+    ends,
     half_rounded,
     implementations,
+    kan_parameters,
     random_features,
     wider,
 )
@@ -34,45 +45,76 @@ from benchmarks.harness import Case, Variant, sets_needed
 from lesa_kernels import reference
 from lesa_kernels.ops import predict_l1_loss
 from lesa_kernels.predictors.kan import KAN, KANLinear
-from lesa_kernels.reference import TOLERANCES, Tolerance
-
-EAGER_BACKWARD = "autograd of the published form, backward only"
-COMPILED_BACKWARD = "torch.compile of the folded backward"
-EAGER_STEP = "eager forward and backward"
-COMPILED_STEP = "torch.compile of the eager form"
-
-# Sums of 1e7 terms of size 1, and signs that turn where forecast and target meet.
-SUMS = Tolerance(2e-5, 1e-6)
-# The same, added up in float32.
-FLOAT32_SUMS = Tolerance(1e-3, 1e-6)
-# Three layers of up to 256 x 9 float32 terms, relative to the largest value.
-LAYERS = Tolerance(5e-5, 1e-6)
+from lesa_kernels.reference import TOLERANCES
 
 
 @torch.no_grad()
-def gram_case(size: str, clock: Clock, count: int = 9, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """The sums of products that a closed-form fit needs, of a history and its target."""
-    shape, device = SIZES[size], clock.device
-    moved = count * math.prod(shape) * dtype.itemsize
-    sets = sets_needed(moved, clock.cache_bytes())
-    features = random_features(shape, count, dtype, sets, device)
+def predict_case(
+    size: str,
+    clock: Clock,
+    count: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    small: bool = False,
+    published: bool = True,
+) -> Case:
+    """One forecast of K features, slots of a ring: into fresh memory, and into the slot after them.
 
-    def of(make: Callable[[list[Tensor]], Tensor]) -> Run:
-        return lambda turn: [make(features[turn % sets])]
+    `small` adds an addition, to tell what a call costs apart from its work. `published` adds the authors' form, which
+    at video sizes wants more memory than machines have.
+    """
+    shape, device = SIZES[size], clock.device
+    moved = (count + 1) * math.prod(shape) * dtype.itemsize
+    sets = sets_needed(moved, clock.cache_bytes())
+    rings = [torch.stack(features) for features in random_features(shape, count + 1, dtype, sets, device)]
+    history = [list(ring[:count]) for ring in rings]
+    weight, bias = (torch.randn(length, device=device) for length in (count, 1))
+    layers = [layer for layer in KAN(KAN_WIDTHS).to(device).layers if isinstance(layer, KANLinear)]
+    level = 2 * torch.rand(1, KAN_WIDTHS[0], device=device) - 1
+    gain = kan_eager(level, layers).reshape(1)
+    coefficients, offset = gain * weight, (gain * bias).reshape(())
+    coefficients[-1] += 1
+    exact = TOLERANCES[dtype]
+
+    def at(turn: int) -> list[Tensor]:
+        return history[turn % sets]
+
+    def of(predict: Callable[..., Tensor]) -> Run:
+        return lambda turn: [predict(at(turn), weight, bias, gain)]
+
+    def folded(sum_: Callable[..., Tensor]) -> Run:
+        return lambda turn: [sum_(at(turn), coefficients, offset)]
+
+    def into(turn: int) -> list[Tensor]:
+        ring = rings[turn % sets]
+        torch.ops.lesa.forecast_into(ring, coefficients[None], offset[None], range(count), [count])
+        return [ring[count]]
+
+    def with_network(turn: int) -> list[Tensor]:
+        return [published_eager(at(turn), weight, bias, kan_eager(level, layers).reshape(1))]
 
     variants = [
-        *(Variant(f"{name}gram", of(ops.gram), SUMS) for name, ops in implementations(device).items()),
-        Variant("torch: stack and a float64 product", of(gram_by_matrix), SUMS),
-        Variant("torch: a dot product for each pair", of(gram_by_dots), FLOAT32_SUMS),
-        copy_variant(moved, sets, device),
+        *(Variant(f"{name}predict", of(ops.predict), exact) for name, ops in implementations(device).items()),
+        Variant(INTO, into, exact),
+        *compiled(COMPILED, folded_sum, folded, exact, device, tuned=True),
     ]
+    if published:
+        rounded = half_rounded(dtype)
+        variants += [
+            Variant(EAGER, of(published_eager), rounded),
+            Variant(f"{EAGER} with its KAN", with_network, rounded),
+            *compiled(COMPILED_EAGER, published_eager, of, rounded, device),
+        ]
+    if small:
+        variants.append(Variant(ADDITION, lambda turn: [torch.add(*at(turn)[:2])], None))
+    wide = [tensor.to(wider(dtype)) for tensor in (*map(ends, at(0)), weight, bias, gain)]
     return Case(
-        "gram",
+        "predict",
         f"{size}, K={count}, {dtype_name(dtype)}",
         moved,
-        [reference.gram(features[0])],
-        [reference.gram([feature.abs() for feature in features[0]])],
-        variants,
+        [reference.predict(wide[:count], *wide[count:])],
+        [reference.predict([tensor.abs() for tensor in wide[:count]], *(tensor.abs() for tensor in wide[count:]))],
+        [*variants, copy_variant(moved, sets, device)],
+        checked=ends,
         sets=sets,
     )
 
@@ -188,81 +230,6 @@ def predict_l1_case(size: str, clock: Clock, count: int = 8, dtype: torch.dtype 
     )
 
 
-def _parameters(layers: Sequence[KANLinear]) -> list[Tensor]:
-    return [tensor for layer in layers for tensor in (layer.base_weight, layer.spline_weight, layer.spline_scaler)]
-
-
-def kan_by_ops(ops: Any, layers: Sequence[KANLinear], x: Tensor) -> list[Tensor]:
-    """Output and gradients of all parameters for the sum of the output, by calling the ops themselves.
-
-    Args:
-        ops: what `implementations` returns.
-        layers: the layers.
-        x: [rows, I].
-
-    Returns:
-        [rows, O], then the gradients of base_weight, spline_weight and spline_scaler of each layer.
-    """
-    weights = [(layer.grid, *(tensor.detach() for tensor in _parameters([layer]))) for layer in layers]
-    inputs = [x]
-    for layer in weights:
-        inputs.append(ops.kan_linear(inputs[-1], *layer))
-    grad, gradients = torch.ones_like(inputs[-1]), list[Tensor]()
-    for number in reversed(range(len(weights))):
-        grad, *of_layer = ops.kan_linear_backward(grad, inputs[number], *weights[number])
-        gradients = [*of_layer, *gradients]
-    return [inputs[-1], *gradients]
-
-
-def kan_case(rows: int, clock: Clock) -> Case:
-    """Three layers forward and backward on `rows` noise levels at once, float32: little data, many launches."""
-    device = clock.device
-    network = KAN(KAN_WIDTHS).to(device)
-    layers = [layer for layer in network.layers if isinstance(layer, KANLinear)]
-    wide = [layer for layer in KAN(KAN_WIDTHS).to(device, torch.float64).layers if isinstance(layer, KANLinear)]
-    for layer, copy in zip(layers, wide, strict=True):
-        copy.load_state_dict(layer.state_dict())
-    sets = 2
-    inputs = [2 * torch.rand(rows, KAN_WIDTHS[0], device=device) - 1 for _ in range(sets)]
-
-    def step(forward: Callable[[Tensor], Tensor], layers: Sequence[KANLinear]) -> Callable[[Tensor], list[Tensor]]:
-        def run(x: Tensor) -> list[Tensor]:
-            out = forward(x)
-            return [out.detach(), *torch.autograd.grad(out.sum(), _parameters(layers))]
-
-        return run
-
-    def rotated(of: Callable[[Tensor], list[Tensor]]) -> Run:
-        return lambda turn: of(inputs[turn % sets])
-
-    def direct(ops: Any) -> Run:
-        return rotated(lambda x: kan_by_ops(ops, layers, x))
-
-    def plain(network: Callable[..., Tensor]) -> Run:
-        return rotated(step(lambda x: network(x, layers), layers))
-
-    variants = [
-        Variant("lesa::kan_linear and autograd", rotated(step(network, layers)), LAYERS),
-        *(Variant(f"{name}kan_linear, by hand", direct(ops), LAYERS) for name, ops in implementations(device).items()),
-        *compiled(COMPILED_STEP, kan_eager, plain, LAYERS, device),
-        Variant(EAGER_STEP, plain(kan_eager), LAYERS),
-    ]
-    want = step(lambda x: kan_eager(x, wide), wide)(inputs[0].double())
-    scale = [tensor.abs().max() for tensor in want]
-    # Read: the weights, forward and backward. Written: their gradients.
-    moved = 3 * sum(tensor.numel() * tensor.element_size() for tensor in _parameters(layers))
-    return Case(
-        "kan_linear",
-        f"{'-'.join(map(str, KAN_WIDTHS))}, {rows} rows, forward and backward",
-        moved,
-        want,
-        scale,
-        [*variants, copy_variant(moved, sets, device)],
-        context=torch.enable_grad,
-        sets=sets,
-    )
-
-
 def _step(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, loss: Tensor) -> list[Tensor]:
     optimizer.zero_grad()
     loss.backward()
@@ -282,7 +249,7 @@ def training_step_case(size: str, clock: Clock, count: int = 8, dtype: torch.dty
     network = KAN(KAN_WIDTHS).to(device)
     layers = [layer for layer in network.layers if isinstance(layer, KANLinear)]
     weight, bias = (torch.randn(length, device=device, requires_grad=True) for length in (count, 1))
-    parameters = [weight, bias, *_parameters(layers)]
+    parameters = [weight, bias, *kan_parameters(layers)]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
     level = 2 * torch.rand(1, KAN_WIDTHS[0], device=device) - 1
 
