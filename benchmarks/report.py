@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import results
+from benchmarks.cases import EAGER, EAGER_STEP, TAYLOR_LOOP
 from benchmarks.harness import COPY
 from benchmarks.pages import renewed
 from benchmarks.results import RESULTS, Measurement
@@ -28,7 +29,14 @@ HEADLINES = (
     "digits model",
     "57 blocks",
 )
-"""The sizes that the README shows, by their beginnings."""
+"""The sizes that the plot of bandwidth shows, by their beginnings."""
+README_CASES = {
+    ("predict", "FLUX 1024x1024, K=8, bfloat16"): "`predict`: one forecast from 8 features",
+    ("forecast", "FLUX 1024x1024, K=8, M=6, bfloat16"): "`forecast_into`: six forecasts in one pass",
+    ("predict_l1", "FLUX 1024x1024, K=8, bfloat16"): "`predict_l1`: loss and gradients of one forecast",
+    ("TaylorSeer segment", "FLUX 1024x1024, order 2, M=6, bfloat16"): "a whole segment of TaylorSeer, order 2",
+}
+"""The cases that the README shows, and what it calls them."""
 
 
 def newest(rows: Sequence[Measurement]) -> dict[Key, list[Measurement]]:
@@ -44,7 +52,7 @@ def newest(rows: Sequence[Measurement]) -> dict[Key, list[Measurement]]:
 
 
 def is_headline(size: str) -> bool:
-    """Whether the README shows a size."""
+    """Whether the plot of bandwidth shows a size."""
     return size.startswith(HEADLINES)
 
 
@@ -69,6 +77,28 @@ def markdown(rows: Sequence[Measurement]) -> str:
             )
         )
     return "\n\n".join(parts)
+
+
+def readme_markdown(rows: Sequence[Measurement]) -> str:
+    """Lay out the README's cases as last measured on the CPU: our time, and how much longer rivals take."""
+    cases = {key: found for key, found in newest(rows).items() if key[2:] in README_CASES and "NVIDIA" not in key[0]}
+    first = next(iter(cases.values()))[0]
+    lines = [
+        f"FLUX at 1024x1024, bfloat16; {first.device}, {first.threads} threads, torch {first.torch}:",
+        "",
+        "| op | ms | `torch.compile` takes | eager, as published, takes |",
+        "|---|---|---|---|",
+    ]
+    for key, (ours, *others) in cases.items():
+        compiled = min((row.median_s for row in others if row.variant.startswith("torch.compile")), default=None)
+        eager = next((row.median_s for row in others if _is_eager(row.variant)), None)
+        ratios = ["" if time is None else f"{_times(time / ours.median_s)}x" for time in (compiled, eager)]
+        lines.append(f"| {README_CASES[key[2:]]} | {1e3 * ours.median_s:.3g} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def _is_eager(variant: str) -> bool:
+    return variant.endswith((EAGER, EAGER_STEP, TAYLOR_LOOP))
 
 
 def _line(found: Sequence[Measurement]) -> str:
@@ -169,8 +199,8 @@ def main(
 ) -> None:
     """Write the tables and the plots."""
     rows = results.load(source)
-    for text, shown in ((readme, [row for row in rows if is_headline(row.size)]), (page, rows)):
-        text.write_text(renewed(text.read_text(encoding="utf-8"), COMMAND, markdown(shown)), encoding="utf-8")
+    for text, made in ((readme, readme_markdown(rows)), (page, markdown(rows))):
+        text.write_text(renewed(text.read_text(encoding="utf-8"), COMMAND, made), encoding="utf-8")
     draw([row for row in rows if is_headline(row.size)], pictures / "bandwidth.png")
     draw_sweeps(rows, pictures / "time.png")
     typer.echo(f"tables: {readme}, {page}; plots: {pictures}")

@@ -22,8 +22,8 @@ CASE = [ROW, replace(ROW, variant="eager", median_s=2e-2), replace(ROW, variant=
 @pytest.mark.parametrize("page", [report.ROOT / "README.md", report.PAGE], ids=lambda page: page.name)
 def test_the_tables_are_those_of_the_committed_results(page: Path) -> None:
     text, rows = page.read_text(encoding="utf-8"), results.load(report.RESULTS)
-    shown = rows if page == report.PAGE else [row for row in rows if report.is_headline(row.size)]
-    made = pages.renewed(text, report.COMMAND, report.markdown(shown))
+    table = report.markdown(rows) if page == report.PAGE else report.readme_markdown(rows)
+    made = pages.renewed(text, report.COMMAND, table)
     assert text == made, "run python -m benchmarks.report"
 
 
@@ -67,7 +67,11 @@ def test_the_command_writes_tables_and_plots(tmp_path: Path) -> None:
     texts = [tmp_path / "readme.md", tmp_path / "page.md"]
     for text in texts:
         text.write_text(f"before\n{pages.mark(report.COMMAND)}\nold\n{pages.END}\nafter\n")
-    shown = [replace(row, size="FLUX 1024x1024, K=8") for row in CASE]
+    compiled = replace(ROW, variant="torch.compile of it", median_s=4e-3)
+    shown = [
+        replace(row, size="FLUX 1024x1024, K=8, bfloat16", variant=row.variant.replace("eager", report.EAGER))
+        for row in [*CASE, compiled]
+    ]
     swept = [
         replace(row, op=op, size=size)
         for op, size in (
@@ -82,6 +86,7 @@ def test_the_command_writes_tables_and_plots(tmp_path: Path) -> None:
     report.main(tmp_path / "rows.csv", *texts, tmp_path / "new")
     readme, page = (text.read_text() for text in texts)
     assert "old" not in readme + page and "elements" not in readme + page
-    assert readme.count("eager 10x") == 1 and page.count("eager 10x") == 2
+    assert readme.splitlines()[-4] == "| `predict`: one forecast from 8 features | 2 | 2x | 10x |"
+    assert page.count("eager 10x") == 1 and page.count("eager form 10x") == 1
     for name in ("bandwidth.png", "time.png"):
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
