@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lesa_kernels import reference
-from lesa_kernels.predictors.kan import KANLinear
+from lesa_kernels.predictors.kan_network import KANLinear
 
 
 def published_eager(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from benchmarks.cases import (
 )
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant
-from lesa_kernels.predictors.kan import KAN, KANLinear
+from lesa_kernels.predictors.kan_network import KAN, KANLinear
 
 
 def kan_by_ops(ops: Any, layers: Sequence[KANLinear], x: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.clock import Run
 from benchmarks.harness import COPY, Variant
-from lesa_kernels.predictors.kan import KANLinear
+from lesa_kernels.predictors.kan_network import KANLinear
 from lesa_kernels.reference import TOLERANCES, Tolerance
 
 EAGER = "published eager form"

@@ -14,7 +14,7 @@ from lesa_kernels.checks import check_decreasing, check_float, check_int, check_
 from lesa_kernels.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Predictor, objection_to_sigmas
-from lesa_kernels.predictors.kan import GRID_SIZE, KAN, SPLINE_ORDER
+from lesa_kernels.predictors.kan_network import GRID_SIZE, KAN, SPLINE_ORDER
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import MAX_STEPS, Schedule
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.predictors import LesaPredictor
-from lesa_kernels.predictors.kan import GRID_RANGE, KAN, KANLinear
+from lesa_kernels.predictors.kan_network import GRID_RANGE, KAN, KANLinear
 
 # Units pass through these shares of half their splines' grid, so that no two bend alike.
 _REACH = (0.2, 0.85)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lesa_kernels import reference
 from lesa_kernels.ops import predict_l1_loss
-from lesa_kernels.predictors.kan import KAN
+from lesa_kernels.predictors.kan_network import KAN
 
 DEVICE = torch.device("cuda")
 ops = torch.ops.lesa

@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from benchmarks import harness
-from tools.gpu_check import counters, full_size, headline, memcheck, pack, phases, report, smoke, suite
+from tools.gpu_check import counters, full_size, gpu_report, gpu_suite, headline, memcheck, pack, phases, smoke
 from tools.gpu_check.calls import CALLS, ODD, error_of
 from tools.gpu_check.launches import titles
 from tools.gpu_check.load import BUILD_SECONDS
@@ -295,7 +295,7 @@ def test_each_test_is_a_record_as_soon_as_it_ends(settings: Settings, tmp_path: 
         "@pytest.mark.skip(reason='no tool')\ndef test_absent(): pass\n"
         "def test_killed(): os.kill(os.getpid(), 9)\n"
     )
-    job = suite.job_of(settings, "tests", str(tests))
+    job = gpu_suite.job_of(settings, "tests", str(tests))
     run_all([job], Path.cwd(), settings.env(), 60, ended=lambda job: settings.record_end("tests", job))
     found = {record.name.rpartition("::")[2]: record for record in load(settings.out / RECORDS)}
     assert [found[name].status for name in ("test_right", "test_wrong", "test_absent")] == [PASSED, FAILED, LEFT_OUT]
@@ -305,9 +305,11 @@ def test_each_test_is_a_record_as_soon_as_it_ends(settings: Settings, tmp_path: 
 
 def test_the_listed_tests_are_there() -> None:
     root = Path(__file__).parents[2]
-    assert [path for path in (*suite.TESTS, *suite.DIFFUSERS) if not (root / path).exists()] == []
-    missing = {path.name for path in (root / "tests/gpu").glob("test_*.py")} - {Path(path).name for path in suite.TESTS}
-    assert not missing, "name them in suite.TESTS"
+    assert [path for path in (*gpu_suite.TESTS, *gpu_suite.DIFFUSERS) if not (root / path).exists()] == []
+    missing = {path.name for path in (root / "tests/gpu").glob("test_*.py")} - {
+        Path(path).name for path in gpu_suite.TESTS
+    }
+    assert not missing, "name them in gpu_suite.TESTS"
 
 
 def _package(folder: Path, architectures: str | None, sources: str | None = None) -> Path:
@@ -348,7 +350,7 @@ def test_a_report_shows_ops_counters_and_the_model(settings: Settings) -> None:
     }
     model = {**times, "history_mib": 96.0, "parameters": 12e9, "calls": 16, "full_calls": 4}
     record(Record("full size", "enabled", PASSED, values=model))
-    report.write(settings)
+    gpu_report.write(settings)
     page = (settings.out / REPORT).read_text()
     assert "| `predict` | lesa | passed | 1 | 0.5 |  |" in page
     assert "| `predict` | triton | FAILED | 1 | 40 | values |" in page

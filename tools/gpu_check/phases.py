@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tools.gpu_check import counters, full_size, headline, load, memcheck, smoke, suite
+from tools.gpu_check import counters, full_size, gpu_suite, headline, load, memcheck, smoke
+from tools.gpu_check.gpu_report import write
 from tools.gpu_check.records import CUT, FAILED, SUMMARY, Record, worst
 from tools.gpu_check.records import load as load_records
-from tools.gpu_check.report import write
 from tools.gpu_check.settings import LOGS, RECORDS, REPORT, Settings
 
 PACKING_SECONDS = 5
@@ -44,8 +44,8 @@ FIRST = (
 )
 SECOND = (
     LOAD,
-    Phase("tests", 130, suite.run),
-    Phase("diffusers", 60, suite.run_diffusers),
+    Phase("tests", 130, gpu_suite.run),
+    Phase("diffusers", 60, gpu_suite.run_diffusers),
     Phase(full_size.PHASE, 100, full_size.run),
     Phase(memcheck.PHASE, 60, memcheck.run),
 )

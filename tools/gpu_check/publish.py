@@ -15,7 +15,7 @@ import typer
 from benchmarks import report as benchmark_report
 from benchmarks import results
 from benchmarks.pages import renewed
-from tools.gpu_check import full_size, report
+from tools.gpu_check import full_size, gpu_report
 from tools.gpu_check.records import FAILED, PASSED, SUMMARY, Record, load
 from tools.gpu_check.settings import RECORDS, ROOT
 
@@ -24,10 +24,10 @@ COMMAND = "python -m tools.gpu_check.publish"
 
 def status_line(records: Sequence[Record]) -> str:
     """Return what the README says of the GPU: how many ops are right on which engine, and the speed of a model."""
-    facts = report.facts_of(records)
+    facts = gpu_report.facts_of(records)
     counts = []
     for engine, name in (("lesa", "CUDA"), ("triton", "Triton")):
-        rows = [row for row in report.smoke_rows(records) if row[1] == engine]
+        rows = [row for row in gpu_report.smoke_rows(records) if row[1] == engine]
         right = sum(row[2] == PASSED for row in rows)
         counts += [f"{right} of {len(rows)} ops right on {name}"] if rows else []
     ran = f"Ran on {facts.get('device', 'an unknown device')}, torch {facts.get('torch', '?')}"
@@ -44,15 +44,15 @@ def status_line(records: Sequence[Record]) -> str:
 
 def page(records: Sequence[Record], rows: Sequence[results.Measurement]) -> str:
     """Return what docs/gpu.md shows of a check."""
-    facts = report.facts_of(records)
+    facts = gpu_report.facts_of(records)
     shown = ("device", "torch", "triton", "nvcc", "driver, greatest clocks, power limit", "commit", "command")
     sections = {
-        "": report.table(["", ""], [[name, str(facts[name])] for name in shown if name in facts]),
-        "Every op": report.smoke_table(records),
-        "Targets": report.verdict_table(report.verdicts_of(rows, "cuda" if _on_gpu(records) else "cpu")),
-        "Predicted and measured": report.prediction_table(rows),
-        "Hardware counters": report.counters_table(records),
-        "FLUX of full size, random weights, bfloat16": report.full_size_table(records),
+        "": gpu_report.table(["", ""], [[name, str(facts[name])] for name in shown if name in facts]),
+        "Every op": gpu_report.smoke_table(records),
+        "Targets": gpu_report.verdict_table(gpu_report.verdicts_of(rows, "cuda" if _on_gpu(records) else "cpu")),
+        "Predicted and measured": gpu_report.prediction_table(rows),
+        "Hardware counters": gpu_report.counters_table(records),
+        "FLUX of full size, random weights, bfloat16": gpu_report.full_size_table(records),
         "What failed": [f"- {r.phase}: {r.name}" for r in records if r.status == FAILED and r.name != SUMMARY],
     }
     lines: list[str] = []
@@ -63,15 +63,15 @@ def page(records: Sequence[Record], rows: Sequence[results.Measurement]) -> str:
 
 
 def _on_gpu(records: Sequence[Record]) -> bool:
-    return "capability" in report.facts_of(records)
+    return "capability" in gpu_report.facts_of(records)
 
 
 def new_rows(folders: Sequence[Path], known: Sequence[results.Measurement]) -> list[results.Measurement]:
     """Return the rows of reports that are not known yet; a copy without git takes its commit from the report."""
     found = []
     for folder in folders:
-        facts = report.facts_of(load(folder / RECORDS))
-        for row in report.measured(folder):
+        facts = gpu_report.facts_of(load(folder / RECORDS))
+        for row in gpu_report.measured(folder):
             found.append(replace(row, commit=facts["commit"]) if row.commit == "unknown" and "commit" in facts else row)
     return [row for row in found if row not in known]
 
@@ -84,7 +84,7 @@ def main(
     if missing := [str(folder) for folder in reports if not (folder / RECORDS).exists()]:
         raise typer.BadParameter(f"a report must hold {RECORDS}, {', '.join(missing)} does not")
     records = [record for folder in reports for record in load(folder / RECORDS)]
-    rows = [row for folder in reports for row in report.measured(folder)]
+    rows = [row for folder in reports for row in gpu_report.measured(folder)]
     table, readme, gpu = root / "benchmarks/results.csv", root / "README.md", root / "docs/gpu.md"
     fresh = new_rows(reports, results.load(table))
     texts = {path: path.read_text(encoding="utf-8") for path in (readme, gpu)}
