@@ -6,7 +6,7 @@ Only this package knows the compiled libraries and Triton. Everything else calls
 from __future__ import annotations
 
 from lesa_kernels.backends import libraries, registration
-from lesa_kernels.backends.status import KernelStatus, Status, status
+from lesa_kernels.backends.status_report import KernelStatus, Status, status
 
 
 def load() -> None:

@@ -19,7 +19,7 @@ import torch
 
 import lesa_kernels as lesa
 from lesa_kernels import ops
-from lesa_kernels.backends import libraries, registration, report
+from lesa_kernels.backends import libraries, registration, status_report
 
 
 def test_one_entry_for_each_op_and_device() -> None:
@@ -30,7 +30,7 @@ def test_one_entry_for_each_op_and_device() -> None:
 def test_entries_agree_with_the_dispatcher() -> None:
     for kernel in lesa.status().kernels:
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"lesa::{kernel.op}", kernel.device)
-        assert (kernel.kernel != report.REFERENCE) == compiled
+        assert (kernel.kernel != status_report.REFERENCE) == compiled
         assert kernel.reason
 
 
@@ -112,7 +112,7 @@ def test_a_gpu_too_old_for_the_kernels_is_noted(
     machine(capability)
     sm = f"sm_{capability[0]}{capability[1]}"
     expected = [f"cuda:0 (a GPU) is {sm}, the kernels start at sm_{held}: {needed}"] if needed else []
-    assert report._cuda_notes(_cuda_library(architectures=["100", held])) == expected
+    assert status_report._cuda_notes(_cuda_library(architectures=["100", held])) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_driver_too_old_for_the_kernels_is_noted(
     machine: Callable[..., None], built: str, driver: int, torch_cuda: str, said: str | None
 ) -> None:
     machine(None if driver == 0 else (9, 0), driver, torch_cuda)
-    notes = report._cuda_notes(_cuda_library(cuda=built))
+    notes = status_report._cuda_notes(_cuda_library(cuda=built))
     if said is None:
         assert notes == []
     else:
@@ -150,10 +150,10 @@ def test_a_gpu_that_cannot_be_asked_is_noted(machine: Callable[..., None], monke
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
     unknown = "whether _cuda fits the driver and the GPUs is unknown: "
-    assert report._cuda_notes(_cuda_library()) == [
+    assert status_report._cuda_notes(_cuda_library()) == [
         f"{unknown}RuntimeError: Cannot re-initialize CUDA in forked subprocess"
     ]
-    assert report._cuda_notes(_cuda_library(architectures=None))[0].startswith(unknown)
+    assert status_report._cuda_notes(_cuda_library(architectures=None))[0].startswith(unknown)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_a_loaded_library_without_facts_is_still_loaded(tmp_path: Path) -> None:
     library = libraries._with_facts(libraries.Library("_cpu", True, "loaded"), tmp_path / "_cpu.so")
     assert library.loaded and not library.facts
     assert library.reason.startswith("loaded, but its facts cannot be read (OSError: ")
-    assert report._label(library) == "C++ (which one is unknown)"
+    assert status_report._label(library) == "C++ (which one is unknown)"
     nothing = libraries._with_facts(libraries.Library("libc", True, "loaded"), Path("libc.so.6"))
     assert "AttributeError" in nothing.reason
-    assert report._cuda_notes(libraries.Library("_cuda", True, nothing.reason)) == []
+    assert status_report._cuda_notes(libraries.Library("_cuda", True, nothing.reason)) == []
 
 
 @pytest.mark.parametrize("error", [UnicodeDecodeError("utf-8", b"", 0, 1, "no text"), TypeError("no text"), None])

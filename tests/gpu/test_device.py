@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lesa_kernels
-from lesa_kernels.backends.status import REFERENCE
+from lesa_kernels.backends.status_report import REFERENCE
 
 
 @pytest.mark.skipif(

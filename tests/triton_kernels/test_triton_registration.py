@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lesa_kernels import ops
-from lesa_kernels.backends import libraries, registration, report
+from lesa_kernels.backends import libraries, registration, status_report
 from lesa_kernels.backends.libraries import Library
 from lesa_kernels.backends.registration import Choice, decide
 
@@ -47,17 +47,19 @@ def test_a_decision_is_carried_out_once(monkeypatch: pytest.MonkeyPatch, device:
     assert [name for name, choice in registration.choices().items() if choice.registered] == [device]
 
 
-def _status_with(monkeypatch: pytest.MonkeyPatch, choice: Choice, library: Library, has_kernels: bool) -> report.Status:
+def _status_with(
+    monkeypatch: pytest.MonkeyPatch, choice: Choice, library: Library, has_kernels: bool
+) -> status_report.Status:
     known = torch._C._dispatch_has_kernel_for_dispatch_key
     monkeypatch.setattr(
         torch._C,
         "_dispatch_has_kernel_for_dispatch_key",
         lambda op, key: has_kernels if key == choice.device else known(op, key),
     )
-    monkeypatch.setattr(report, "choices", lambda: {choice.device: choice})
+    monkeypatch.setattr(status_report, "choices", lambda: {choice.device: choice})
     found = tuple(library if entry.name == library.name else entry for entry in libraries.libraries())
-    monkeypatch.setattr(report, "libraries", lambda: found)
-    return report.status()
+    monkeypatch.setattr(status_report, "libraries", lambda: found)
+    return status_report.status()
 
 
 def test_status_names_triton_and_why_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +73,7 @@ def test_status_names_a_triton_that_is_missing(monkeypatch: pytest.MonkeyPatch) 
     status = _status_with(monkeypatch, decide("CUDA", True, MISSING, False), MISSING, False)
     served = {(kernel.kernel, kernel.reason) for kernel in status.kernels if kernel.device == "CUDA"}
     reason = "_cuda: not built: nvcc was not found at build time; Triton: triton is not installed"
-    assert served == {(report.REFERENCE, reason)}
+    assert served == {(status_report.REFERENCE, reason)}
 
 
 def test_status_has_a_column_for_xpu_where_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
