@@ -59,8 +59,8 @@ def predict_case(
 ) -> Case:
     """One forecast of K features, slots of a ring: into fresh memory, and into the slot after them.
 
-    `small` adds an addition, to tell what a call costs apart from its work. `published` adds the authors' form, which
-    at video sizes wants more memory than machines have.
+    `small` adds an addition, which shows what a call costs apart from its work. `published` adds the authors' form,
+    which needs more memory at video sizes than machines have.
     """
     shape, device = SIZES[size], clock.device
     moved = (count + 1) * math.prod(shape) * dtype.itemsize

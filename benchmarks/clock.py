@@ -1,4 +1,4 @@
-"""Clocks: how long a call takes on a device, and what a measurement there must know of it."""
+"""Times calls on a device, and reads the facts of the device that a measurement needs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class CpuClock:
         return None
 
     def cache_bytes(self) -> int:
-        """Return the size of the last-level cache; 32 MiB where the system does not tell."""
+        """Return the size of the last-level cache; 32 MiB where the system does not say."""
         sizes = []
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
             match = re.fullmatch(r"(\d+)([KM])", path.read_text().strip())

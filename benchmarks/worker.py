@@ -40,7 +40,7 @@ class Side:
         torch.compiler.reset()
         self._case = None
         entry = suite(self._clock.device)[number]
-        # Whatever an older package lacks is told, not raised.
+        # What an older package lacks is answered, not raised.
         try:
             case = entry.make(self._clock)
             own = [variant for variant in case.variants if variant.ours or variant.name == COPY]

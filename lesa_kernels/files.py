@@ -1,4 +1,4 @@
-"""Files: read within bounds, as anyone may have written them; written whole or not at all."""
+"""Reads files that anyone may have written, within bounds, and writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _number(error: OSError | SafetensorError) -> int:
 
 
 def _settle(file: Path) -> None:
-    """Bring a file to the disk, readable by whom the umask says: safetensors lets only its owner read."""
+    """Bring a file to the disk, with the rights of the umask: safetensors lets only its owner read."""
     file.chmod(file.parent.stat().st_mode & 0o666)
     with file.open("rb") as written:
         os.fsync(written.fileno())

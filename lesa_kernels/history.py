@@ -1,4 +1,4 @@
-"""The ring: preallocated memory that holds the features of a run; nothing is stacked or allocated after it."""
+"""Holds the features of a run in preallocated memory; nothing is stacked or allocated during the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measurement must say of the machine it ran on."""
+"""Names the device that a measurement ran on."""
 
 from __future__ import annotations
 

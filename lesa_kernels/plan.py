@@ -1,4 +1,4 @@
-"""A plan: everything about a sampling run that is known before it starts.
+"""Compiles a predictor, a schedule and the sigmas into a plan, before a sampling run starts.
 
 A predictor's gains depend on the schedule alone, so each forecast is a row of constants over earlier features.
 Between two full steps no new information arrives: the rows of a segment are composed, in float64, into one matrix over
@@ -164,10 +164,10 @@ class Plan:
         return sum(len(launch.inputs) for launch in launches) + outputs, self.num_terms + outputs
 
     def describe(self, shape: Sequence[int] | None = None, itemsize: int = 2) -> str:
-        """Tell the plan in a few lines.
+        """Describe the plan in a few lines.
 
         Args:
-            shape: of a feature, to tell the ring's size in MiB.
+            shape: of a feature, for the ring's size in MiB.
             itemsize: bytes of an element, 2 for bfloat16.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Which steps of a sampling run are full: pure integers, no torch. Steps are 0 .. S-1, sigmas t_0 > ... > t_S."""
+"""Chooses the full steps of a sampling run: pure integers, no torch. Steps are 0 .. S-1, sigmas t_0 > ... > t_S."""
 
 from __future__ import annotations
 

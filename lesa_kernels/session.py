@@ -97,7 +97,7 @@ class Session:
                 f"step {step} must follow a push of step {self._previous[step]}, the last was {self._full_step}"
             )
         elif (unfinished := self._unfinished()) is not None:
-            raise RuntimeError(f"step {step} must follow the forecast of step {unfinished}, which was not asked for")
+            raise RuntimeError(f"step {step} must follow the forecast of step {unfinished}, which was left out")
         ring = self._ring_for(feature, starts)
         if segment.slot is not None:
             ring.push(feature, segment.slot)
@@ -117,7 +117,7 @@ class Session:
 
         Returns:
             [*feature], of the features' dtype. A view of the ring's memory where that has it too: valid until the next
-            push (with a chunked plan: until the next call), and whoever wants to write to it, copies it.
+            push (with a chunked plan: until the next call), so copy it before writing to it.
 
         Raises:
             ValueError: when the step is not a forecast step of the plan.
@@ -136,7 +136,7 @@ class Session:
         if launch is not self._launched:
             done = -1 if self._launched is None else segment.launches.index(self._launched)
             if segment.launches.index(launch) != done + 1:
-                raise RuntimeError(f"step {launch.steps[0]} must be asked for in its turn: chunks run once, in order")
+                raise RuntimeError(f"step {launch.steps[0]} must come in its turn: chunks run once, in order")
             self._ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
             self._launched = launch
         return self._ring[launch.write[row]].to(self._feature_dtype)

@@ -1,4 +1,4 @@
-"""Fills torch's dispatcher with kernels, once, and tells which kernel serves which device and why.
+"""Fills torch's dispatcher with kernels, once, and reports which kernel serves which device and why.
 
 Only this package knows the compiled libraries and Triton. Everything else calls `torch.ops.lesa`.
 """

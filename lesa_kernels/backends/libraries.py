@@ -1,4 +1,4 @@
-"""The compiled libraries: found beside the package, loaded once, asked for the facts of their build."""
+"""Finds the compiled libraries beside the package, loads them once and reads the facts of their build."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Library:
         name: str, the file's name without its suffix.
         loaded: bool, whether its kernels are in the dispatcher.
         reason: str, why it is loaded or not.
-        facts: mapping, what the library says of its build and of its choices at run time; empty if not loaded.
+        facts: mapping, the library's build and its choices at run time; empty if not loaded.
     """
 
     name: str
@@ -98,7 +98,7 @@ def load_library(name: str, folder: Path = PACKAGE, cuda: str | None = torch.ver
     except (OSError, RuntimeError) as error:
         reason = f"failed to load: {error}"
         warnings.warn(
-            f"lesa_kernels: {path.name} {reason}; status() tells what serves instead", RuntimeWarning, stacklevel=2
+            f"lesa_kernels: {path.name} {reason}; status() shows what serves instead", RuntimeWarning, stacklevel=2
         )
         return Library(name, False, reason)
     return _with_facts(Library(name, True, "loaded"), path)

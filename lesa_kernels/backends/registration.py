@@ -81,7 +81,7 @@ def register(device: str) -> None:
 
 
 def _has_triton() -> bool:
-    """Return whether there is a package of that name; only a call of its kernels tells whether it works."""
+    """Return whether there is a package of that name; only a call of its kernels shows whether it works."""
     try:
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # something without a spec was put into sys.modules by hand

@@ -1,4 +1,4 @@
-"""Sources of coefficients: LESA, per-step coefficients, and the training-free predictors."""
+"""Predictors: LESA, per-step coefficients, and those that need no training."""
 
 from lesa_kernels.predictors.base import Predictor
 from lesa_kernels.predictors.lesa import LesaPredictor

@@ -1,4 +1,4 @@
-"""What every predictor is: a source of rows of coefficients. Kernels and sessions know nothing else of it."""
+"""Defines the base class of predictors, which make rows of coefficients; kernels and sessions see only these."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> object:
 
 
 def _build(file: Path, state: dict[str, Tensor], thresholds: tuple[float, ...]) -> LesaPredictor:
-    """Make a predictor of the sizes that the state's shapes tell, and load the state strictly."""
+    """Make a predictor of the sizes in the state's shapes, and load the state strictly."""
     stages = 1 + max(int(key.split(".")[1]) for key in state)
     if stages != len(thresholds):
         raise ValueError(f"{file}: has {stages} stages, thresholds must name as many, got {thresholds}")

@@ -161,7 +161,7 @@ def assembled(
 
 
 def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredictor | LinearPredictor:
-    """Load a predictor of whatever kind, as its `save_pretrained` wrote it.
+    """Load a predictor of any kind, as its `save_pretrained` wrote it.
 
     Args:
         folder_or_hub_id: where it lies.

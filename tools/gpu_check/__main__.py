@@ -56,7 +56,7 @@ def main(
     phases, limit = CALLS[call.value]
     if unknown := set(phase or ()) - {each.name for each in phases}:
         raise typer.BadParameter(f"--phase must be one of {', '.join(each.name for each in phases)}, got {unknown}")
-    # So that who is told to stop ends the child processes too.
+    # A signal to stop ends the child processes too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     begin = time.monotonic()
     settings = Settings(device.value, _emptied(out), _emptied(WORK / "work"), pack)

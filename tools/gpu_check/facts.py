@@ -1,4 +1,4 @@
-"""What the report says of the machine; run as a program it prints JSON."""
+"""Collects the facts of the machine for the report; run as a program it prints them as JSON."""
 
 from __future__ import annotations
 

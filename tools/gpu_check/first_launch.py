@@ -1,4 +1,4 @@
-"""Runs one op on a device and says what serves all of them; ends with status 1 unless compiled kernels do."""
+"""Runs one op on a device and prints which kernels serve; ends with status 1 unless compiled kernels do."""
 
 from __future__ import annotations
 
