@@ -14,9 +14,8 @@ from torch import Tensor
 from benchmarks.baselines import folded_rows, folded_sum, kan_eager, published_eager
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import COPY, Case, Variant, sets_needed
-from lesa_kernels import reference
+from lesa_kernels.ops import TOLERANCES, Tolerance, reference
 from lesa_kernels.predictors.kan import KAN, KANLinear
-from lesa_kernels.reference import TOLERANCES, Tolerance
 
 EAGER = "published eager form"
 COMPILED = "torch.compile of the folded sum"

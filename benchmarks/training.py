@@ -31,10 +31,8 @@ from benchmarks.cases import (
 )
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
-from lesa_kernels import reference
-from lesa_kernels.ops import predict_l1_loss
+from lesa_kernels.ops import TOLERANCES, Tolerance, predict_l1_loss, reference
 from lesa_kernels.predictors.kan import KAN, KANLinear
-from lesa_kernels.reference import TOLERANCES, Tolerance
 
 EAGER_BACKWARD = "autograd of the published form, backward only"
 COMPILED_BACKWARD = "torch.compile of the folded backward"

@@ -36,8 +36,8 @@ from benchmarks.training import (
     predict_l1_case,
     training_step_case,
 )
+from lesa_kernels.ops import Tolerance
 from lesa_kernels.predictors.kan import KAN
-from lesa_kernels.reference import Tolerance
 
 ORIGIN = results.Origin("a device", 1, "2.13", "", "abc", "2026-01-01", "test")
 
