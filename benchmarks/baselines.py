@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa_kernels import reference
+from lesa_kernels.ops import reference
 from lesa_kernels.predictors.kan_network import KANLinear
 
 

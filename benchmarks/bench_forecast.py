@@ -39,9 +39,8 @@ from benchmarks.cases import (
 )
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import COPY, Case, Variant, sets_needed
-from lesa_kernels import reference
+from lesa_kernels.ops import TOLERANCES, Tolerance, reference
 from lesa_kernels.predictors.taylor import taylor_weights
-from lesa_kernels.reference import TOLERANCES, Tolerance
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from benchmarks.cases import (
 )
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
-from lesa_kernels import reference
+from lesa_kernels.ops import reference
 
 
 @torch.no_grad()

@@ -42,10 +42,8 @@ from benchmarks.cases import (
 )
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
-from lesa_kernels import reference
-from lesa_kernels.ops import predict_l1_loss
+from lesa_kernels.ops import TOLERANCES, predict_l1_loss, reference
 from lesa_kernels.predictors.kan_network import KAN, KANLinear
-from lesa_kernels.reference import TOLERANCES
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.clock import Run
 from benchmarks.harness import COPY, Variant
+from lesa_kernels.ops import TOLERANCES, Tolerance
 from lesa_kernels.predictors.kan_network import KANLinear
-from lesa_kernels.reference import TOLERANCES, Tolerance
 
 EAGER = "published eager form"
 COMPILED = "torch.compile of the folded sum"

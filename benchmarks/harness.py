@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.clock import Clock, Run
 from benchmarks.results import PEAKS, Measurement, Origin
-from lesa_kernels.reference import Tolerance
+from lesa_kernels.ops import Tolerance
 
 COPY = "copy of the same bytes"
 CAPTURED = ", captured"

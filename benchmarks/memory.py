@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.cases import SIZES, copy_variant, dtype_name, ends
 from benchmarks.clock import Clock
 from benchmarks.harness import Case, Variant
-from lesa_kernels.reference import Tolerance
+from lesa_kernels.ops import Tolerance
 
 HUGE_PAGE = 2**21
 THERE, FRESH, HUGE = "fill_, memory that is there", "fill_, fresh memory", "fill_, fresh memory in huge pages"

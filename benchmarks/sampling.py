@@ -11,8 +11,8 @@ import lesa_kernels as lesa
 from benchmarks.clock import Clock
 from benchmarks.harness import Case, Variant
 from lesa_kernels.demo.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
+from lesa_kernels.ops import Tolerance
 from lesa_kernels.predictors import Predictor
-from lesa_kernels.reference import Tolerance
 from lesa_kernels.schedule import Schedule
 
 STEPS = 50

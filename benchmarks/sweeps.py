@@ -22,8 +22,7 @@ from benchmarks.cases import (
 )
 from benchmarks.clock import Clock, Run
 from benchmarks.harness import Case, Variant, sets_needed
-from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels.ops import TOLERANCES, reference
 
 INTO, FRESH, EAGER, COMPILED = "lesa::forecast_into", "lesa::forecast", "published eager form", "torch.compile"
 

@@ -1,6 +1,6 @@
 """lesa-kernels: forecast a diffusion transformer's features on most steps instead of running its blocks.
 
-The method is LESA (arXiv 2602.20497). Ops: `torch.ops.lesa.*`, see `lesa_kernels.reference` for what they mean.
+The method is LESA (arXiv 2602.20497). Ops: `torch.ops.lesa.*`, see `lesa_kernels.ops` for what they mean.
 """
 
 from lesa_kernels import ops as _ops  # noqa: F401 - importing declares the ops

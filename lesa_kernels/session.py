@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_type
-from lesa_kernels.contract import FEATURE_DTYPES, arithmetic_dtype, check_feature
 from lesa_kernels.history import Ring
+from lesa_kernels.ops.arithmetic import arithmetic_dtype
+from lesa_kernels.ops.contract import FEATURE_DTYPES, check_dense, check_feature
 from lesa_kernels.plan import Check, Launch, Plan, Segment
 
 
@@ -84,6 +85,7 @@ class Session:
             RuntimeError: when the step is out of order.
         """
         check_type("feature", feature, Tensor, "a tensor")
+        check_dense("push", "feature", feature)
         check_feature("push", "feature", feature)
         check_type("step", step, SupportsIndex, "an integer")
         segment = self._segments.get(step)

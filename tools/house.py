@@ -47,7 +47,7 @@ def op_stems() -> set[str]:
     """Return the stems of the families of ops."""
     from lesa_kernels import ops
 
-    return set(ops.FAMILIES)
+    return {op.reference.__module__.rpartition(".")[2] for op in ops.OPS.values()}
 
 
 def template_files() -> list[str]:

@@ -77,7 +77,7 @@ def _kernel(op: str) -> Callable[..., Any]:
 def register(device: str) -> None:
     """Put Triton's kernels into torch's dispatcher for a kind of device."""
     for op in ops.OPS:
-        _library.impl(op, _kernel(op), device)
+        _library.impl(op, ops.OPS[op].checked(_kernel(op)), device)
 
 
 def _has_triton() -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list, check_type
-from lesa_kernels.contract import MAX_HISTORY
+from lesa_kernels.ops.contract import MAX_HISTORY, check_dense
+from lesa_kernels.ops.predict import check_predict
 from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Predictor, objection_to_sigmas
 from lesa_kernels.predictors.kan_network import GRID_SIZE, KAN, SPLINE_ORDER
@@ -213,14 +214,22 @@ class LesaPredictor(
             [*feature].
 
         Raises:
-            ValueError: when the history is shorter than the stage's K, or there are not S+1 sigmas.
+            ValueError: when the history is shorter than the stage's K, its features differ in shape or lie elsewhere
+                than the parameters, or there are not S+1 sigmas.
+            TypeError: when the history holds anything else than dense features of one dtype.
         """
         t = float(t)
         window = self.window(t)
         check_type("history", history, (Sequence, Tensor), "a sequence of features")
         if len(history) < window:
             raise ValueError(f"history must hold at least {window} features at t = {t}, got {len(history)}")
-        result: Tensor = torch.ops.lesa.predict(list(history[-window:]), *self.parameters_at(sigmas, t))
+        features = list(history[-window:])
+        for k, feature in enumerate(features):
+            check_type(f"history[{k - window}]", feature, Tensor, "a tensor")
+        parameters = self.parameters_at(sigmas, t)
+        check_dense("predict", "history", features)
+        check_predict("predict", features, *parameters)
+        result: Tensor = torch.ops.lesa.predict(features, *parameters)
         return result
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_decreasing
-from lesa_kernels.contract import MAX_HISTORY
+from lesa_kernels.ops.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
 from lesa_kernels.predictors.base import Predictor, objection_to_sigmas
 from lesa_kernels.predictors.saved import Saved

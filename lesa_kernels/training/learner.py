@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.contract import check_like
 from lesa_kernels.history import Ring
 from lesa_kernels.ops import predict_l1_loss
+from lesa_kernels.ops.contract import check_like
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.config import Batch, TrainingConfig

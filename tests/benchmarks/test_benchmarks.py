@@ -31,8 +31,8 @@ from benchmarks.clock import CpuClock, CudaClock, Run, clock_for
 from benchmarks.memory import ceiling_case, pages_case
 from benchmarks.predictions import predictions
 from benchmarks.sweeps import elements_case, rows_case
+from lesa_kernels.ops import Tolerance
 from lesa_kernels.predictors.kan_network import KAN
-from lesa_kernels.reference import Tolerance
 
 ORIGIN = results.Origin("a device", 1, "2.13", "", "abc", "2026-01-01", "test")
 

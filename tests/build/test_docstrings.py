@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 import lesa_kernels
-from lesa_kernels import integrations, reference, training
+from lesa_kernels import integrations, training
+from lesa_kernels.ops import forecast, gram, identity, kan, predict
 
-MODULES: tuple[ModuleType, ...] = (lesa_kernels, training, integrations, reference)
+MODULES: tuple[ModuleType, ...] = (
+    lesa_kernels, training, integrations, forecast, gram, identity, kan, predict)  # fmt: skip
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$", re.MULTILINE)
 
 

@@ -118,6 +118,10 @@ def gram(draw: Draw) -> dict[str, Any]:
     return {"features": _history(draw, draw(st.sampled_from(DTYPES)))}
 
 
+def identity(draw: Draw) -> dict[str, Any]:
+    return {"feature": _numbers(draw, draw(st.sampled_from(SHAPES)), draw(st.sampled_from(DTYPES)))}
+
+
 def kan_linear(draw: Draw) -> dict[str, Any]:
     dtype, order = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 3))
     rows, ins, outs, bases = (draw(st.sampled_from(sizes)) for sizes in ([(3,), (), (0,)], [1, 4], [1, 5], [1, 4]))
@@ -136,7 +140,7 @@ def kan_linear_backward(draw: Draw) -> dict[str, Any]:
 
 VALID: dict[str, Callable[[Draw], dict[str, Any]]] = {
     each.__name__: each
-    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, gram,
+    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, gram, identity,
                  kan_linear, kan_linear_backward)
 }  # fmt: skip
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesa_kernels import reference
-from lesa_kernels.ops import predict_l1_loss
+from lesa_kernels.ops import predict_l1_loss, reference
 from lesa_kernels.predictors.kan_network import KAN
 
 DEVICE = torch.device("cuda")

@@ -10,7 +10,7 @@ import torch
 from cases import assert_close
 from torch import Tensor
 
-from lesa_kernels import reference
+from lesa_kernels.ops import reference
 
 DEVICE = torch.device("cuda")
 N = 2**31 + 1003

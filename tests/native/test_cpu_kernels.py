@@ -10,7 +10,7 @@ from cases import assert_close_gram, extreme_features
 from cpu_library import ISAS, facts, native, needs_library
 from torch import Tensor
 
-from lesa_kernels import reference
+from lesa_kernels.ops import TOLERANCES, reference
 
 pytestmark = needs_library
 
@@ -49,7 +49,7 @@ LAYOUTS: list[Layout] = [_plain, _misaligned, _long_rows, _transposed, _strided,
 
 
 def _assert_within(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    tolerance = reference.TOLERANCES[dtype]
+    tolerance = TOLERANCES[dtype]
     assert got.shape == want.shape and got.is_contiguous()
     assert bool(((got.double() - want).abs() <= tolerance.absolute + tolerance.relative * scale).all())
 
@@ -290,7 +290,7 @@ def test_too_many_dimensions_are_refused() -> None:
 
 
 def _close(got: Tensor, want: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    tolerance = reference.TOLERANCES[dtype]
+    tolerance = TOLERANCES[dtype]
     assert bool(((got.double() - want).abs() <= tolerance.absolute + tolerance.relative * scale).all())
 
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels.ops import TOLERANCES, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (63,), (2, 5, 13), (1030,), (4, 4097)]

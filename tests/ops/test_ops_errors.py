@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lesa_kernels import reference
+from lesa_kernels.ops import OPS
+
+reference = SimpleNamespace(**{name: op.checked(op.reference) for name, op in OPS.items()})
 
 KAN = (torch.randn(2, 3), torch.randn(3, 12), torch.randn(4, 3), torch.randn(4, 3, 8), torch.randn(4, 3))
 H = [torch.randn(2, 3) for _ in range(3)]
@@ -58,7 +61,7 @@ CASES: list[tuple[str, tuple[Any, ...], str]] = [
 def test_a_wrong_argument_is_named(op: str, arguments: tuple[Any, ...], message: str, device: torch.device) -> None:
     arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
     for call in (getattr(torch.ops.lesa, op), getattr(reference, op)):
-        with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        with pytest.raises(RuntimeError, match=message):
             call(*arguments)
 
 
@@ -70,9 +73,9 @@ def test_a_ring_that_overlaps_itself_is_refused(kind: str) -> None:
     }
     ring, rows, offsets = rings[kind], torch.randn(2, 3), torch.randn(2)
     for module in (torch.ops.lesa, reference):
-        with pytest.raises((ValueError, RuntimeError), match="ring must not overlap itself in memory"):
+        with pytest.raises(RuntimeError, match="ring must not overlap itself in memory"):
             module.push(ring, torch.ones(2, 3), 0)
-        with pytest.raises((ValueError, RuntimeError), match="ring must not overlap itself in memory"):
+        with pytest.raises(RuntimeError, match="ring must not overlap itself in memory"):
             module.forecast_into(ring, rows, offsets, [0, 1, 2], [3, 1])
 
 
@@ -80,7 +83,7 @@ def test_a_feature_that_overlaps_a_part_of_its_slot_is_refused() -> None:
     memory = torch.arange(30.0)
     before, ring = memory.clone(), memory[:24].view(4, 2, 3)
     for module in (torch.ops.lesa, reference):
-        with pytest.raises((ValueError, RuntimeError), match="feature must not overlap a part of the slot"):
+        with pytest.raises(RuntimeError, match="feature must not overlap a part of the slot"):
             module.push(ring, memory[14:20].view(2, 3), 2)
         module.push(ring, ring[2], 2)
         assert torch.equal(memory, before)
@@ -89,13 +92,13 @@ def test_a_feature_that_overlaps_a_part_of_its_slot_is_refused() -> None:
 def test_an_error_changes_nothing() -> None:
     ring = torch.randn(4, 2, 3)
     before = ring.clone()
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(RuntimeError):
         torch.ops.lesa.forecast_into(ring, torch.randn(2, 3), torch.randn(2), [0, 1, 2], [3, 9])
     assert torch.equal(ring, before)
 
 
 def test_a_meta_tensor_is_refused_where_it_is_mixed_with_real_ones() -> None:
-    with pytest.raises((ValueError, RuntimeError), match=r"must be on"):
+    with pytest.raises(RuntimeError, match=r"must be on"):
         reference.predict([*H[:2], H[2].to("meta")], W, B, G)
 
 
@@ -110,6 +113,6 @@ def test_what_is_written_may_not_be_an_input_as_well(layout: str) -> None:
     for module in (torch.ops.lesa, reference):
         for out, name in ((history[1], r"history\[1\]"), (target, "target")):
             before = out.clone()
-            with pytest.raises((ValueError, RuntimeError), match=f"out must not share memory with {name}"):
+            with pytest.raises(RuntimeError, match=f"out must not share memory with {name}"):
                 module.predict_l1(history, target, torch.randn(2), torch.randn(1), torch.randn(1), out)
             assert torch.equal(out, before)

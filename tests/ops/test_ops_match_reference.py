@@ -19,7 +19,7 @@ from cases import (
 )
 from torch import Tensor
 
-from lesa_kernels import reference
+from lesa_kernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ops = torch.ops.lesa

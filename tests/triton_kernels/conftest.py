@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 
-from lesa_kernels.reference import TOLERANCES, Tolerance
+from lesa_kernels.ops import TOLERANCES, Tolerance
 
 ON_GPU = torch.cuda.is_available()
 ENGINES = ["gpu"] if ON_GPU else ["interpreter", "ptx"]

@@ -9,7 +9,7 @@ import torch
 from cases import assert_close, wide
 from torch import Tensor
 
-from lesa_kernels import reference
+from lesa_kernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

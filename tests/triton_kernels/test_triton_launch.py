@@ -36,6 +36,7 @@ def _calls(lesa: ModuleType) -> dict[str, Callable[[], Any]]:
         "forecast_into": lambda: lesa.forecast_into(torch.ones(3, N), torch.ones(1, 2), one, [0, 1], [2]),
         "push": lambda: lesa.push(torch.ones(3, N), h[0], 1),
         "gram": lambda: lesa.gram(h),
+        "identity": lambda: lesa.identity(h[0]),
         "kan_linear": lambda: lesa.kan_linear(*layer),
         "kan_linear_backward": lambda: lesa.kan_linear_backward(torch.ones(2, 1), *layer),
     }

@@ -11,7 +11,7 @@ from cases import assert_close, contiguous, padded, predict_scale, transposed, w
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lesa_kernels import reference
+from lesa_kernels.ops import OPS, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -21,28 +21,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 )
 def test_a_wrong_argument_is_named(lesa: Any, op: str, arguments: tuple[Any, ...], message: str) -> None:
     arguments = tree_map_only(Tensor, lambda tensor: tensor.to(torch.get_default_device()), arguments)
-    with pytest.raises((TypeError, ValueError), match=message):
-        getattr(lesa, op)(*arguments)
-
-
-def test_float64_features_are_refused_in_the_words_of_the_compiled_kernels(lesa: Any) -> None:
-    h, one = torch.ones(3, dtype=torch.float64), torch.ones(1)
-    refused = "must have a dtype of float32, float16, bfloat16, got float64"
-    calls = {
-        "predict": lambda: lesa.predict([h], one, one, one),
-        "predict_backward": lambda: lesa.predict_backward(h, [h], one, one, one, True),
-        "predict_l1": lambda: lesa.predict_l1([h], h, one, one, one, None),
-        "forecast": lambda: lesa.forecast([h], one[None], one),
-        "forecast_into": lambda: lesa.forecast_into(h[None], one[None], one, [0], [0]),
-        "push": lambda: lesa.push(torch.ones(2, 3), h, 1),
-        "gram": lambda: lesa.gram([h]),
-        "kan_linear": lambda: lesa.kan_linear(
-            h, torch.ones(3, 5), *[torch.ones(s) for s in ((2, 3), (2, 3, 1), (2, 3))]
-        ),
-    }
-    for op, call in calls.items():
-        with pytest.raises(TypeError, match=rf"lesa::{op}: .*{refused}"):
-            call()
+    with pytest.raises(RuntimeError, match=message):
+        OPS[op].checked(getattr(lesa, op))(*arguments)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
@@ -91,8 +71,6 @@ def test_a_feature_may_be_pushed_onto_itself(lesa: Any) -> None:
     before = ring.clone()
     lesa.push(ring, ring[1], 1)
     assert torch.equal(ring, before)
-    with pytest.raises(ValueError, match="must not overlap a part of the slot"):
-        lesa.push(ring, ring.reshape(-1)[50:150], 1)
 
 
 @pytest.mark.parametrize("layout", [contiguous, transposed, padded], ids=lambda layout: layout.__name__)
@@ -123,12 +101,6 @@ def test_gram_of_features_permuted_alike_copies_nothing(lesa: Any, monkeypatch: 
     want = reference.gram(wide(features))
     monkeypatch.setattr(Tensor, "contiguous", lambda self: pytest.fail("a feature is copied"))
     assert_close(lesa.gram(features), want, 126 * torch.ones(4, 4, dtype=torch.float64), torch.float32)
-
-
-def test_an_out_that_shares_memory_with_an_input_is_refused(lesa: Any) -> None:
-    memory, one = torch.randn(20), torch.ones(1)
-    with pytest.raises(ValueError, match=r"lesa::predict_l1: out must not share memory with history\[0\]"):
-        lesa.predict_l1([memory[:10]], torch.ones(10), one, one, one, memory[5:15])
 
 
 def test_the_derivative_of_an_exact_forecast_is_0_and_nan_spreads(lesa: Any) -> None:

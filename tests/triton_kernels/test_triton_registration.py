@@ -129,6 +129,7 @@ arguments = dict(
     forecast_into=(torch.randn(4, 3), torch.randn(2, 2), torch.randn(2), [0, 1], [2, 0]),
     push=(torch.randn(3, 4), torch.randn(4), 2),
     gram=(h,),
+    identity=(h[0],),
     kan_linear=tuple(layer),
     kan_linear_backward=(torch.randn(2, 1), *layer),
 )

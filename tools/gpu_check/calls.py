@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels.ops import TOLERANCES, reference
 
 Expected = list[tuple[Tensor, Tensor]]
 """Of each output the value and the scale of its error, both float64."""
@@ -286,6 +285,17 @@ def gram(dtype: torch.dtype, size: Size) -> Call:
     return Call(features, lambda ops: [ops.gram(features)], expected)
 
 
+def identity(dtype: torch.dtype, size: Size) -> Call:
+    """A copy of a feature."""
+    feature = _random(*size.feature, dtype=dtype)
+
+    def expected() -> Expected:
+        want = feature.double()
+        return [(want, torch.zeros_like(want))]
+
+    return Call([feature], lambda ops: [ops.identity(feature)], expected)
+
+
 def _kan(dtype: torch.dtype, size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return x, the grid, and the weights: base, spline, scaler."""
     rows, inputs, outputs = size.kan
@@ -330,6 +340,7 @@ CALLS: dict[str, Callable[[torch.dtype, Size], Call]] = {
         forecast_into,
         push,
         gram,
+        identity,
         kan_linear,
         kan_linear_backward,
     )

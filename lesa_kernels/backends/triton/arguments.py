@@ -8,30 +8,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-# float64 features have kernels on the CPU only (csrc/contract.h says the same in C++).
-FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def check_feature(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a feature has a dtype that these kernels take.
-
-    Raises:
-        TypeError: when it does not.
-    """
-    if tensor.dtype not in FEATURE_DTYPES:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"lesa::{op}: {name} must have a dtype of float32, float16, bfloat16, got {dtype}")
-
-
-def check_history(op: str, history: Sequence[Tensor], name: str = "history") -> None:
-    """Check the dtype of a history, or of an argument of another name; `contract` checks all else.
-
-    Raises:
-        TypeError: for another dtype.
-    """
-    if history:
-        check_feature(op, f"{name}[0]", history[0])
-
 
 def _dense_strides(tensor: Tensor) -> list[tuple[int, int]] | None:
     """Return each dimension of more than one element with its stride; None where memory has gaps or overlaps."""

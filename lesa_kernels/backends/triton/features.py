@@ -11,11 +11,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lesa_kernels import contract
 from lesa_kernels.backends.triton.arguments import (
     blocks_of,
-    check_feature,
-    check_history,
     codes_of,
     contiguous,
     fresh_like,
@@ -27,6 +24,7 @@ from lesa_kernels.backends.triton.arguments import (
 )
 from lesa_kernels.backends.triton.kernels.combine import combine, copy
 from lesa_kernels.backends.triton.launch import launch
+from lesa_kernels.ops import contract
 
 T = TypeVar("T")
 WARPS = 4
@@ -103,8 +101,6 @@ def _combine(
 
 def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
     """`reference.predict`; a history that is not contiguous is copied."""
-    check_history("predict", history)
-    contract.check_predict("predict", history, weight, bias, gain)
     out = fresh_like(history[0])
     _combine("predict", contiguous(history), [out], weight, bias, gain)
     return out
@@ -112,9 +108,6 @@ def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tenso
 
 def forecast(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:
     """`reference.forecast`; a history that is not contiguous is copied."""
-    check_history("forecast", history)
-    contract.check_history("forecast", history)
-    contract.check_rows("forecast", coefficients, offsets, len(history), "history[0]", history[0])
     outputs = [fresh_like(history[0]) for _ in range(coefficients.shape[0])]
     _combine("forecast", contiguous(history), outputs, coefficients, offsets)
     return outputs
@@ -124,10 +117,6 @@ def forecast_into(
     ring: Tensor, coefficients: Tensor, offsets: Tensor, read: Sequence[int], write: Sequence[int]
 ) -> None:
     """`reference.forecast_into`; allocates nothing where the slots of the ring are dense."""
-    check_feature("forecast_into", "ring", ring)
-    contract.check_forecast_into(ring, coefficients, offsets, read, write)
-    contract.check_distinct_elements("forecast_into", "ring", ring)
-    contract.check_apart("forecast_into", {"ring": ring}, {"coefficients": coefficients, "offsets": offsets})
     if ring.is_contiguous() or share_dense_layout([ring[0]]):
         _combine("forecast_into", (ring,), (ring,), coefficients, offsets, ring_slots=(read, write))
         return
@@ -137,11 +126,6 @@ def forecast_into(
 
 def push(ring: Tensor, feature: Tensor, slot: int) -> None:
     """`reference.push`; where the feature and the slot do not share a dense layout, torch copies."""
-    check_feature("push", "ring", ring)
-    check_feature("push", "feature", feature)
-    contract.check_push(ring, feature, slot)
-    contract.check_distinct_elements("push", "ring", ring)
-    contract.check_copy("push", "feature", ring[slot], feature)
     if not share_dense_layout([ring[slot], feature]):
         ring[slot].copy_(feature)
     elif feature.numel() > 0:

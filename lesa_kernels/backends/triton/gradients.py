@@ -6,14 +6,12 @@ then written through a temporary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lesa_kernels import contract
 from lesa_kernels.backends.triton.arguments import (
-    check_history,
     contiguous,
     fresh_like,
     on_device_of,
@@ -48,9 +46,6 @@ def predict_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """`reference.predict_backward`; tensors that do not share a dense layout are copied."""
     op = "predict_backward"
-    check_history(op, history)
-    contract.check_predict(op, history, weight, bias, gain)
-    contract.check_like(op, "grad", grad, "history[0]", history[0])
     inputs = len(history)
     grad_history = [fresh_like(feature) for feature in history] if history_needs_grad else []
     # Gradients of the history are contiguous, whatever the history is.
@@ -73,26 +68,11 @@ def predict_backward(
         return (grad_history, *_finish(op, run, weight, bias, gain, None, 1))
 
 
-def _check_out(
-    op: str, history: Sequence[Tensor], target: Tensor, parameters: Mapping[str, Tensor], out: Tensor
-) -> None:
-    """Check the tensor that receives a forecast."""
-    contract.check_like(op, "out", out, "history[0]", history[0])
-    contract.check_distinct_elements(op, "out", out)
-    features = {f"history[{k}]": feature for k, feature in enumerate(history)}
-    contract.check_apart(op, {"out": out}, {"target": target, **features, **parameters})
-
-
 def predict_l1(
     history: Sequence[Tensor], target: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.predict_l1`; tensors that do not share a dense layout are copied."""
     op = "predict_l1"
-    check_history(op, history)
-    contract.check_predict(op, history, weight, bias, gain)
-    contract.check_like(op, "target", target, "history[0]", history[0])
-    if out is not None:
-        _check_out(op, history, target, {"weight": weight, "bias": bias, "gain": gain}, out)
     inputs = len(history)
     features: Sequence[Tensor] = [*history, target]
     direct = out is None or share_dense_layout([*features, out])

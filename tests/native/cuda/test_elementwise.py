@@ -27,7 +27,7 @@ from arrays import (
 )
 from engines import Engine, Values, integers
 
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels.ops import TOLERANCES
 
 
 def combine(

@@ -25,8 +25,7 @@ from arrays import (
 from cases import assert_close_gram
 from engines import Engine, integers
 
-from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels.ops import TOLERANCES, reference
 
 
 def features_of(dtype: str, shape: tuple[int, ...], layout: Layout, count: int) -> list[Array]:

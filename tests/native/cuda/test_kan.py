@@ -13,8 +13,8 @@ import torch
 from arrays import DTYPES, Array, close, contiguous, encode, random, tensor_of
 from engines import Engine, Result, Values
 
-from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels.ops import TOLERANCES, reference
+from lesa_kernels.ops.kan import spline_bases, spline_order, spline_slopes
 
 
 class Layer(ctypes.Structure):
@@ -119,7 +119,7 @@ def check_forward(engine: Engine, case: Problem) -> Array:
     out = forward(engine, case)
     x, grid, base, spline, scaler = case.tensors
     want = reference.kan_linear(x, grid, base, spline, scaler)
-    bases = reference.spline_bases(x, grid, case.order)
+    bases = spline_bases(x, grid, case.order)
     scale = torch.nn.functional.silu(x).abs() @ base.abs().T
     scale += torch.einsum("nib,oib->no", bases.abs(), (spline * scaler.unsqueeze(-1)).abs())
     assert close(out, want, scale, TOLERANCES[getattr(torch, case.x.dtype)])
@@ -142,8 +142,8 @@ def magnitudes(
     g: torch.Tensor, x: torch.Tensor, grid: torch.Tensor, base: torch.Tensor, spline: torch.Tensor, scaler: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Sums of the magnitudes of the terms of the four gradients."""
-    order = reference.spline_order(grid, spline)
-    bases, slopes = reference.spline_bases(x, grid, order), reference.spline_slopes(x, grid, order).abs()
+    order = spline_order(grid, spline)
+    bases, slopes = spline_bases(x, grid, order), spline_slopes(x, grid, order).abs()
     g, base, spline, scaler = g.abs(), base.abs(), spline.abs(), scaler.abs()
     sigmoid = torch.sigmoid(x)
     through = torch.einsum("no,oib->nib", g, spline * scaler.unsqueeze(-1))
@@ -253,12 +253,12 @@ def test_each_basis_and_each_slope_alone(engine: Engine, grid: Grid, order: int,
     case.x.view[...] = points
     x, placed, *_ = case.tensors
     tolerance = TOLERANCES[torch.float32]
-    assert close(forward(engine, case), reference.spline_bases(x, placed, order)[:, 0], 1, tolerance)
+    assert close(forward(engine, case), spline_bases(x, placed, order)[:, 0], 1, tolerance)
     case.x = contiguous((len(points) * bases, 1), "float32")
     case.x.view[...] = np.repeat(points, bases, axis=0)
     grad = contiguous((len(points) * bases, bases), "float32")
     grad.view[...] = np.tile(np.eye(bases), (len(points), 1))
-    slopes = reference.spline_slopes(x, placed, order).reshape(-1, 1)
+    slopes = spline_slopes(x, placed, order).reshape(-1, 1)
     assert close(backward(engine, case, grad)[0], slopes, 1 + slopes.abs(), tolerance)
 
 

@@ -27,8 +27,7 @@ from arrays import (
 )
 from engines import Engine, Result, Values, integers
 
-from lesa_kernels import reference
-from lesa_kernels.reference import TOLERANCES
+from lesa_kernels.ops import TOLERANCES, reference
 
 
 class Gradients(ctypes.Structure):

@@ -1,0 +1,147 @@
+"""Defines `torch.ops.lesa.*` from the declarations in the files of the families.
+
+Compiled kernels take the CPU and CUDA keys of the dispatcher when `lesa_kernels.backends` loads them; every other
+device runs the references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa_kernels.ops import contract
+
+_library = torch.library.Library("lesa", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """What one op is. All functions but `backward` and `setup_context` take the op's arguments, in order.
+
+    Args:
+        schema: str, its name, arguments and results in torch's notation.
+        check: takes the op's name first; raises TypeError or ValueError for a wrong argument.
+        reference: computes the results in plain torch; what it gets has passed the checks.
+        fake: returns tensors like the results without computing them; None where the op returns nothing.
+        check_memory: like `check`, for what may not overlap; fake tensors have no memory and pass without.
+        backward: what autograd calls, see `torch.library.register_autograd`; None refuses gradients.
+        setup_context: saves what `backward` needs.
+    """
+
+    schema: str
+    check: Callable[..., None]
+    reference: Callable[..., Any]
+    fake: Callable[..., Any] | None = None
+    check_memory: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name, as in `torch.ops.lesa`."""
+        return self.schema.partition("(")[0]
+
+    @cached_property
+    def arguments(self) -> list[Any]:
+        """The arguments of the schema, as torch parses it."""
+        return list(torch._C.parse_schema(f"lesa::{self.schema}").arguments)
+
+    def checked(self, function: Callable[..., Any], has_memory: bool = True) -> Callable[..., Any]:
+        """Return a function that checks the op's arguments, once, and then calls another with them.
+
+        Args:
+            function: takes the op's arguments.
+            has_memory: bool, whether the arguments are real tensors.
+        """
+        name, check, check_memory = self.name, self.check, self.check_memory if has_memory else None
+        tensors = [(k, argument.name) for k, argument in enumerate(self.arguments) if "Tensor" in str(argument.type)]
+        optional = {k for k, argument in enumerate(self.arguments) if isinstance(argument.type, torch.OptionalType)}
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            try:
+                for k, argument in tensors:
+                    if k not in optional or arguments[k] is not None:
+                        contract.check_dense(name, argument, arguments[k])
+                check(name, *arguments)
+                if check_memory is not None:
+                    check_memory(name, *arguments)
+            except (TypeError, ValueError) as error:
+                raise RuntimeError(str(error)) from None
+            return function(*arguments)
+
+        return call
+
+
+OPS: dict[str, Op] = {}
+
+
+def declare(op: Op) -> None:
+    """Define an op: its reference for all devices, its fake, its gradients."""
+    OPS[op.name] = op
+    _library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(op.name, op.checked(op.reference), "CompositeExplicitAutograd")
+    fake = op.checked(op.fake or _returns_nothing, has_memory=False)
+    torch.library.register_fake(f"lesa::{op.name}", fake, lib=_library)
+    if op.backward is None:
+        _refuse_gradients(op)
+    else:
+        torch.library.register_autograd(f"lesa::{op.name}", op.backward, setup_context=op.setup_context, lib=_library)
+
+
+def fresh_like(tensor: Tensor) -> Tensor:
+    """Return a fresh contiguous tensor of another's shape, dtype and device."""
+    return tensor.new_empty(tensor.shape)
+
+
+def refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    """Serve as the `backward` of an op that computes gradients.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError("lesa: predict and kan_linear are differentiable once, got a gradient of their gradients")
+
+
+def _returns_nothing(*arguments: Any) -> None:
+    """Serve as the fake of an op that only writes to its arguments."""
+
+
+def _refuse_gradients(op: Op) -> None:
+    """Refuse gradients, which would be lost, and let autograd see what the op writes to.
+
+    A backward that saved the old values of what is written then fails.
+    """
+    overload = getattr(torch.ops.lesa, op.name).default
+    names = [argument.name for argument in op.arguments]
+    written = [k for k, argument in enumerate(op.arguments) if argument.alias_info and argument.alias_info.is_write]
+
+    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument, value in zip(names, arguments, strict=False):
+                tensors = value if isinstance(value, list | tuple) else [value]
+                if any(isinstance(each, Tensor) and each.requires_grad for each in tensors):
+                    raise RuntimeError(
+                        f"lesa::{op.name}: {argument} must not require gradients, the op has none; detach it, or call "
+                        "the op under torch.no_grad()"
+                    )
+        for position in written:
+            if arguments[position] is None:
+                continue
+            if arguments[position].is_neg():
+                raise RuntimeError(
+                    f"lesa::{op.name}: {names[position]} must hold what is written as it is, got a view with the "
+                    "negative bit; resolve_neg() makes a tensor without"
+                )
+            torch.autograd.graph.increment_version(arguments[position])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    # Inference mode leaves the first key out, and the second one in for tensors from outside of it.
+    for key in ("Autograd", "ADInplaceOrView") if written else ("Autograd",):
+        _library.impl(op.name, kernel, key, with_keyset=True)
