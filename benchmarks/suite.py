@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.bench_forecast import forecast_case, push_case, spectrum_case, taylor_case, threads_case
 from benchmarks.bench_gram import gram_case
+from benchmarks.bench_identity import identity_case
 from benchmarks.bench_kan import kan_case
 from benchmarks.bench_predict import predict_backward_case, predict_case, predict_l1_case, training_step_case
 from benchmarks.clock import Clock
@@ -75,6 +76,7 @@ def suite(device: torch.device) -> list[Entry]:
         Entry("predict", partial(predict_case, SMALL, dtype=torch.float32, small=True)),
         Entry("forecast", partial(forecast_case, SMALL, dtype=torch.float32)),
         Entry("push", partial(push_case, SMALL, dtype=torch.float32)),
+        Entry("identity", partial(identity_case, TINY, dtype=torch.float32)),
         Entry("predict", partial(predict_case, TINY, dtype=torch.float32, small=True)),
     ]
     networks = [Entry("kan_linear", partial(kan_case, rows)) for rows in KAN_ROWS]

@@ -25,6 +25,7 @@ from benchmarks import cases, compare, dispatch, harness, results, suite, target
 from benchmarks.baselines import folded_sum, kan_eager, published_eager, published_l1
 from benchmarks.bench_forecast import forecast_case, push_case, spectrum_case, taylor_case, threads_case
 from benchmarks.bench_gram import gram_case
+from benchmarks.bench_identity import identity_case
 from benchmarks.bench_kan import kan_by_ops, kan_case
 from benchmarks.bench_predict import predict_backward_case, predict_case, predict_l1_case, training_step_case
 from benchmarks.clock import CpuClock, CudaClock, Run, clock_for
@@ -94,6 +95,7 @@ MAKERS: dict[str, Make] = {
     "elements": lambda clock: elements_case(64, clock),
     "rows": lambda clock: rows_case("tiny", clock, count=3, rows=4, op="rows"),
     "push": lambda clock: push_case("tiny", clock),
+    "identity": lambda clock: identity_case("tiny", clock),
     "predict_l1": lambda clock: predict_l1_case("tiny", clock, count=3),
     "predict_l1, float32": lambda clock: predict_l1_case("tiny", clock, count=3, dtype=torch.float32),
     "predict_backward": lambda clock: predict_backward_case("tiny", clock, count=3),
