@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial, update_wrapper
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from diffusers.hooks.hooks import CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
@@ -43,22 +43,6 @@ class _Context(StateManager):
 _UNNAMED = CacheContext("")
 
 
-class _Turn:
-    """A lock that a thread may take again; copies and pickles of it are locks of their own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
-        return _Turn, ()
-
-
 class BypassHook(ModelHook):
     """Stands before a model, in diffusers' own registry; what answers a call is up to the class that derives.
 
@@ -81,10 +65,15 @@ class BypassHook(ModelHook):
         self._skip = output_tail if self._captures_output and adapter.skip is None else adapter.skip
         self._blocks = Blocks(model, () if self._skip is not None else adapter.blocks)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self._turn = _Turn()
+        self._lock = threading.RLock()
         self._thread = 0
         self._decided = False
         self._fits = self._skip is not None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "lesa: an enabled model cannot be copied or pickled; call lesa.disable(...) first, and enable the copy"
+        )
 
     @abstractmethod
     def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
@@ -124,7 +113,7 @@ class BypassHook(ModelHook):
         Returns:
             As the model's forward.
         """
-        with self._turn:
+        with self._lock:
             self._decided, self._thread = True, threading.get_ident()
             try:
                 latents = args[0] if args else kwargs[self._names[0]]
@@ -218,7 +207,7 @@ def attach(model: nn.Module, root: BypassHook) -> None:
     with _below_offload(model):
         forward = model.forward
         HookRegistry.check_if_exists_or_initialize(model).register_hook(root, NAME)
-        # diffusers leaves a closure there, which a copy of the model would share: it would run this model's weights.
+        # In place of diffusers' closure, which calls pre_forward and post_forward too; this hook has neither.
         model.forward = update_wrapper(partial(_call, root.fn_ref), forward)
     HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
     root.gates.place(model, root.wrappers)

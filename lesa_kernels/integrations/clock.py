@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -45,26 +44,11 @@ class Clock:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler if pipeline is None else pipeline.scheduler
         self._sigmas = None if sigmas is None else check_decreasing(sigmas)
-        # Whether it came out of a pickle without its pipeline.
-        self._strayed = False
         if self._sigmas is None and not hasattr(self._scheduler, "sigmas" if self.has_index else "timesteps"):
             raise ValueError(
                 "lesa: the scheduler must have sigmas and a step_index, or timesteps, "
                 f"got {type(self._scheduler).__name__}; pass a bare transformer and sigmas= instead"
             )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
-        # A copy of a pipeline follows itself; a copy of its transformer alone goes by the clock that is there.
-        other = copy.copy(self)
-        pipeline = self._pipeline() if self._pipeline is not None else None
-        if id(pipeline) in memo:
-            other._pipeline = weakref.ref(memo[id(pipeline)])
-        other._scheduler = memo.get(id(self._scheduler), self._scheduler)
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The pickle of a transformer must not hold its pipeline; a scheduler that has an index does without.
-        return vars(self) | {"_scheduler": self.scheduler(), "_pipeline": None, "_strayed": self._pipeline is not None}
 
     @property
     def has_scheduler(self) -> bool:
@@ -95,15 +79,10 @@ class Clock:
 
         Raises:
             TypeError: when the scheduler was not told its steps yet.
-            ValueError: when it takes the pipeline to place the calls, and that is not known.
         """
         if self._sigmas is not None:
             return self._sigmas
         scheduler = self.scheduler()
-        if self._strayed and not self.has_index:
-            raise ValueError(
-                "the model comes from a pickle, and only its pipeline can tell where a run begins; enable it again"
-            )
         if self.has_index:
             sigmas = read_sigmas(scheduler.sigmas)
             if max(sigmas) <= _MAX_FLOW_SIGMA:

@@ -44,9 +44,5 @@ class Gates:
                 setattr(holder, name, compiled)
         self._placed.clear()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of a model are not compiled.
-        return vars(self) | {"_placed": []}
-
     def _pass(self, compiled: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return self._decide(compiled, model, args, kwargs)

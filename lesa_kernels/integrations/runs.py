@@ -225,11 +225,6 @@ class Runs:
 
         self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Copies and pickles start without a run, and without the plans: their predictors are others.
-        made_from = (self._clock, self._predictors, self._schedule, self._options, self._blocks)
-        return Runs, made_from, {"siblings": self.siblings}
-
     @property
     def summary(self) -> Summary | None:
         """What became of the last run, None before the first; waits for the device to finish what was measured."""

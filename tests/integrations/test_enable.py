@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +97,34 @@ def test_disable_leaves_no_trace(pipe: TinyPipeline) -> None:
     disable(model)
     assert torch.equal(pipe(STEPS), plain)
     assert not model._diffusers_hook.hooks
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pickle.dumps, lambda target: torch.save(target, io.BytesIO())], ids=str
+)
+@pytest.mark.parametrize("bare", [True, False])
+def test_an_enabled_model_refuses_copies_and_pickles(
+    pipe: TinyPipeline, copied: Callable[[Any], object], bare: bool
+) -> None:
+    target = pipe.transformer if bare else pipe
+    enable(pipe, Reuse(), THREE)
+    expected = pipe(STEPS)
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled; call lesa.disable\(...\) first"):
+        copied(target)
+    assert torch.equal(pipe(STEPS), expected)
+    disable(pipe)
+    copied(target)
+
+
+def test_an_enabled_pipeline_can_be_saved(pipe: TinyPipeline, tmp_path: Path) -> None:
+    plain = pipe(STEPS)
+    enable(pipe, Reuse(), THREE)
+    pipe(STEPS)
+    pipe.save_pretrained(tmp_path)
+    assert summary(pipe).forecast > 0
+    loaded = TinyPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(loaded(STEPS), plain)
 
 
 def test_a_copy_of_a_disabled_model_is_its_own(pipe: TinyPipeline) -> None:
