@@ -1,7 +1,7 @@
 """Hooks into other libraries: `lesa.enable(pipe)` for diffusers. Importing this package does not import diffusers."""
 
-from lesa_kernels.integrations.adapters import Adapter, register_adapter
 from lesa_kernels.integrations.api import disable, enable, enabled, summary
+from lesa_kernels.integrations.models import Adapter, register_adapter
 from lesa_kernels.integrations.recording import recorded
 from lesa_kernels.integrations.runs import LesaWarning, default_schedule
 from lesa_kernels.integrations.sampling import PipelineSource

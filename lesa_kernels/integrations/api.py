@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lesa_kernels.integrations.adapters import Adapter, find_adapter
 from lesa_kernels.integrations.clock import Clock
+from lesa_kernels.integrations.models import Adapter, find_adapter
 from lesa_kernels.integrations.runs import Options, Predictors, Runs
 from lesa_kernels.integrations.summaries import Summary, merged
 from lesa_kernels.predictors import Predictor, TaylorSeer

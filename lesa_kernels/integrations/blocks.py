@@ -8,15 +8,6 @@ from contextlib import contextmanager
 from torch import nn
 
 
-def find_block_lists(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the lists of blocks that a transformer holds, as diffusers names them."""
-    return tuple(
-        name
-        for name, child in model.named_children()
-        if isinstance(child, nn.ModuleList) and name.endswith(("blocks", "layers"))
-    )
-
-
 class NoBlocks(nn.ModuleList):
     """Stands in for a list of blocks: a loop over it does nothing, its length and its items are those of the list.
 

@@ -12,15 +12,14 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from diffusers.hooks.hooks import CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
+from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.adapters import MODEL_OUTPUT, Adapter
 from lesa_kernels.integrations.blocks import Blocks
 from lesa_kernels.integrations.gates import Gates
-from lesa_kernels.integrations.outputs import agree, copied
-from lesa_kernels.integrations.runs import uncompiled
+from lesa_kernels.integrations.models import MODEL_OUTPUT, Adapter
+from lesa_kernels.integrations.outputs import agree, copied, read_output, uncompiled
 from lesa_kernels.integrations.tap import Tap
-from lesa_kernels.integrations.whole import output_tail, read_output
 
 NAME = "lesa"
 
@@ -62,13 +61,14 @@ class BypassHook(ModelHook):
         self.gates = Gates(self.decide)
         self.wrappers = tuple(wrappers)
         self._captures_output = adapter.capture == MODEL_OUTPUT
-        self._skip = output_tail if self._captures_output and adapter.skip is None else adapter.skip
-        self._blocks = Blocks(model, () if self._skip is not None else adapter.blocks)
+        scaled = apply_lora_scale(adapter.lora_scale) if adapter.lora_scale and adapter.tail is not None else None
+        self._tail = adapter.tail if scaled is None else scaled(adapter.tail)
+        self._blocks = Blocks(model, () if self._tail is not None else adapter.blocks)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._lock = threading.RLock()
         self._thread = 0
         self._decided = False
-        self._fits = self._skip is not None
+        self._fits = self._tail is not None
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
@@ -134,9 +134,9 @@ class BypassHook(ModelHook):
 
     def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run what is due; all of this may lie within a graph."""
-        if self._skip is not None and self.tap.forecast is not None:
+        if self._tail is not None and self.tap.forecast is not None:
             arguments = dict(zip(self._names, args, strict=False)) | kwargs
-            return self._skip(module, self.tap.forecast, **arguments)
+            return self._tail(module, self.tap.forecast, **arguments)
         forward: Any = self.fn_ref.original_forward
         return forward(*args, **kwargs)
 
@@ -151,7 +151,7 @@ class BypassHook(ModelHook):
         """Run what follows the blocks on a feature, and return the output."""
         self.tap.forecast = feature
         try:
-            if self._skip is not None:
+            if self._tail is not None:
                 return call()
             # LoRA may have wrapped the module since; then the wrapper's argument is the feature.
             self.tap.attach(module.get_submodule(self.adapter.capture))

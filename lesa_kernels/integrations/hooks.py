@@ -7,19 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from lesa_kernels.integrations.adapters import Adapter, provide_adapter
 from lesa_kernels.integrations.bypass import BypassHook, attach, attached, detach
-from lesa_kernels.integrations.flux import FLUX
-from lesa_kernels.integrations.outputs import stand_in
-from lesa_kernels.integrations.qwen import QWEN_IMAGE
-from lesa_kernels.integrations.runs import Runs, Track, uncompiled
-from lesa_kernels.integrations.whole import HUNYUAN_VIDEO
-from lesa_kernels.integrations.zimage import Z_IMAGE
+from lesa_kernels.integrations.models import Adapter
+from lesa_kernels.integrations.outputs import uncompiled
+from lesa_kernels.integrations.runs import Runs, Track
 
 __all__ = ["ModelRootHook", "attach", "attached", "detach"]
-
-for shipped in (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO, Z_IMAGE):
-    provide_adapter(shipped)
 
 
 class ModelRootHook(BypassHook):
@@ -39,7 +32,7 @@ class ModelRootHook(BypassHook):
     @uncompiled(recursive=False)
     def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
         """See `BypassHook.answer`."""
-        track = self.runs.enter(self.contexts.context, stand_in(latents), getattr(module, "is_cache_enabled", False))
+        track = self.runs.enter(self.contexts.context, latents, getattr(module, "is_cache_enabled", False))
         if track is None:
             output = call()
         elif track.is_full:

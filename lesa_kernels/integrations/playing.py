@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.adapters import Adapter
 from lesa_kernels.integrations.bypass import BypassHook, attach, detach
 from lesa_kernels.integrations.clock import Clock, Follower, Position
-from lesa_kernels.integrations.outputs import only_tensor, refilled
-from lesa_kernels.integrations.runs import objection_to, uncompiled
+from lesa_kernels.integrations.models import Adapter
+from lesa_kernels.integrations.outputs import only_tensor, refilled, uncompiled
+from lesa_kernels.integrations.runs import objection_to
 from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, StepPolicy
 
 

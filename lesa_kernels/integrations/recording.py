@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.adapters import MODEL_OUTPUT, find_adapter
 from lesa_kernels.integrations.api import bare_models, given_models, is_compiled
+from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
+from lesa_kernels.integrations.outputs import read_output
 
 
 @contextmanager
@@ -29,10 +30,6 @@ def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor],
         ValueError: when there is no adapter for the model.
         TypeError: when target is something else.
     """
-    # Importing the hooks registers the adapters that ship with the package.
-    from lesa_kernels.integrations import hooks  # noqa: F401
-    from lesa_kernels.integrations.whole import read_output
-
     features: list[Tensor] = []
 
     def record(model: nn.Module, point: str) -> Generator[RemovableHandle, None, None]:

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.integrations.clock import Clock, Follower, Position
+from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
 from lesa_kernels.integrations.summaries import Summary, Tally
 from lesa_kernels.plan import Plan, check_count
 from lesa_kernels.predictors import Predictor
@@ -29,14 +30,6 @@ _MAX_PLANS = 16
 
 Predictors: TypeAlias = "Predictor | Mapping[str, Predictor]"
 """One predictor for all cache contexts, or those of each by its name."""
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def uncompiled(recursive: bool = True) -> Callable[[_Function], _Function]:
-    """Keep a function out of the graphs of torch.compile, and with `recursive` all that it calls."""
-    decorator: Callable[[_Function], _Function] = torch.compiler.disable(recursive=recursive)
-    return decorator
 
 
 def default_schedule(sigmas: Sequence[float]) -> Schedule:
@@ -102,7 +95,7 @@ class Track:
 
     run: Run
     session: Session
-    layout: tuple[Any, ...]
+    layout: Layout
     step: int
     feature: Tensor | None = None
 
@@ -237,7 +230,7 @@ class Runs:
         self._follower.position = None
 
     @uncompiled()
-    def enter(self, context: Any, latents: Tensor, foreign_cache: bool) -> Track | None:
+    def enter(self, context: Any, latents: Any, foreign_cache: bool) -> Track | None:
         """Place a call of the model.
 
         Args:
@@ -248,16 +241,17 @@ class Runs:
         Returns:
             The track whose step this is, or None where the call runs in full and nothing is captured.
         """
-        run, track = self._track(context, latents, foreign_cache)
+        layout = layout_of(latents)
+        run, track = self._track(context, layout, foreign_cache)
         if track is not None and not track.is_full:
-            run.tally.forecast.start(latents.device)
+            run.tally.forecast.start(layout[-1])
             try:
                 track.feature = track.session.forecast(track.step)
                 return track
             except RuntimeError as error:
                 run.refuse(f"the feature of step {track.step} could not be forecast: {error}")
                 track = None
-        run.tally.full.start(latents.device)
+        run.tally.full.start(layout[-1])
         return track
 
     @uncompiled()
@@ -277,12 +271,11 @@ class Runs:
             for each in (track, *ended):
                 run.give_back(each)
 
-    def _track(self, context: Any, latents: Tensor, foreign_cache: bool) -> tuple[Run, Track | None]:
+    def _track(self, context: Any, layout: Layout, foreign_cache: bool) -> tuple[Run, Track | None]:
         """Find the track of a call, None where the call is full and stands alone."""
         run, step, number = self._follower.place(context)
         if run.tally.refused is not None:
             return run, None
-        layout = (tuple(latents.shape), latents.dtype, latents.device)
         track = run.tracks.get((context.name, number))
         reason = objection_to(run, context, step, number, foreign_cache) or _objection_of(track, step, layout)
         if reason is not None:
@@ -373,7 +366,7 @@ def objection_to(run: Position, context: Any, step: int, number: int, foreign_ca
     return None
 
 
-def _objection_of(track: Track | None, step: int, layout: tuple[Any, ...]) -> str | None:
+def _objection_of(track: Track | None, step: int, layout: Layout) -> str | None:
     """Say what makes a call unfit to follow the one before it in its track, None if nothing does."""
     if track is None:
         return None

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.integrations.adapters import find_adapter
 from lesa_kernels.integrations.api import bare_models, given_models, is_pipeline
 from lesa_kernels.integrations.clock import Clock
+from lesa_kernels.integrations.models import find_adapter
 from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
@@ -173,7 +173,6 @@ class PipelineSource:
 
 def _check_pipeline(pipe: Any) -> None:
     """Refuse what cannot be run, before anything is changed."""
-    # Importing the hooks registers the adapters that ship with the package.
     from lesa_kernels.integrations.hooks import attached
 
     if not is_pipeline(pipe):

@@ -274,7 +274,7 @@ class TwoLayers(nn.Module):
 
 def test_users_register_their_own_models() -> None:
     register_adapter(
-        Adapter("TwoLayers", capture="head", skip=lambda model, feature, *, x, shift: model.head(feature) + shift)
+        Adapter("TwoLayers", capture="head", tail=lambda model, feature, *, x, shift: model.head(feature) + shift)
     )
     model = TwoLayers()
     enable(model, Reuse(), Schedule.explicit(2, [0]), sigmas=[1.0, 0.5, 0.0])

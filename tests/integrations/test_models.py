@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule, TaylorSeer
 from lesa_kernels.integrations import disable, enable, recorded, summary
-from lesa_kernels.integrations.adapters import find_adapter
 from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations.models import find_adapter
 
 STEPS = 6
 FULL = (0, 1, 4)

@@ -32,7 +32,7 @@ from torch import Tensor
 from lesa_kernels import LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, enabled, recorded, summary
 from lesa_kernels.integrations.clock import Clock
-from lesa_kernels.integrations.flux import flux_tail
+from lesa_kernels.integrations.models import flux_tail
 from lesa_kernels.schedule import ScheduleRule
 
 STEPS = 10
