@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from lesa_kernels.integrations.clock import Clock
-from lesa_kernels.integrations.models import Adapter, find_adapter
-from lesa_kernels.integrations.runs import Options, Predictors, Runs
-from lesa_kernels.integrations.summaries import Summary, merged
+from lesa_kernels.integrations.models import count_blocks, find_adapter
+from lesa_kernels.integrations.state import CacheState, Options, Predictors
+from lesa_kernels.integrations.stats import Summary, merge_summaries
+from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.predictors import Predictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
-
-if TYPE_CHECKING:
-    from lesa_kernels.integrations.hooks import ModelRootHook
 
 # Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise.
 _TRANSFORMERS = ("transformer", "transformer_2")
@@ -73,12 +70,29 @@ def enable(
         TypeError: when target, predictor, schedule or an option is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
-    from lesa_kernels.integrations.hooks import attach, detach
+    from lesa_kernels.integrations.hooks import ForecastHook, find_hook
 
     options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
-    for model, root in _prepare(target, predictor, schedule, scheduler, sigmas, capture, options):
-        detach(model)
-        attach(model, root)
+    models = bare_models(target)
+    chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
+    _check_predictor(chosen)
+    if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
+    if any(getattr(model, "is_cache_enabled", False) for model in models):
+        raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
+    hooks = []
+    for given, model in zip(given_models(target), models, strict=True):
+        tracker = StepTracker(target if is_pipeline(target) else None, scheduler, sigmas)
+        adapter = find_adapter(model, capture)
+        state = CacheState(tracker, chosen, schedule, options, count_blocks(model, adapter))
+        hooks.append(ForecastHook(model, adapter, state, () if given is model else (given,)))
+    for hook in hooks:
+        hook.state.siblings = tuple(other.state for other in hooks if other is not hook)
+    # All is checked; an error above leaves the models as they were.
+    for model, hook in zip(models, hooks, strict=True):
+        if (earlier := find_hook(model)) is not None:
+            earlier.detach(model)
+        hook.attach(model)
 
 
 def disable(target: Any) -> None:
@@ -87,10 +101,11 @@ def disable(target: Any) -> None:
     Args:
         target: a pipeline or a transformer.
     """
-    from lesa_kernels.integrations.hooks import detach
+    from lesa_kernels.integrations.hooks import find_hook
 
     for model in bare_models(target):
-        detach(model)
+        if (hook := find_hook(model)) is not None:
+            hook.detach(model)
 
 
 @contextmanager
@@ -101,18 +116,17 @@ def enabled(
     **options: Any,
 ) -> Generator[None, None, None]:
     """`enable` for the length of a with statement; afterwards all is as it was, an earlier `enable` included."""
-    from lesa_kernels.integrations.hooks import attach, attached, detach
+    from lesa_kernels.integrations.hooks import find_hook
 
-    models = bare_models(target)
-    before = [attached(model) for model in models]
+    before = [(model, find_hook(model)) for model in bare_models(target)]
     enable(target, predictor, schedule, **options)
     try:
         yield
     finally:
-        for model, root in zip(models, before, strict=True):
-            detach(model)
-            if root is not None:
-                attach(model, root)
+        for model, earlier in before:
+            disable(model)
+            if earlier is not None:
+                earlier.attach(model)
 
 
 def summary(target: Any) -> Summary:
@@ -127,15 +141,15 @@ def summary(target: Any) -> Summary:
     Raises:
         ValueError: when it is not enabled, or nothing ran yet.
     """
-    from lesa_kernels.integrations.hooks import ModelRootHook, attached
+    from lesa_kernels.integrations.hooks import ForecastHook, find_hook
 
-    roots = [root for model in bare_models(target) if isinstance(root := attached(model), ModelRootHook)]
-    if not roots:
+    hooks = [hook for model in bare_models(target) if isinstance(hook := find_hook(model), ForecastHook)]
+    if not hooks:
         raise ValueError("lesa.summary: target must be enabled, it is not")
-    found = [each for root in roots if (each := root.runs.summary) is not None]
+    found = [each for hook in hooks if (each := hook.state.summary) is not None]
     if not found:
         raise ValueError("lesa.summary: target must have run since it was enabled, it has not")
-    return merged(found)
+    return merge_summaries(found)
 
 
 def is_pipeline(target: Any) -> bool:
@@ -173,37 +187,6 @@ def given_models(target: Any) -> list[nn.Module]:
     return models
 
 
-def _prepare(
-    target: Any,
-    predictor: Predictors | None,
-    schedule: Schedule | ScheduleRule | None,
-    scheduler: Any,
-    sigmas: Sequence[float] | None,
-    capture: str | None,
-    options: Options,
-) -> list[tuple[nn.Module, ModelRootHook]]:
-    """Check everything and make the hooks, so that a refusal leaves the models as they were."""
-    from lesa_kernels.integrations.hooks import ModelRootHook
-
-    models = bare_models(target)
-    chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
-    _check_predictor(chosen)
-    if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
-        raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
-    if any(getattr(model, "is_cache_enabled", False) for model in models):
-        raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
-    clock = Clock(target if is_pipeline(target) else None, scheduler, sigmas)
-    prepared = []
-    for given, model in zip(given_models(target), models, strict=True):
-        adapter = find_adapter(model, capture)
-        runs = Runs(clock, chosen, schedule, options, _count_blocks(model, adapter))
-        wrappers = () if given is model else (given,)
-        prepared.append((model, ModelRootHook(model, adapter, runs, wrappers)))
-    for _, root in prepared:
-        root.runs.siblings = tuple(other.runs for _, other in prepared if other is not root)
-    return prepared
-
-
 def _check_predictor(predictor: object) -> None:
     if isinstance(predictor, Predictor):
         return
@@ -219,8 +202,3 @@ def _check_predictor(predictor: object) -> None:
                 "lesa.enable: a mapping of predictors must go from names of cache contexts to Predictors, "
                 f"got {name!r}: {type(each).__name__}"
             )
-
-
-def _count_blocks(model: nn.Module, adapter: Adapter) -> int:
-    """Count the blocks that a forecast step skips."""
-    return sum(len(list(model.get_submodule(path).children())) for path in adapter.blocks)

@@ -7,7 +7,8 @@ a row to `docs/adapters.md`. Users register their own models with `register_adap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
@@ -102,6 +103,51 @@ def find_block_lists(model: nn.Module) -> tuple[str, ...]:
         for name, child in model.named_children()
         if isinstance(child, nn.ModuleList) and name.endswith(("blocks", "layers"))
     )
+
+
+def count_blocks(model: nn.Module, adapter: Adapter) -> int:
+    """Count the blocks that a forecast step skips."""
+    return sum(len(list(model.get_submodule(path).children())) for path in adapter.blocks)
+
+
+class _NoBlocks(nn.ModuleList):
+    """Stands in for a list of blocks: a loop over it does nothing, its length and its items are those of the list.
+
+    Models use the length to place ControlNet residuals, and DiT an embedding inside its first block.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self._modules = blocks._modules
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """Iterate over nothing."""
+        return iter(())
+
+
+class SkippableBlocks:
+    """The lists of a model's blocks, which can be skipped."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self._places: list[tuple[nn.Module, str, _NoBlocks]] = []
+        for path in paths:
+            blocks = model.get_submodule(path)
+            if not isinstance(blocks, nn.ModuleList):
+                raise ValueError(f"lesa: {path} must be an nn.ModuleList of blocks, got {type(blocks).__name__}")
+            parent, _, name = path.rpartition(".")
+            self._places.append((model.get_submodule(parent), name, _NoBlocks(blocks)))
+
+    @contextmanager
+    def skipped(self) -> Generator[None, None, None]:
+        """Make the model's loops over its blocks do nothing for the length of a with statement."""
+        lists = [parent._modules[name] for parent, name, _ in self._places]
+        try:
+            for parent, name, nothing in self._places:
+                parent._modules[name] = nothing
+            yield
+        finally:
+            for (parent, name, _), blocks in zip(self._places, lists, strict=True):
+                parent._modules[name] = blocks
 
 
 def flux_tail(

@@ -10,7 +10,7 @@ from tiny_flux import CHANNELS, TinyPipeline, call_arguments, tiny_transformer, 
 
 from lesa_kernels import Reuse, Schedule
 from lesa_kernels.integrations import LesaWarning, enable, summary
-from lesa_kernels.integrations.summaries import Tally, merged
+from lesa_kernels.integrations.stats import RunStats, merge_summaries
 
 STEPS = 10
 SPARSE = Schedule.explicit(STEPS, (0, 1, 5, 8))
@@ -74,11 +74,11 @@ def test_of_the_branches_of_guidance_the_worst_is_told(pipe: TinyPipeline) -> No
     enable(pipe, Reuse(), SPARSE, check_every=1)
     pipe(STEPS, true_cfg=2.0)
     assert [step for step, _ in summary(pipe).errors] == [1, 5, 8]
-    tally = Tally(STEPS, errors=[(5, torch.tensor(error)) for error in (0.1, 0.3, 0.2)])
-    assert tally.summary().errors == ((5, pytest.approx(0.3)),)
+    stats = RunStats(STEPS, errors=[(5, torch.tensor(error)) for error in (0.1, 0.3, 0.2)])
+    assert stats.summary().errors == ((5, pytest.approx(0.3)),)
     for order in (1, -1):
-        tally.errors = [(5, torch.tensor(error)) for error in (0.1, math.nan)][::order]
-        ((step, error),) = merged([tally.summary(), tally.summary()]).errors
+        stats.errors = [(5, torch.tensor(error)) for error in (0.1, math.nan)][::order]
+        ((step, error),) = merge_summaries([stats.summary(), stats.summary()]).errors
         assert step == 5 and math.isnan(error)
 
 

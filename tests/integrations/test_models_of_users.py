@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule
 from lesa_kernels.integrations import Adapter, LesaWarning, disable, enable, models, register_adapter, summary
-from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations.hooks import find_hook
 from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
 
 STEPS = 4
@@ -240,7 +240,7 @@ def test_a_structure_that_is_not_understood_is_refused_at_once(
     model = Own()
     with pytest.raises(ValueError, match=message):
         enable(model, Reuse(), SPARSE, sigmas=SIGMAS, capture=capture)
-    assert attached(model) is None
+    assert find_hook(model) is None
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

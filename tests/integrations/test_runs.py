@@ -31,8 +31,8 @@ from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, enabled, recorded, summary
-from lesa_kernels.integrations.clock import Clock
 from lesa_kernels.integrations.models import flux_tail
+from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.schedule import ScheduleRule
 
 STEPS = 10
@@ -387,7 +387,7 @@ def test_other_schedulers_tell_steps_and_levels(scheduler: Any) -> None:
         assert watch.blocks == len(FULL) * NUM_BLOCKS
         for step, feature in enumerate(watch.features):
             assert torch.equal(feature, watch.features[max(full for full in FULL if full <= step)])
-    levels = Clock(scheduler=scheduler).levels()
+    levels = StepTracker(scheduler=scheduler).read_levels()
     assert len(levels) == STEPS + 1 and 0.9 < levels[0] <= 1 and levels[-1] == 0
     assert all(later < earlier for earlier, later in itertools.pairwise(levels))
 

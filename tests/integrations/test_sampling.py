@@ -29,9 +29,9 @@ from tiny_sources import (
 
 from lesa_kernels import TaylorSeer
 from lesa_kernels.integrations import PipelineSource, disable, enable, recorded, summary
-from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations.hooks import find_hook
 from lesa_kernels.integrations.outputs import only_tensor, refilled
-from lesa_kernels.integrations.sampling import load_pipeline
+from lesa_kernels.integrations.pipeline_source import load_pipeline
 from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, watch
 
 every_case = pytest.mark.parametrize("name", list(CASES))
@@ -201,7 +201,7 @@ def test_sigmas_are_known_without_running_the_model(name: str) -> None:
     with counting(case.pipe.transformer) as count:
         sigmas = case.source().sigmas
         assert count.blocks == 0
-        assert attached(case.pipe.transformer) is None
+        assert find_hook(case.pipe.transformer) is None
     case.plain(0)
     assert list(sigmas) == case.pipe.scheduler.sigmas.tolist()
 
@@ -232,7 +232,7 @@ def test_the_pipeline_is_left_as_it_was() -> None:
             source.run([0], policy)
         except KeyboardInterrupt:
             assert policy is fail
-        assert attached(model) is None and not any(module._forward_pre_hooks for module in model.modules())
+        assert find_hook(model) is None and not any(module._forward_pre_hooks for module in model.modules())
         assert case.pipe._progress_bar_config == {"leave": False}
         assert model.forward == forward and set(vars(model)) - attributes <= {"_diffusers_hook"}
         assert all(parameter.requires_grad for parameter in model.parameters())

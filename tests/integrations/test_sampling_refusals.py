@@ -22,7 +22,7 @@ from tiny_sources import (
 )
 
 from lesa_kernels.integrations import PipelineSource, disable, enable
-from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations.hooks import find_hook
 from lesa_kernels.trajectories import StepPolicy
 
 FLUX_PROMPTS = embeddings(pooled=True)
@@ -41,7 +41,7 @@ def test_what_is_no_single_run_is_refused(settings: dict[str, Any], message: str
     pipe = odd_pipeline()
     with pytest.raises(ValueError, match=message):
         PipelineSource(pipe, ["one"], steps=3, **settings).run([0], in_full)
-    assert attached(pipe.transformer) is None
+    assert find_hook(pipe.transformer) is None
 
 
 def test_all_runs_have_the_same_sigmas() -> None:
@@ -83,7 +83,7 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
     pipe.transformer = Two()
     with pytest.raises(ValueError, match=r"Two, given the feature captured at 'norm_out' .* gives another output"):
         PipelineSource(pipe, ["one"], steps=2).run([0], in_full)
-    assert attached(pipe.transformer) is None
+    assert find_hook(pipe.transformer) is None
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_pipelines_are_checked() -> None:
     enable(case.pipe)
     with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) first"):
         source.run([0], in_full)
-    assert attached(case.pipe.transformer) is not None
+    assert find_hook(case.pipe.transformer) is not None
     disable(case.pipe)
     case.pipe.transformer = None
     with pytest.raises(TypeError, match="its transformer is None"):

@@ -1,4 +1,4 @@
-"""What became of a run: counted and measured while it lasts, told in a few lines afterwards."""
+"""Counts and times the calls of a run, and sums them up as text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Summary:
         forecast: calls that skipped them.
         skipped_blocks: calls of blocks that were skipped.
         full_seconds: mean time of a full call, measured on the device; 0 where there was none.
-        forecast_seconds: mean time of a forecast call, forecast and tail of the model.
+        forecast_seconds: mean time of a forecast call: the forecast and the tail of the model.
         plan: the plan as text, empty where none could be made.
-        history_bytes: memory of the rings while it ran.
-        history_memory: where they lay, empty where there was none.
+        history_bytes: memory that the histories of all cache contexts took together.
+        history_memory: the device that they lay on, empty where there was none.
         refused: why the run went on without forecasts, None where nothing was unexpected.
         errors: (full step, mean |forecast - feature| / mean |feature|) of what the checked steps would have been
             forecast, the worst of all cache contexts; see `check_every` of `lesa.enable`.
@@ -58,8 +58,8 @@ class Summary:
 
 
 @dataclass
-class Tally:
-    """The same while the run lasts.
+class RunStats:
+    """Collects what a `Summary` is made of while the run lasts.
 
     Args:
         steps: S.
@@ -67,10 +67,10 @@ class Tally:
         full: times the full calls.
         forecast: times the forecast calls.
         plan: the first plan as text.
-        history_bytes: what the histories took.
-        history_memory: where they lay.
+        history_bytes: memory of the histories so far.
+        history_memory: the device of the latest one.
         refused: why there are no more forecasts.
-        errors: (full step, how far it was from what it would have been forecast, []) of all cache contexts.
+        errors: (full step, error of what it would have been forecast, []) of all cache contexts.
     """
 
     steps: int
@@ -83,13 +83,13 @@ class Tally:
     refused: str | None = None
     errors: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def note_ring(self, ring: Ring) -> None:
+    def add_ring(self, ring: Ring) -> None:
         """Count the memory of a ring that was just made."""
         self.history_bytes += ring.nbytes
         self.history_memory = str(ring.device)
 
     def summary(self) -> Summary:
-        """Return what is known now; waits for the device to reach the last measured call."""
+        """Return what is known now; waits for the device to reach the last timed call."""
         return Summary(
             steps=self.steps,
             full=self.full.count,
@@ -105,16 +105,8 @@ class Tally:
         )
 
 
-def _worst(errors: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """Return the largest error of each step; a NaN is the largest."""
-    of_step: dict[int, list[float]] = {}
-    for step, error in errors:
-        of_step.setdefault(step, []).append(error)
-    return tuple((step, max(of_step[step], key=lambda error: (math.isnan(error), error))) for step in sorted(of_step))
-
-
-def merged(summaries: Sequence[Summary]) -> Summary:
-    """Put the summaries of the models of one pipeline (Wan 2.2 has two) together; times are means over all calls."""
+def merge_summaries(summaries: Sequence[Summary]) -> Summary:
+    """Return one summary for the models of a pipeline (Wan 2.2 has two); times are means over all calls."""
     first = summaries[0]
     if len(summaries) == 1:
         return first
@@ -127,9 +119,17 @@ def merged(summaries: Sequence[Summary]) -> Summary:
         full_seconds=sum(each.full_seconds * each.full for each in summaries) / max(full, 1),
         forecast_seconds=sum(each.forecast_seconds * each.forecast for each in summaries) / max(forecast, 1),
         plan="\n".join(each.plan for each in summaries if each.plan),
-        # One model's history is given back when the next one begins.
+        # One model's history is released when the next one begins.
         history_bytes=max(each.history_bytes for each in summaries),
         history_memory=first.history_memory or summaries[-1].history_memory,
         errors=_worst(error for each in summaries for error in each.errors),
         refused=next((each.refused for each in summaries if each.refused), None),
     )
+
+
+def _worst(errors: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Return the largest error of each step; a NaN is the largest."""
+    of_step: dict[int, list[float]] = {}
+    for step, error in errors:
+        of_step.setdefault(step, []).append(error)
+    return tuple((step, max(of_step[step], key=lambda error: (math.isnan(error), error))) for step in sorted(of_step))

@@ -1,0 +1,340 @@
+"""Keeps the state of a model's sampling runs: the plan and the history of each branch, and whether to forecast at all.
+
+A run is one pass through a schedule. A branch is one stream of calls within it: those of a cache context ("cond",
+"uncond", ...), or, where one context makes several calls a step, the n-th calls.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lesa_kernels.checks import check_decreasing
+from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
+from lesa_kernels.integrations.stats import RunStats, Summary
+from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility
+from lesa_kernels.plan import Plan, check_count
+from lesa_kernels.predictors import Predictor
+from lesa_kernels.predictors.base import OnOtherSigmas
+from lesa_kernels.schedule import Schedule, ScheduleRule
+from lesa_kernels.session import Session, check_history
+
+_MAX_PLANS = 16
+
+Predictors: TypeAlias = "Predictor | Mapping[str, Predictor]"
+"""One predictor for all cache contexts, or those of each by its name."""
+
+
+def default_schedule(sigmas: Sequence[float]) -> Schedule:
+    """The schedule of `enable` without one: a fifth of the steps, rounded up, at least three; uniform in sigma.
+
+    Args:
+        sigmas: S+1 falling noise levels.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: when the sigmas do not fall.
+    """
+    levels = check_decreasing(sigmas)
+    steps = len(levels) - 1
+    return Schedule.uniform_in_sigma(levels, num_full=min(steps, max(3, -(-steps // 5))))
+
+
+class LesaWarning(UserWarning):
+    """Something that a user should know of a run; most often that its rest is sampled without forecasts, and why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are made; see `lesa.enable`."""
+
+    history_dtype: torch.dtype | None = None
+    on_other_sigmas: OnOtherSigmas = "refuse"
+    chunk: int | None = None
+    check_every: int | None = None
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        check_history(self.history_dtype)
+        if self.on_other_sigmas not in ("refuse", "adapt"):
+            raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
+        check_count("chunk", self.chunk)
+        check_count("check_every", self.check_every)
+        if self.max_error is None:
+            return
+        if isinstance(self.max_error, bool) or not isinstance(self.max_error, int | float):
+            raise TypeError(f"max_error must be a number or None, got {self.max_error!r}")
+        if not self.max_error > 0:
+            raise ValueError(f"max_error must be greater than 0, got {self.max_error}")
+        if self.check_every is None:
+            raise ValueError(
+                f"max_error must come with check_every, which says when it is looked at, got {self.max_error}"
+            )
+
+
+@dataclass
+class BranchState:
+    """The history of one branch.
+
+    Args:
+        session: runs the branch's plan.
+        full_steps: of the plan.
+        layout: of the latents.
+        step: the step of the present call, and after it the step that is due.
+        feature: the forecast of the present step, a view of the history; None on a full step.
+    """
+
+    session: Session
+    full_steps: frozenset[int]
+    layout: Layout
+    step: int
+    feature: Tensor | None = None
+
+
+@dataclass
+class RunState:
+    """One pass through a schedule.
+
+    Args:
+        position: how far it is.
+        stats: what became of it so far.
+        branches: by cache context and number of the call within its step.
+        warned: the warnings that were given.
+    """
+
+    position: StepPosition
+    stats: RunStats
+    branches: dict[tuple[str, int], BranchState] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, text: str) -> None:
+        """Warn of something once a run."""
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
+
+    def disable_forecasts(self, reason: str) -> None:
+        """Run full steps from here on, release the history's memory, and warn once."""
+        if self.stats.refused is None:
+            self.stats.refused = reason
+            self.branches.clear()
+            self.warn(f"full steps for the rest of this run: {reason}")
+
+
+class CacheState:
+    """Follows the calls of one model and decides, from Python integers alone, which are forecast.
+
+    A branch that begins late (image-to-image, guidance that starts in the middle) is planned from its first step on.
+
+    Args:
+        tracker: follows the steps.
+        predictors: make the plans, which are kept by sigmas: a predictor must not change while it is enabled.
+        schedule: full steps, or a rule that makes them from the sigmas; None: see `enable`.
+        options: see `enable`.
+        blocks: calls of blocks in a full call of the model.
+    """
+
+    def __init__(
+        self,
+        tracker: StepTracker,
+        predictors: Predictors,
+        schedule: Schedule | ScheduleRule | None,
+        options: Options,
+        blocks: int,
+    ) -> None:
+        self._tracker = tracker
+        self._predictors = predictors
+        self._options = options
+        self._blocks = blocks
+        self._run: RunState | None = None
+        self._stats: RunStats | None = None
+        # Those of the other models of the pipeline, which take turns with this one.
+        self.siblings: tuple[CacheState, ...] = ()
+
+        def make_plan(name: str, sigmas: tuple[float, ...], first_step: int) -> Plan:
+            predictor = self._predictor(name)
+            return predictor.plan(
+                sigmas,
+                schedule or predictor.schedule or default_schedule,
+                first_step=first_step,
+                chunk=options.chunk,
+                check_every=options.check_every,
+                on_other_sigmas=options.on_other_sigmas,
+            )
+
+        self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make_plan)
+
+    @property
+    def summary(self) -> Summary | None:
+        """What became of the last run, None before the first; waits for the device to finish what was timed."""
+        return None if self._stats is None else self._stats.summary()
+
+    def reset(self) -> None:
+        """Drop the present run and its history; the next call begins a new one."""
+        if self._run is not None:
+            # The traceback of an error may keep the run itself alive.
+            self._run.branches.clear()
+        self._run = self._tracker.position = None
+
+    @uncompiled()
+    def enter(self, context: Any, latents: Any, foreign_cache: bool) -> BranchState | None:
+        """Place a call of the model, and make its forecast where one is due.
+
+        Args:
+            context: diffusers' `CacheContext`.
+            latents: the model's first argument.
+            foreign_cache: whether a cache of diffusers is on too.
+
+        Returns:
+            The branch of the call, or None where the call runs in full and nothing is captured.
+        """
+        layout = layout_of(latents)
+        run, branch = self._place(context, layout, foreign_cache)
+        if branch is not None and branch.step not in branch.full_steps:
+            run.stats.forecast.start(layout[-1])
+            try:
+                branch.feature = branch.session.forecast(branch.step)
+                return branch
+            except RuntimeError as error:
+                run.disable_forecasts(f"the feature of step {branch.step} could not be forecast: {error}")
+                branch = None
+        run.stats.full.start(layout[-1])
+        return branch
+
+    @uncompiled()
+    def capture(self, branch: BranchState, feature: Tensor) -> None:
+        """Keep the feature of a full step; a failure ends the forecasts, not the run."""
+        session, step, known = branch.session, branch.step, branch.session.ring is not None
+        try:
+            session.push(step, feature)
+        except (ValueError, TypeError, RuntimeError) as error:
+            self.disable_forecasts(f"the feature of step {step} could not be kept: {error}")
+            return
+        if self._run is None:
+            return
+        if not known and session.ring is not None:
+            self._run.stats.add_ring(session.ring)
+        if step in session.errors:
+            self._check_error(self._run, step, session.errors[step])
+
+    @uncompiled()
+    def leave(self, branch: BranchState | None) -> None:
+        """Close the call that `enter` placed: count it, and release the history after the last step."""
+        run = self._run
+        if run is None:
+            return
+        if branch is None:
+            run.stats.full.stop()
+            return
+        (run.stats.full if branch.feature is None else run.stats.forecast).stop()
+        branch.feature = None
+        branch.step += 1
+        num_steps = run.position.num_steps
+        if branch.step == num_steps:
+            # The other branch of this step is still to come; guidance may have ended before the run did.
+            run.branches = {
+                key: each for key, each in run.branches.items() if each is not branch and each.step == num_steps - 1
+            }
+
+    def disable_forecasts(self, reason: str) -> None:
+        """Run full steps for the rest of the present run."""
+        if self._run is not None:
+            self._run.disable_forecasts(reason)
+
+    def _place(self, context: Any, layout: Layout, foreign_cache: bool) -> tuple[RunState, BranchState | None]:
+        """Return the run and the branch of a call, None for one that runs in full and is not captured."""
+        position, step, number = self._tracker.place(context)
+        run = self._run
+        if run is None or run.position is not position:
+            run = self._begin(position)
+        if run.stats.refused is not None:
+            return run, None
+        branch = run.branches.get((context.name, number))
+        reason = find_incompatibility(position, context, step, number, foreign_cache)
+        if reason is None and branch is not None:
+            if step != branch.step:
+                reason = f"step {step} came where step {branch.step} was due"
+            elif layout != branch.layout:
+                reason = f"the latents changed from {branch.layout} to {layout}"
+        if reason is not None:
+            run.disable_forecasts(reason)
+            return run, None
+        if branch is None:
+            branch = self._begin_branch(run, context.name, step, layout)
+            if branch is not None:
+                run.branches[context.name, number] = branch
+        return run, branch
+
+    def _begin(self, position: StepPosition) -> RunState:
+        """Begin a run, and release what a run that was broken off kept."""
+        for sibling in self.siblings:
+            if sibling._run is not None:
+                sibling._run.branches.clear()
+            if sibling._run is None or sibling._run.position.source is not position.source:
+                # The summary is of one run, in which a sibling may have no turn.
+                sibling._stats = None
+        self._stats = RunStats(max(position.num_steps, 0), self._blocks)
+        self._run = RunState(position, self._stats)
+        return self._run
+
+    def _begin_branch(self, run: RunState, name: str, step: int, layout: Layout) -> BranchState | None:
+        """Plan a branch from its first step on; None where there is no predictor or no plan for it."""
+        key = predictor_key(self._predictors, name)
+        if key is None:
+            names = [] if isinstance(self._predictors, Predictor) else sorted(self._predictors)
+            if name:
+                run.warn(f"full steps for the cache context {name!r}: there are predictors for {names} alone")
+            else:
+                run.warn(
+                    "full steps: the pipeline opens no cache context that would tell which of the predictors "
+                    f"{names} is due"
+                )
+            return None
+        try:
+            plan = self._plan(key, run.position.sigmas, step)
+            reason = self._predictor(key).objection(run.position.sigmas)
+        # Users bring their own predictors and rules, and no fault of theirs should cost an image.
+        except Exception as error:
+            run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))
+            return None
+        if reason is not None:
+            run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
+        run.stats.plan = run.stats.plan or str(plan)
+        session = Session(plan, history_dtype=self._options.history_dtype)
+        return BranchState(session, frozenset(plan.full_steps), layout, step)
+
+    def _check_error(self, run: RunState, step: int, error: Tensor) -> None:
+        """Record the error of what a full step would have been forecast; only a limit waits for the number."""
+        run.stats.errors.append((step, error))
+        limit = self._options.max_error
+        # A NaN is within no limit.
+        if limit is not None and not float(error) <= limit:
+            run.disable_forecasts(
+                f"step {step} would have been forecast with an error of {float(error):.3g}, "
+                f"more than max_error = {limit:g}"
+            )
+
+    def _predictor(self, name: str) -> Predictor:
+        """Return the predictor of a name that `predictor_key` gave."""
+        return self._predictors if isinstance(self._predictors, Predictor) else self._predictors[name]
+
+
+def predictor_key(predictors: Predictors, context: str) -> str | None:
+    """Return the name under which a cache context finds its predictor; None where there is none for it.
+
+    A pipeline that opens no context has an unnamed one. A predictor for "cond" alone serves it: nothing says that a
+    call is of another branch.
+    """
+    if isinstance(predictors, Predictor):
+        return ""
+    if context in predictors:
+        return context
+    return "cond" if not context and tuple(predictors) == ("cond",) else None
