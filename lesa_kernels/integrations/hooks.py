@@ -320,6 +320,10 @@ class ForecastHook(CacheHook):
             output = call()
         elif branch.feature is None:
             output = self._run_and_capture(branch, module, call)
+        elif self._tail is not None:
+            # As `run_tail`, in fewer calls; `decide` empties the capture point.
+            self._point.forecast = branch.feature
+            output = call()
         else:
             output = self.run_tail(branch.feature, module, call)
         self.state.leave(branch)
