@@ -123,7 +123,7 @@ class Session:
             ValueError: when the step is not a forecast step of the plan.
             RuntimeError: when the step is out of order.
         """
-        if not isinstance(step, int):
+        if type(step) is not int:
             # A check against a protocol takes longer than the rest of a cached step.
             check_type("step", step, SupportsIndex, "an integer")
         if step not in self._launches:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lesa_kernels.integrations.models import count_blocks, find_adapter
 from lesa_kernels.integrations.state import CacheState, Options, Predictors
-from lesa_kernels.integrations.stats import Summary, merge_summaries
+from lesa_kernels.integrations.stats import Summary, summarize
 from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.predictors import Predictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
@@ -70,28 +70,27 @@ def enable(
         TypeError: when target, predictor, schedule or an option is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
-    from lesa_kernels.integrations.hooks import ForecastHook, find_hook
+    from lesa_kernels.integrations.hooks import ForecastHook
 
     options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
-    models = bare_models(target)
+    models = find_models(target)
     chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
     _check_predictor(chosen)
     if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
         raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
-    if any(getattr(model, "is_cache_enabled", False) for model in models):
+    if any(getattr(model, "is_cache_enabled", False) for model, _ in models):
         raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
     hooks = []
-    for given, model in zip(given_models(target), models, strict=True):
+    for model, wrappers in models:
         tracker = StepTracker(target if is_pipeline(target) else None, scheduler, sigmas)
         adapter = find_adapter(model, capture)
         state = CacheState(tracker, chosen, schedule, options, count_blocks(model, adapter))
-        hooks.append(ForecastHook(model, adapter, state, () if given is model else (given,)))
+        hooks.append(ForecastHook(model, adapter, wrappers, state))
     for hook in hooks:
         hook.state.siblings = tuple(other.state for other in hooks if other is not hook)
-    # All is checked; an error above leaves the models as they were.
-    for model, hook in zip(models, hooks, strict=True):
-        if (earlier := find_hook(model)) is not None:
-            earlier.detach(model)
+    # Everything is checked by now: an error leaves the models as they were.
+    disable(target)
+    for (model, _), hook in zip(models, hooks, strict=True):
         hook.attach(model)
 
 
@@ -103,7 +102,7 @@ def disable(target: Any) -> None:
     """
     from lesa_kernels.integrations.hooks import find_hook
 
-    for model in bare_models(target):
+    for model, _ in find_models(target):
         if (hook := find_hook(model)) is not None:
             hook.detach(model)
 
@@ -118,7 +117,7 @@ def enabled(
     """`enable` for the length of a with statement; afterwards all is as it was, an earlier `enable` included."""
     from lesa_kernels.integrations.hooks import find_hook
 
-    before = [(model, find_hook(model)) for model in bare_models(target)]
+    before = [(model, find_hook(model)) for model, _ in find_models(target)]
     enable(target, predictor, schedule, **options)
     try:
         yield
@@ -130,7 +129,7 @@ def enabled(
 
 
 def summary(target: Any) -> Summary:
-    """Tell what became of the last run; waits for the device to finish the calls that were measured.
+    """Sum up the last run; waits for the device to finish the calls that were timed.
 
     Args:
         target: a pipeline or a transformer on which `enable` was called.
@@ -143,37 +142,22 @@ def summary(target: Any) -> Summary:
     """
     from lesa_kernels.integrations.hooks import ForecastHook, find_hook
 
-    hooks = [hook for model in bare_models(target) if isinstance(hook := find_hook(model), ForecastHook)]
+    hooks = [hook for model, _ in find_models(target) if isinstance(hook := find_hook(model), ForecastHook)]
     if not hooks:
         raise ValueError("lesa.summary: target must be enabled, it is not")
-    found = [each for hook in hooks if (each := hook.state.summary) is not None]
-    if not found:
+    runs = [hook.state.stats for hook in hooks if hook.state.stats is not None]
+    if not runs:
         raise ValueError("lesa.summary: target must have run since it was enabled, it has not")
-    return merge_summaries(found)
+    return summarize(runs)
 
 
 def is_pipeline(target: Any) -> bool:
-    """Tell whether a target has a transformer and a scheduler."""
+    """Whether a target has a transformer and a scheduler."""
     return hasattr(target, "scheduler") and any(hasattr(target, name) for name in _TRANSFORMERS)
 
 
-def bare_models(target: Any) -> list[nn.Module]:
-    """Return the transformers of a pipeline or the transformer itself, without the wrapper of torch.compile."""
-    return [_bare(model) for model in given_models(target)]
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile wraps a model, or it was compiled in place."""
-    return _bare(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def given_models(target: Any) -> list[nn.Module]:
-    """Return the transformers of a pipeline or the transformer itself."""
+def find_models(target: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    """Return the transformers of a target, each with the wrapper that torch.compile put around it, if it did."""
     found = [getattr(target, name, None) for name in _TRANSFORMERS] if is_pipeline(target) else [target]
     models = [model for model in found if model is not None]
     for model in models:
@@ -184,10 +168,15 @@ def given_models(target: Any) -> list[nn.Module]:
             )
     if not models:
         raise TypeError("lesa: target must be a pipeline with a transformer, its transformer is None")
-    return models
+    inner = [getattr(model, "_orig_mod", None) for model in models]
+    return [
+        (original, (model,)) if isinstance(original, nn.Module) else (model, ())
+        for model, original in zip(models, inner, strict=True)
+    ]
 
 
 def _check_predictor(predictor: object) -> None:
+    """Check that an argument is a predictor or a mapping of them."""
     if isinstance(predictor, Predictor):
         return
     if not isinstance(predictor, Mapping):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
 from typing import Any, NoReturn, SupportsIndex
@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lesa_kernels.integrations.models import MODEL_OUTPUT, Adapter, SkippableBlocks
 from lesa_kernels.integrations.outputs import agree, copied, read_output, uncompiled
-from lesa_kernels.integrations.state import BranchState, CacheState
+from lesa_kernels.integrations.state import CacheState
 
 _NAME = "lesa"
 _UNNAMED = CacheContext("")
@@ -82,11 +82,7 @@ class CapturePoint:
 class CompiledCall:
     """Takes the place of a model's compiled call, so that its hook decides before the graph what the step runs.
 
-    Args:
-        hook: of the model.
-        model: which may be compiled in place.
-        owner: what holds the compiled call: the model, or a wrapper of torch.compile around it.
-        name: of the owner's attribute that is the compiled call.
+    The compiled call is an attribute of the model, or of a wrapper of torch.compile around it.
     """
 
     def __init__(self, hook: CacheHook, model: nn.Module, owner: nn.Module, name: str) -> None:
@@ -107,23 +103,17 @@ class CompiledCall:
 class CacheHook(ModelHook):
     """Stands before a model, in diffusers' own registry; a subclass answers its calls.
 
-    Args:
-        model: the model that it will hook.
-        adapter: where the feature is, and what follows it.
-        wrappers: of torch.compile around the model.
-
-    Raises:
-        ValueError: when there is no nn.ModuleList where the adapter says that blocks are.
+    `wrappers` are those of torch.compile around the model.
     """
 
     _is_stateful = True
 
-    def __init__(self, model: nn.Module, adapter: Adapter, wrappers: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, wrappers: tuple[nn.Module, ...]) -> None:
         super().__init__()
         self.adapter = adapter
         self.contexts = _Contexts()
         self._point = CapturePoint()
-        self._wrappers = tuple(wrappers)
+        self._wrappers = wrappers
         self._compiled_calls: list[CompiledCall] = []
         self._tail = adapter.tail
         if adapter.tail is not None and adapter.lora_scale:
@@ -142,15 +132,9 @@ class CacheHook(ModelHook):
 
     @abstractmethod
     def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
-        """Answer a call of the model by `run_full`, by `run_tail`, or both; kept out of graphs, as these are.
+        """Answer a call of the model, whose first argument is `latents`, by `run_full`, by `run_tail`, or by both.
 
-        Args:
-            call: leads to the model's forward, compiled or not.
-            module: the model.
-            latents: the first argument of the call.
-
-        Returns:
-            As the model's forward.
+        All three take `call`, which leads to the model's forward, compiled or not, and are kept out of graphs.
         """
 
     @abstractmethod
@@ -170,20 +154,9 @@ class CacheHook(ModelHook):
             return self._run(module, *args, **kwargs)
         return self.decide(partial(self._run, module), module, args, kwargs)
 
-    # A compiled model comes here outside of any graph; what `run` leads to is compiled.
     @uncompiled(recursive=False)
     def decide(self, run: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call of the model.
-
-        Args:
-            run: leads to `_run`, directly or through the model's compiled call.
-            module: the model.
-            args: of the call.
-            kwargs: of the call.
-
-        Returns:
-            As the model's forward.
-        """
+        """Answer a call of the model outside of any graph; `run` leads to `_run`, compiled or not."""
         with self._lock:
             self._decided, self._thread = True, threading.get_ident()
             try:
@@ -205,10 +178,42 @@ class CacheHook(ModelHook):
         return forward(*args, **kwargs)
 
     @uncompiled(recursive=False)
-    def run_full(self, call: Callable[[], Any]) -> tuple[Any, Tensor | None]:
-        """Run the whole model; return its output and the feature, None where that was not there to be captured."""
-        output = call()
-        return output, read_output(output) if self.adapter.capture == MODEL_OUTPUT else self._point.captured
+    def run_full(self, module: nn.Module, call: Callable[[], Any]) -> tuple[Any, Tensor | None, str | None]:
+        """Run the whole model; return its output, its feature, and why forecasts cannot serve it, None if they can.
+
+        A model without a tail is run once more, the first time, from the captured feature: the output is another one if
+        the model has a second stream, or needs what its blocks return.
+        """
+        output, name = call(), type(module).__name__
+        if self.adapter.capture == MODEL_OUTPUT:
+            feature = read_output(output)
+            reason = (
+                "a model whose output is captured must return a Transformer2DModelOutput or a tuple of one tensor, "
+                f"{name} does not"
+            )
+        else:
+            feature = self._point.captured
+            reason = "the model's forward did not reach the point where its feature is captured"
+        if feature is None or self._fits:
+            return output, feature, reason if feature is None else None
+        # Copies, as a CUDA graph that runs again writes over what it returned; laid out as the history is.
+        output, feature = copied(output), feature.clone(memory_format=torch.contiguous_format)
+        try:
+            self._fits = agree(self.run_tail(feature, module, call), output)
+            reason = "gives another output"
+        # Whatever the model's own forward raises without its blocks; with them, it just ran.
+        except Exception as error:
+            reason = f"fails ({type(error).__name__}: {error})"
+        if self._fits:
+            return output, feature, None
+        return (
+            output,
+            feature,
+            (
+                f"{name}, given the feature captured at {self.adapter.capture!r} in place of its blocks, {reason}; "
+                "register_adapter can say how to skip them"
+            ),
+        )
 
     @uncompiled(recursive=False)
     def run_tail(self, feature: Tensor, module: nn.Module, call: Callable[[], Any]) -> Any:
@@ -223,45 +228,6 @@ class CacheHook(ModelHook):
                 return call()
         finally:
             self._point.captured = self._point.forecast = None
-
-    @uncompiled(recursive=False)
-    def check_fit(
-        self, feature: Tensor, output: Any, module: nn.Module, call: Callable[[], Any]
-    ) -> tuple[Any, str | None]:
-        """Compare, once, a full step with its repetition from the captured feature, where there is no tail.
-
-        That finds models with a second output stream, and those that need what their blocks return.
-
-        Returns:
-            The output, and why forecasts cannot serve this model, None if they can.
-        """
-        if self._fits:
-            return output, None
-        # Copies, as a CUDA graph that runs again writes over what it returned; laid out as the history is.
-        output = copied(output)
-        try:
-            repeated = self.run_tail(feature.clone(memory_format=torch.contiguous_format), module, call)
-        # Whatever the model's own forward raises without its blocks; with them, it just ran.
-        except Exception as error:
-            reason = f"fails ({type(error).__name__}: {error})"
-        else:
-            reason = "gives another output"
-            self._fits = agree(repeated, output)
-        if self._fits:
-            return output, None
-        return output, (
-            f"{type(module).__name__}, given the feature captured at {self.adapter.capture!r} in place of its "
-            f"blocks, {reason}; register_adapter can say how to skip them"
-        )
-
-    def why_not_captured(self, module: nn.Module) -> str:
-        """Say why a full step had no feature."""
-        if self.adapter.capture == MODEL_OUTPUT:
-            return (
-                "a model whose output is captured must return a Transformer2DModelOutput or a tuple of one tensor, "
-                f"{type(module).__name__} does not"
-            )
-        return "the model's forward did not reach the point where its feature is captured"
 
     def attach(self, model: nn.Module) -> None:
         """Put this hook on the model, its compiled calls and its capture point."""
@@ -299,16 +265,9 @@ class CacheHook(ModelHook):
 
 
 class ForecastHook(CacheHook):
-    """Runs a model in full on full steps, and only what follows its blocks on forecast steps.
+    """Runs a model in full on full steps, and only what follows its blocks on forecast steps; `state` decides."""
 
-    Args:
-        model: the model that it will hook.
-        adapter: where the feature is, and what follows it.
-        state: decides.
-        wrappers: of torch.compile around the model.
-    """
-
-    def __init__(self, model: nn.Module, adapter: Adapter, state: CacheState, wrappers: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, wrappers: tuple[nn.Module, ...], state: CacheState) -> None:
         super().__init__(model, adapter, wrappers)
         self.state = state
 
@@ -319,7 +278,11 @@ class ForecastHook(CacheHook):
         if branch is None:
             output = call()
         elif branch.feature is None:
-            output = self._run_and_capture(branch, module, call)
+            output, feature, reason = self.run_full(module, call)
+            if reason is not None:
+                self.state.disable_forecasts(reason)
+            elif feature is not None:
+                self.state.capture(branch, feature)
         elif self._tail is not None:
             # As `run_tail`, in fewer calls; `decide` empties the capture point.
             self._point.forecast = branch.feature
@@ -332,19 +295,6 @@ class ForecastHook(CacheHook):
     def reset(self) -> None:
         """See `CacheHook.reset`."""
         self.state.reset()
-
-    @uncompiled(recursive=False)
-    def _run_and_capture(self, branch: BranchState, module: nn.Module, call: Callable[[], Any]) -> Any:
-        """Answer a full step and keep its feature."""
-        output, feature = self.run_full(call)
-        if feature is None:
-            self.state.disable_forecasts(self.why_not_captured(module))
-            return output
-        self.state.capture(branch, feature)
-        output, reason = self.check_fit(feature, output, module, call)
-        if reason is not None:
-            self.state.disable_forecasts(reason)
-        return output
 
 
 def find_hook(model: nn.Module) -> CacheHook | None:

@@ -59,16 +59,7 @@ def register_adapter(adapter: Adapter) -> None:
 def find_adapter(model: nn.Module, capture: str | None = None) -> Adapter:
     """Return the adapter of a model: of its class, of the nearest base that has one, or made from its structure.
 
-    Args:
-        model: a transformer.
-        capture: path of the submodule whose first argument is the feature, where it is not to be the adapter's.
-
-    Returns:
-        The adapter, its `blocks` filled in, and its `tail` where the model's output is captured.
-
-    Raises:
-        ValueError: when there is none and the model has no submodule of the usual name or no list of blocks, or has
-            nothing at the capture point.
+    `capture` takes the place of the adapter's. `blocks` are filled in, and the `tail` where the output is captured.
     """
     check_type("capture", capture, (str, NoneType), "the path of a submodule or None")
     name = type(model).__name__
@@ -160,19 +151,9 @@ def flux_tail(
     return_dict: bool = True,
     **of_the_blocks: Any,
 ) -> Any:
-    """Run `FluxTransformer2DModel.forward` from the captured feature on: time embedding, final norm, projection.
+    """Run `FluxTransformer2DModel.forward` from `norm_out` on: time embedding, final norm, projection.
 
-    Args:
-        model: a `FluxTransformer2DModel`.
-        feature: [batch, image tokens, channels], what the blocks would have handed to `norm_out`.
-        timestep: [batch], sigma.
-        pooled_projections: [batch, channels of the pooled text].
-        guidance: [batch], of guidance-distilled models.
-        return_dict: as in the model's forward.
-        of_the_blocks: what only the blocks read (text, positions, ControlNet residuals, IP-Adapter).
-
-    Returns:
-        As the model's forward.
+    The feature is [batch, image tokens, channels]; `timestep` is sigma.
     """
     # The feature has the dtype of the embedded latents, to which the forward converts both.
     times = timestep.to(feature.dtype) * 1000
@@ -184,32 +165,12 @@ def flux_tail(
 
 
 def qwen_tail(model: Any, feature: Tensor, *, return_dict: bool = True, **of_the_blocks: Any) -> Any:
-    """Run `QwenImageTransformer2DModel.forward` from the captured feature on: the projection.
-
-    Args:
-        model: a `QwenImageTransformer2DModel`.
-        feature: [batch, image tokens, channels], what `norm_out` would have handed to `proj_out`.
-        return_dict: as in the model's forward.
-        of_the_blocks: what only the blocks and the final norm read (text, time, shapes, ControlNet residuals).
-
-    Returns:
-        As the model's forward.
-    """
+    """Run `QwenImageTransformer2DModel.forward` from `proj_out` on; the feature is [batch, image tokens, channels]."""
     return _model_output(model.proj_out(feature), return_dict)
 
 
 def output_tail(model: nn.Module, feature: Tensor, *, return_dict: bool = True, **of_the_model: Any) -> Any:
-    """Return a forecast of the model's output as the model's forward would: nothing of the model runs.
-
-    Args:
-        model: any transformer whose output is one tensor.
-        feature: the forecast [*output].
-        return_dict: as in the model's forward.
-        of_the_model: all that the model would have read.
-
-    Returns:
-        As the model's forward; a copy, as the caller may write to it.
-    """
+    """Return a forecast of the model's output; a copy, as the caller may write to it."""
     return _model_output(feature.clone(), return_dict)
 
 

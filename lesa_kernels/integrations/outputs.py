@@ -45,11 +45,7 @@ def read_output(output: Any) -> Tensor | None:
 def only_tensor(output: Any) -> Tensor | None:
     """Return what a model's output (or first argument) holds as one tensor, None where that cannot be.
 
-    Args:
-        output: of a model; a list holds one tensor an image, as Z-Image's does.
-
-    Returns:
-        The tensor, or the list's, stacked.
+    A list holds one tensor an image, as Z-Image's does: they are stacked.
     """
     if isinstance(output, dict | tuple):
         values = list(output.values()) if isinstance(output, dict) else list(output)

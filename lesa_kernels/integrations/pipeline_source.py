@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.api import bare_models, given_models, is_compiled, is_pipeline
+from lesa_kernels.checks import check_int
+from lesa_kernels.integrations.api import find_models, is_pipeline
 from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
 from lesa_kernels.integrations.outputs import read_output
 from lesa_kernels.integrations.steps import StepTracker
@@ -40,18 +42,19 @@ def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor],
         TypeError: when target is something else.
     """
     features: list[Tensor] = []
+    models = find_models(target)
     with ExitStack() as stack:
-        if any(is_compiled(model) for model in given_models(target)):
+        if any(wrappers or getattr(model, "_compiled_call_impl", None) is not None for model, wrappers in models):
             # Graphs that were compiled before do not see hooks that are added now.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for model in bare_models(target):
-            for remove in _record(model, find_adapter(model, capture).capture, features):
-                stack.callback(remove)
+        for model, _ in models:
+            for handle in _record(model, find_adapter(model, capture).capture, features):
+                stack.callback(handle.remove)
         yield features
 
 
-def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[Callable[[], None]]:
-    """Append the feature of each call of a model to a list; return what removes the hooks."""
+def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[RemovableHandle]:
+    """Append the feature of each call of a model to a list, until the handles are removed."""
     latest: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,7 +69,7 @@ def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[Call
     handles = [model.register_forward_hook(keep)]
     if capture != MODEL_OUTPUT:
         handles.append(model.get_submodule(capture).register_forward_pre_hook(take, with_kwargs=True))
-    return [handle.remove for handle in handles]
+    return handles
 
 
 class PipelineSource:
@@ -106,11 +109,9 @@ class PipelineSource:
         # It imports diffusers, which takes seconds.
         from lesa_kernels.integrations.trajectory_hook import TrajectoryHook
 
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+        self._steps = check_int("steps", steps, 1)
         _check_pipeline(pipe)
         self._pipe = pipe
-        self._steps = steps
         self._seed = seed
         each = {
             name: value
@@ -122,10 +123,8 @@ class PipelineSource:
         _check_names(pipe, {*self._shared, *self._prompts[0]})
         if _accepts(pipe, "output_type"):
             self._shared.setdefault("output_type", "latent")
-        (given,), (self._module,) = given_models(pipe), bare_models(pipe)
-        adapter = find_adapter(self._module, capture)
-        wrappers = () if given is self._module else (given,)
-        self._hook = TrajectoryHook(self._module, adapter, StepTracker(pipe), wrappers)
+        ((self._module, wrappers),) = find_models(pipe)
+        self._hook = TrajectoryHook(self._module, find_adapter(self._module, capture), wrappers, StepTracker(pipe))
 
     def __len__(self) -> int:
         """How many runs there are: one a prompt."""
@@ -224,7 +223,7 @@ def _check_pipeline(pipe: Any) -> None:
 
     if not is_pipeline(pipe):
         raise TypeError(f"pipe must be a pipeline with a transformer and a scheduler, got {type(pipe).__name__}")
-    models = bare_models(pipe)
+    models = [model for model, _ in find_models(pipe)]
     if len(models) > 1:
         raise ValueError(
             f"pipe must have one transformer, {type(pipe).__name__} has two: a history does not reach from one to the "
@@ -308,20 +307,7 @@ def _silent(pipe: Any) -> Generator[None, None, None]:
 
 
 def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False) -> Any:
-    """Load any pipeline of diffusers.
-
-    Args:
-        model: a folder or a hub id.
-        device: where it goes.
-        dtype: of its parameters.
-        offload: keep on the device only the part that runs.
-
-    Returns:
-        The pipeline.
-
-    Raises:
-        ValueError: when there is no such pipeline.
-    """
+    """Load a pipeline of diffusers from a folder or a hub id; offloaded, only the part that runs is on the device."""
     from diffusers import DiffusionPipeline
 
     try:

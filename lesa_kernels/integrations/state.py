@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import check_decreasing
+from lesa_kernels.checks import check_decreasing, check_float
 from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
-from lesa_kernels.integrations.stats import RunStats, Summary
+from lesa_kernels.integrations.stats import RunStats
 from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility
 from lesa_kernels.plan import Plan, check_count
 from lesa_kernels.predictors import Predictor
@@ -68,50 +68,32 @@ class Options:
             raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
         check_count("chunk", self.chunk)
         check_count("check_every", self.check_every)
-        if self.max_error is None:
-            return
-        if isinstance(self.max_error, bool) or not isinstance(self.max_error, int | float):
-            raise TypeError(f"max_error must be a number or None, got {self.max_error!r}")
-        if not self.max_error > 0:
-            raise ValueError(f"max_error must be greater than 0, got {self.max_error}")
-        if self.check_every is None:
-            raise ValueError(
-                f"max_error must come with check_every, which says when it is looked at, got {self.max_error}"
-            )
+        if self.max_error is not None:
+            check_float("max_error", self.max_error, above=0, finite=False)
+            if self.check_every is None:
+                raise ValueError(
+                    f"max_error must come with check_every, which says when it is looked at, got {self.max_error}"
+                )
 
 
 @dataclass
 class BranchState:
-    """The history of one branch.
-
-    Args:
-        session: runs the branch's plan.
-        full_steps: of the plan.
-        layout: of the latents.
-        step: the step of the present call, and after it the step that is due.
-        feature: the forecast of the present step, a view of the history; None on a full step.
-    """
+    """The history of one branch."""
 
     session: Session
     full_steps: frozenset[int]
-    layout: Layout
-    step: int
-    feature: Tensor | None = None
+    layout: Layout  # of the latents
+    step: int  # of the present call, and after it the step that is due
+    feature: Tensor | None = None  # the forecast of the present step, a view of the history; None on a full step
 
 
 @dataclass
 class RunState:
-    """One pass through a schedule.
-
-    Args:
-        position: how far it is.
-        stats: what became of it so far.
-        branches: by cache context and number of the call within its step.
-        warned: the warnings that were given.
-    """
+    """One pass through a schedule."""
 
     position: StepPosition
     stats: RunStats
+    # By cache context and number of the call within its step.
     branches: dict[tuple[str, int], BranchState] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
 
@@ -133,13 +115,7 @@ class CacheState:
     """Follows the calls of one model and decides, from Python integers alone, which are forecast.
 
     A branch that begins late (image-to-image, guidance that starts in the middle) is planned from its first step on.
-
-    Args:
-        tracker: follows the steps.
-        predictors: make the plans, which are kept by sigmas: a predictor must not change while it is enabled.
-        schedule: full steps, or a rule that makes them from the sigmas; None: see `enable`.
-        options: see `enable`.
-        blocks: calls of blocks in a full call of the model.
+    Plans are kept by sigmas: a predictor must not change while it is enabled. `blocks` is how many a full call runs.
     """
 
     def __init__(
@@ -155,7 +131,8 @@ class CacheState:
         self._options = options
         self._blocks = blocks
         self._run: RunState | None = None
-        self._stats: RunStats | None = None
+        # Of the last run; None before the first, and where a run had no turn of this model.
+        self.stats: RunStats | None = None
         # Those of the other models of the pipeline, which take turns with this one.
         self.siblings: tuple[CacheState, ...] = ()
 
@@ -172,11 +149,6 @@ class CacheState:
 
         self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make_plan)
 
-    @property
-    def summary(self) -> Summary | None:
-        """What became of the last run, None before the first; waits for the device to finish what was timed."""
-        return None if self._stats is None else self._stats.summary()
-
     def reset(self) -> None:
         """Drop the present run and its history; the next call begins a new one."""
         if self._run is not None:
@@ -186,15 +158,10 @@ class CacheState:
 
     @uncompiled()
     def enter(self, context: Any, latents: Any, foreign_cache: bool) -> BranchState | None:
-        """Place a call of the model, and make its forecast where one is due.
+        """Return the branch of a call, with its forecast where one is due; None where nothing is to be captured.
 
-        Args:
-            context: diffusers' `CacheContext`.
-            latents: the model's first argument.
-            foreign_cache: whether a cache of diffusers is on too.
-
-        Returns:
-            The branch of the call, or None where the call runs in full and nothing is captured.
+        `context` is diffusers' `CacheContext`, `latents` the model's first argument; `foreign_cache` says whether a
+        cache of diffusers is on too.
         """
         layout = layout_of(latents)
         run, branch = self._place(context, layout, foreign_cache)
@@ -279,10 +246,9 @@ class CacheState:
             if sibling._run is not None:
                 sibling._run.branches.clear()
             if sibling._run is None or sibling._run.position.source is not position.source:
-                # The summary is of one run, in which a sibling may have no turn.
-                sibling._stats = None
-        self._stats = RunStats(max(position.num_steps, 0), self._blocks)
-        self._run = RunState(position, self._stats)
+                sibling.stats = None
+        self.stats = RunStats(max(position.num_steps, 0), self._blocks)
+        self._run = RunState(position, self.stats)
         return self._run
 
     def _begin_branch(self, run: RunState, name: str, step: int, layout: Layout) -> BranchState | None:
@@ -328,13 +294,10 @@ class CacheState:
 
 
 def predictor_key(predictors: Predictors, context: str) -> str | None:
-    """Return the name under which a cache context finds its predictor; None where there is none for it.
-
-    A pipeline that opens no context has an unnamed one. A predictor for "cond" alone serves it: nothing says that a
-    call is of another branch.
-    """
+    """Return the name under which a cache context finds its predictor; None where there is none for it."""
     if isinstance(predictors, Predictor):
         return ""
     if context in predictors:
         return context
+    # A pipeline that opens no context has an unnamed one, and nothing says that its calls are of several branches.
     return "cond" if not context and tuple(predictors) == ("cond",) else None

@@ -59,25 +59,13 @@ class Summary:
 
 @dataclass
 class RunStats:
-    """Collects what a `Summary` is made of while the run lasts.
-
-    Args:
-        steps: S.
-        blocks: calls of blocks in a full call.
-        full: times the full calls.
-        forecast: times the forecast calls.
-        plan: the first plan as text.
-        history_bytes: memory of the histories so far.
-        history_memory: the device of the latest one.
-        refused: why there are no more forecasts.
-        errors: (full step, error of what it would have been forecast, []) of all cache contexts.
-    """
+    """Collects what a `Summary` is made of while the run lasts."""
 
     steps: int
-    blocks: int = 0
+    blocks: int = 0  # in a full call
     full: Stopwatch = field(default_factory=Stopwatch)
     forecast: Stopwatch = field(default_factory=Stopwatch)
-    plan: str = ""
+    plan: str = ""  # the first
     history_bytes: int = 0
     history_memory: str = ""
     refused: str | None = None
@@ -88,42 +76,23 @@ class RunStats:
         self.history_bytes += ring.nbytes
         self.history_memory = str(ring.device)
 
-    def summary(self) -> Summary:
-        """Return what is known now; waits for the device to reach the last timed call."""
-        return Summary(
-            steps=self.steps,
-            full=self.full.count,
-            forecast=self.forecast.count,
-            skipped_blocks=self.blocks * self.forecast.count,
-            full_seconds=self.full.seconds / max(self.full.count, 1),
-            forecast_seconds=self.forecast.seconds / max(self.forecast.count, 1),
-            plan=self.plan,
-            history_bytes=self.history_bytes,
-            history_memory=self.history_memory,
-            refused=self.refused,
-            errors=_worst((step, float(error)) for step, error in self.errors),
-        )
 
-
-def merge_summaries(summaries: Sequence[Summary]) -> Summary:
-    """Return one summary for the models of a pipeline (Wan 2.2 has two); times are means over all calls."""
-    first = summaries[0]
-    if len(summaries) == 1:
-        return first
-    full, forecast = sum(each.full for each in summaries), sum(each.forecast for each in summaries)
+def summarize(runs: Sequence[RunStats]) -> Summary:
+    """Sum up the runs of a pipeline's models (Wan 2.2 has two); waits for the device to reach the last timed call."""
+    full, forecast = sum(run.full.count for run in runs), sum(run.forecast.count for run in runs)
     return Summary(
-        steps=first.steps,
+        steps=runs[0].steps,
         full=full,
         forecast=forecast,
-        skipped_blocks=sum(each.skipped_blocks for each in summaries),
-        full_seconds=sum(each.full_seconds * each.full for each in summaries) / max(full, 1),
-        forecast_seconds=sum(each.forecast_seconds * each.forecast for each in summaries) / max(forecast, 1),
-        plan="\n".join(each.plan for each in summaries if each.plan),
+        skipped_blocks=sum(run.blocks * run.forecast.count for run in runs),
+        full_seconds=sum(run.full.seconds for run in runs) / max(full, 1),
+        forecast_seconds=sum(run.forecast.seconds for run in runs) / max(forecast, 1),
+        plan="\n".join(run.plan for run in runs if run.plan),
         # One model's history is released when the next one begins.
-        history_bytes=max(each.history_bytes for each in summaries),
-        history_memory=first.history_memory or summaries[-1].history_memory,
-        errors=_worst(error for each in summaries for error in each.errors),
-        refused=next((each.refused for each in summaries if each.refused), None),
+        history_bytes=max(run.history_bytes for run in runs),
+        history_memory=next((run.history_memory for run in runs if run.history_memory), ""),
+        refused=next((run.refused for run in runs if run.refused), None),
+        errors=_worst((step, float(error)) for run in runs for step, error in run.errors),
     )
 
 

@@ -25,21 +25,13 @@ _MAX_CALLS = 4
 
 @dataclass
 class StepPosition:
-    """How far one run through a schedule is.
+    """How far one run through a schedule is."""
 
-    Args:
-        source: the object that held the sigmas; another object means another run.
-        sigmas: the S+1 noise levels, none where they could not be read.
-        incompatibility: why no step of this run can be forecast, None if there is no reason.
-        step: the latest step; before the first call the step that the run begins at.
-        seen: calls of the latest step, by cache context.
-        calls: calls of the run, by cache context.
-    """
-
-    source: Any
-    sigmas: tuple[float, ...]
-    incompatibility: str | None = None
-    step: int = 0
+    source: Any  # the object that held the sigmas; another object means another run
+    sigmas: tuple[float, ...]  # S+1 noise levels, none where they could not be read
+    incompatibility: str | None = None  # why no step of this run can be forecast
+    step: int = 0  # the latest; before the first call the step that the run begins at
+    # Calls of the latest step and of the run, by cache context.
     seen: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     num_steps: int = field(init=False)
@@ -51,16 +43,8 @@ class StepPosition:
 class StepTracker:
     """Follows a model from call to call; a new run begins where there are new sigmas or the step goes back.
 
-    The noise levels are the scheduler's sigmas under flow matching. Of another scheduler (DDIM, DPM-Solver, ...) they
-    are its timesteps, scaled to (0, 1], and 0: its sigmas, where it has any, span orders of magnitude.
-
-    Args:
-        pipeline: whose scheduler counts (it is looked up at every call, as users replace it), or None.
-        scheduler: a diffusers scheduler, or None.
-        sigmas: S+1 noise levels where there is no scheduler, or None.
-
-    Raises:
-        ValueError: when none or several are given, or the scheduler has no sigmas, or the sigmas do not fall.
+    Steps and levels come from one of three: a pipeline's scheduler (looked up at every call, as users replace it), a
+    scheduler, or S+1 sigmas, where calls are counted.
     """
 
     def __init__(self, pipeline: Any = None, scheduler: Any = None, sigmas: Sequence[float] | None = None) -> None:
@@ -83,15 +67,10 @@ class StepTracker:
             )
 
     def place(self, context: Any) -> tuple[StepPosition, int, int]:
-        """Place a call.
+        """Return the run that a call belongs to, its step, and its number within the step and context.
 
-        Args:
-            context: diffusers' `CacheContext`; its step index counts where it has one, else the scheduler's, else the
-                context's calls are counted.
-
-        Returns:
-            The run that it belongs to, its step (not below S where there were too many calls), and its number within
-            the step and context.
+        The step is that of diffusers' `CacheContext` where it has one, else the scheduler's, else the context's calls
+        are counted. It is not below S where there were too many calls.
         """
         source, index = self._read()
         position, name, step = self.position, context.name, context.step_index
@@ -121,10 +100,10 @@ class StepTracker:
         return position, step, number
 
     def read_levels(self) -> tuple[float, ...]:
-        """Return the S+1 noise levels of the run that begins; of a tensor on a GPU this is the one wait of a run.
+        """Return the S+1 noise levels of the run that begins; on a GPU this is the one wait of a run.
 
-        Raises:
-            TypeError: when the scheduler was not told its steps yet.
+        They are the scheduler's sigmas under flow matching. Of another scheduler (DDIM, DPM-Solver, ...) they are its
+        timesteps, scaled to (0, 1], and 0: its sigmas, where it has any, span orders of magnitude.
         """
         if self._sigmas is not None:
             return self._sigmas
@@ -171,15 +150,7 @@ class StepTracker:
 def find_incompatibility(
     position: StepPosition, context: Any, step: int, number: int, foreign_cache: bool
 ) -> str | None:
-    """Say why a call cannot be forecast, None if it can.
-
-    Args:
-        position: the run of the call.
-        context: diffusers' `CacheContext`.
-        step: of the call.
-        number: of the call within its step and context.
-        foreign_cache: whether a cache of diffusers is on too.
-    """
+    """Say why a call that `StepTracker.place` placed cannot be forecast, None if it can."""
     if torch.is_grad_enabled():
         return "gradients are enabled; sample under torch.no_grad()"
     if foreign_cache:

@@ -17,17 +17,10 @@ from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, StepPolicy
 
 
 class TrajectoryHook(CacheHook):
-    """Answers each call of a model with what a policy returns.
-
-    Args:
-        model: the model that it will hook.
-        adapter: where the feature is, and what follows it.
-        tracker: follows the steps.
-        wrappers: of torch.compile around the model.
-    """
+    """Answers each call of a model with what a policy returns."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, tracker: StepTracker, wrappers: tuple[nn.Module, ...]
+        self, model: nn.Module, adapter: Adapter, wrappers: tuple[nn.Module, ...], tracker: StepTracker
     ) -> None:
         super().__init__(model, adapter, wrappers)
         self.sigmas: tuple[float, ...] | None = None
@@ -105,11 +98,8 @@ class _PendingCall:
         """See `ModelCall`."""
         if self._feature is not None:
             raise RuntimeError("blocks must be called at most once in a call")
-        output, feature = self._hook.run_full(self._call)
-        if feature is None:
-            raise ValueError(f"lesa: {self._hook.why_not_captured(self._module)}")
-        output, reason = self._hook.check_fit(feature, output, self._module, self._call)
-        if reason is not None:
+        output, feature, reason = self._hook.run_full(self._module, self._call)
+        if feature is None or reason is not None:
             raise ValueError(f"lesa: {reason}")
         # Policies may keep it; the pipeline may write to the model's output, a CUDA graph to all that it returned.
         self._feature = feature.clone(memory_format=torch.contiguous_format)

@@ -106,7 +106,7 @@ def test_players_are_told_what_they_do_wrong(policy: StepPolicy, error: type[Exc
         ([], {}, ValueError, "prompts must hold at least one prompt, got none"),
         ("a cat", {}, TypeError, "prompts must be a sequence of prompts, got str"),
         ([{"prompt": "a"}, "b", {"class_label": 1}], {}, ValueError, r"prompts\[2\] must have the arguments"),
-        (FLUX_PROMPTS, {"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
+        (FLUX_PROMPTS, {"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         (FLUX_PROMPTS, {"generator": None}, ValueError, "generator must not be given"),
         (FLUX_PROMPTS, {"num_images_per_prompt": 2}, ValueError, "num_images_per_prompt must not be given"),
         (FLUX_PROMPTS, {"capture": "nowhere"}, ValueError, "no submodule 'nowhere'"),
