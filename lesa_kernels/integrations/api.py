@@ -42,8 +42,8 @@ def enable(
     steps for the rest of the run and one `LesaWarning`.
 
     Args:
-        target: a pipeline, with all of its transformers, or a bare transformer: then `scheduler` or `sigmas` tells the
-            steps.
+        target: a pipeline, with all of its transformers, or a bare transformer: then the steps come from
+            `scheduler` or `sigmas`.
         predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
             a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
@@ -59,14 +59,14 @@ def enable(
         chunk: at most this many forecasts are made at once. None makes those of a whole segment, in the fewest passes
             over memory; 1 holds the least memory.
         check_every: compare the features of each n-th full step after the first with what they would have been
-            forecast; `summary` tells the errors. None compares none. Images stay the same; a check takes a pass over
+            forecast; `summary` shows the errors. None compares none. Images stay the same; a check takes a pass over
             the history and keeps in memory what it reads.
         max_error: with check_every: full steps for the rest of a run from the first step on whose error, mean
             |forecast - feature| / mean |feature|, is larger. Each check then waits for the device.
 
     Raises:
-        ValueError: when there is no adapter for the model, nothing or too much tells the steps, a cache of diffusers is
-            on, or an option is out of range or does not go with another.
+        ValueError: when there is no adapter for the model, the steps come from none or several arguments, a cache of
+            diffusers is on, or an option is out of range or does not go with another.
         TypeError: when target, predictor, schedule or an option is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
@@ -95,7 +95,7 @@ def enable(
 
 
 def disable(target: Any) -> None:
-    """Undo `enable` without a trace; nothing happens where it is not enabled.
+    """Undo `enable` without a trace; does nothing where it is not enabled.
 
     Args:
         target: a pipeline or a transformer.

@@ -7,6 +7,7 @@ one in, and leaves to a subclass which of both a call does: `ForecastHook`, the 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from abc import abstractmethod
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lesa_kernels.integrations.models import MODEL_OUTPUT, Adapter, SkippableBlocks
-from lesa_kernels.integrations.outputs import agree, copied, read_output, uncompiled
+from lesa_kernels.integrations.outputs import agree, read_output, uncompiled
 from lesa_kernels.integrations.state import CacheState
 
 _NAME = "lesa"
 _UNNAMED = CacheContext("")
+_copy = uncompiled()(copy.deepcopy)
 
 
 class _Contexts(StateManager):
@@ -197,23 +199,18 @@ class CacheHook(ModelHook):
         if feature is None or self._fits:
             return output, feature, reason if feature is None else None
         # Copies, as a CUDA graph that runs again writes over what it returned; laid out as the history is.
-        output, feature = copied(output), feature.clone(memory_format=torch.contiguous_format)
+        output, feature = _copy(output), feature.clone(memory_format=torch.contiguous_format)
         try:
             self._fits = agree(self.run_tail(feature, module, call), output)
             reason = "gives another output"
         # Whatever the model's own forward raises without its blocks; with them, it just ran.
         except Exception as error:
             reason = f"fails ({type(error).__name__}: {error})"
-        if self._fits:
-            return output, feature, None
-        return (
-            output,
-            feature,
-            (
-                f"{name}, given the feature captured at {self.adapter.capture!r} in place of its blocks, {reason}; "
-                "register_adapter can say how to skip them"
-            ),
+        reason = (
+            f"{name}, given the feature captured at {self.adapter.capture!r} in place of its blocks, {reason}; "
+            "register_adapter can say how to skip them"
         )
+        return output, feature, None if self._fits else reason
 
     @uncompiled(recursive=False)
     def run_tail(self, feature: Tensor, module: nn.Module, call: Callable[[], Any]) -> Any:

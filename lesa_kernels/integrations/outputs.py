@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
@@ -63,12 +62,6 @@ def refilled(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, tuple):
         return tuple(refilled(value, tensor) for value in output)
     return list(tensor) if isinstance(output, list) else tensor
-
-
-@uncompiled()
-def copied(output: Any) -> Any:
-    """Return a copy that shares no memory with an output."""
-    return copy.deepcopy(output)
 
 
 @uncompiled()

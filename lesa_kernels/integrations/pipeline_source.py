@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.checks import check_int
+from lesa_kernels.checks import check_decreasing, check_int
 from lesa_kernels.integrations.api import find_models, is_pipeline
 from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
 from lesa_kernels.integrations.outputs import read_output
@@ -147,9 +147,7 @@ class PipelineSource:
             raise ValueError("lesa: the pipeline did not call its transformer, so its noise levels are not known")
         if len(sigmas) != self._steps + 1:
             raise ValueError(f"the pipeline must have {self._steps} steps as asked for, it has {len(sigmas) - 1}")
-        if not all(later < earlier for earlier, later in itertools.pairwise(sigmas)):
-            raise ValueError(f"the noise levels of the pipeline's scheduler must fall, got {sigmas}")
-        return sigmas
+        return check_decreasing(sigmas, "the noise levels of the pipeline's scheduler")
 
     @cached_property
     def branches(self) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.session import Session, check_history
 
 _MAX_PLANS = 16
+# The name of a predictor for all cache contexts.
+_SHARED = ""
 
 Predictors: TypeAlias = "Predictor | Mapping[str, Predictor]"
 """One predictor for all cache contexts, or those of each by its name."""
@@ -127,7 +129,8 @@ class CacheState:
         blocks: int,
     ) -> None:
         self._tracker = tracker
-        self._predictors = predictors
+        self._is_shared = isinstance(predictors, Predictor)
+        self._predictors = {_SHARED: predictors} if isinstance(predictors, Predictor) else dict(predictors)
         self._options = options
         self._blocks = blocks
         self._run: RunState | None = None
@@ -137,7 +140,7 @@ class CacheState:
         self.siblings: tuple[CacheState, ...] = ()
 
         def make_plan(name: str, sigmas: tuple[float, ...], first_step: int) -> Plan:
-            predictor = self._predictor(name)
+            predictor = self._predictors[name]
             return predictor.plan(
                 sigmas,
                 schedule or predictor.schedule or default_schedule,
@@ -179,18 +182,26 @@ class CacheState:
     @uncompiled()
     def capture(self, branch: BranchState, feature: Tensor) -> None:
         """Keep the feature of a full step; a failure ends the forecasts, not the run."""
-        session, step, known = branch.session, branch.step, branch.session.ring is not None
+        run, session, step = self._run, branch.session, branch.step
+        if run is None:
+            return
+        known = session.ring is not None
         try:
             session.push(step, feature)
         except (ValueError, TypeError, RuntimeError) as error:
-            self.disable_forecasts(f"the feature of step {step} could not be kept: {error}")
-            return
-        if self._run is None:
+            run.disable_forecasts(f"the feature of step {step} could not be kept: {error}")
             return
         if not known and session.ring is not None:
-            self._run.stats.add_ring(session.ring)
-        if step in session.errors:
-            self._check_error(self._run, step, session.errors[step])
+            run.stats.add_ring(session.ring)
+        measured, limit = session.errors.get(step), self._options.max_error
+        if measured is not None:
+            run.stats.errors.append((step, measured))
+            # Only a limit waits for the number; a NaN is within none.
+            if limit is not None and not float(measured) <= limit:
+                run.disable_forecasts(
+                    f"step {step} would have been forecast with an error of {float(measured):.3g}, "
+                    f"more than max_error = {limit:g}"
+                )
 
     @uncompiled()
     def leave(self, branch: BranchState | None) -> None:
@@ -251,22 +262,21 @@ class CacheState:
         self._run = RunState(position, self.stats)
         return self._run
 
-    def _begin_branch(self, run: RunState, name: str, step: int, layout: Layout) -> BranchState | None:
+    def _begin_branch(self, run: RunState, context: str, step: int, layout: Layout) -> BranchState | None:
         """Plan a branch from its first step on; None where there is no predictor or no plan for it."""
-        key = predictor_key(self._predictors, name)
-        if key is None:
-            names = [] if isinstance(self._predictors, Predictor) else sorted(self._predictors)
-            if name:
-                run.warn(f"full steps for the cache context {name!r}: there are predictors for {names} alone")
+        name, sigmas = self._find_predictor(context), run.position.sigmas
+        if name is None:
+            names = sorted(self._predictors)
+            if context:
+                run.warn(f"full steps for the cache context {context!r}: there are predictors for {names} alone")
             else:
                 run.warn(
-                    "full steps: the pipeline opens no cache context that would tell which of the predictors "
-                    f"{names} is due"
+                    f"full steps: the pipeline opens no cache context that says which of the predictors {names} is due"
                 )
             return None
         try:
-            plan = self._plan(key, run.position.sigmas, step)
-            reason = self._predictor(key).objection(run.position.sigmas)
+            plan = self._plan(name, sigmas, step)
+            reason = self._predictors[name].objection(sigmas)
         # Users bring their own predictors and rules, and no fault of theirs should cost an image.
         except Exception as error:
             run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))
@@ -277,27 +287,9 @@ class CacheState:
         session = Session(plan, history_dtype=self._options.history_dtype)
         return BranchState(session, frozenset(plan.full_steps), layout, step)
 
-    def _check_error(self, run: RunState, step: int, error: Tensor) -> None:
-        """Record the error of what a full step would have been forecast; only a limit waits for the number."""
-        run.stats.errors.append((step, error))
-        limit = self._options.max_error
-        # A NaN is within no limit.
-        if limit is not None and not float(error) <= limit:
-            run.disable_forecasts(
-                f"step {step} would have been forecast with an error of {float(error):.3g}, "
-                f"more than max_error = {limit:g}"
-            )
-
-    def _predictor(self, name: str) -> Predictor:
-        """Return the predictor of a name that `predictor_key` gave."""
-        return self._predictors if isinstance(self._predictors, Predictor) else self._predictors[name]
-
-
-def predictor_key(predictors: Predictors, context: str) -> str | None:
-    """Return the name under which a cache context finds its predictor; None where there is none for it."""
-    if isinstance(predictors, Predictor):
-        return ""
-    if context in predictors:
-        return context
-    # A pipeline that opens no context has an unnamed one, and nothing says that its calls are of several branches.
-    return "cond" if not context and tuple(predictors) == ("cond",) else None
+    def _find_predictor(self, context: str) -> str | None:
+        """Return the name under which a cache context finds its predictor; None where there is none for it."""
+        if self._is_shared or context in self._predictors:
+            return _SHARED if self._is_shared else context
+        # A pipeline that opens no context has an unnamed one, and nothing says that its calls are of several branches.
+        return "cond" if not context and tuple(self._predictors) == ("cond",) else None

@@ -52,7 +52,7 @@ class StepTracker:
         given = [name for name, value in options.items() if value is not None]
         if len(given) != 1:
             raise ValueError(
-                "lesa: exactly one of a pipeline, scheduler= and sigmas= must tell the steps of the run, "
+                "lesa: exactly one of a pipeline, scheduler= and sigmas= must give the steps of the run, "
                 f"got {' and '.join(given) or 'none'}"
             )
         # A strong reference would keep the pipeline's text encoders alive as long as its transformer.
@@ -134,7 +134,7 @@ class StepTracker:
         """Return the position of a run that begins."""
         try:
             sigmas = self.read_levels()
-        # Whatever a scheduler holds before it was told its steps.
+        # Whatever a scheduler holds before set_timesteps.
         except (TypeError, ValueError) as error:
             return StepPosition(source, (), f"the scheduler's noise levels cannot be read: {error}")
         repeat = len(set(sigmas)) < len(sigmas)

@@ -235,14 +235,14 @@ def test_a_native_cache_is_refused(pipe: TinyPipeline) -> None:
         ({"sigmas": [1.0, 0.0], "schedule": 5}, TypeError, "schedule must be a Schedule, a rule or None, got int"),
     ],
 )
-def test_a_bare_transformer_needs_to_be_told_the_steps(
+def test_a_bare_transformer_needs_steps_from_one_argument(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         enable(tiny_transformer(), **arguments)
 
 
-def test_a_pipeline_tells_its_own_steps(pipe: TinyPipeline) -> None:
+def test_a_pipeline_has_its_own_steps(pipe: TinyPipeline) -> None:
     with pytest.raises(ValueError, match="got pipeline and sigmas"):
         enable(pipe, sigmas=[1.0, 0.0])
 

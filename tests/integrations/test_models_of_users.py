@@ -169,7 +169,7 @@ def test_any_output_of_one_tensor_can_be_the_feature() -> None:
         (NeedsItsBlocks, "fails .Unbound"),
     ],
 )
-def test_a_model_that_is_more_than_its_capture_point_is_told_apart(kind: type[Usual], reason: str) -> None:
+def test_a_model_that_is_more_than_its_capture_point_is_refused(kind: type[Usual], reason: str) -> None:
     model = kind()
     plain = [output.clone() for x in inputs() for output in model(x)]
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS)

@@ -1,4 +1,4 @@
-"""What a pipeline must be, and a policy must do, to be run; what else comes is told."""
+"""Errors for pipelines that cannot be a source, and for policies that answer with something else."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_scheduler_whose_sigmas_repeat_is_refused() -> None:
         case.run([0], in_full)
 
 
-def test_an_interrupted_run_is_told() -> None:
+def test_an_interrupted_run_is_an_error() -> None:
     case = flux_case()
     source = case.source(callback_on_step_end=lambda pipe, i, t, found: setattr(pipe, "_interrupt", i == 2) or found)
     with pytest.raises(ValueError, match="must call its transformer up to step 5, its last call was in step 2"):
@@ -95,7 +95,7 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
         (lambda call: [call.blocks(), call.blocks()], RuntimeError, "blocks must be called at most once"),
     ],
 )
-def test_players_are_told_what_they_do_wrong(policy: StepPolicy, error: type[Exception], message: str) -> None:
+def test_what_a_policy_does_wrong_is_an_error(policy: StepPolicy, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         flux_case().source().run([0], policy)
 

@@ -38,7 +38,7 @@ every_case = pytest.mark.parametrize("name", list(CASES))
 
 
 @every_case
-def test_a_player_that_runs_all_blocks_changes_nothing(name: str) -> None:
+def test_a_policy_that_runs_all_blocks_changes_nothing(name: str) -> None:
     case = CASES[name]()
     plain = case.plain(1)
     with counting(case.pipe.transformer) as count:
@@ -73,7 +73,7 @@ def test_a_run_is_the_same_in_any_batch(name: str) -> None:
 
 
 @every_case
-def test_calls_tell_step_branch_feature_and_latents(name: str) -> None:
+def test_calls_have_step_branch_feature_and_latents(name: str) -> None:
     case = CASES[name]()
     calls: list[tuple[int, str]] = []
     given: list[Tensor] = []
@@ -153,7 +153,7 @@ def test_an_answer_with_gradients_reaches_the_pipeline_without() -> None:
     assert modes == {False}, "blocks run as in plain sampling, compiled ones in the same graph"
 
 
-def test_the_player_has_gradients_where_play_was_called_with_them() -> None:
+def test_the_policy_has_gradients_where_run_was_called_with_them() -> None:
     case = flux_case()
     modes: set[bool] = set()
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_lora_counts_in_blocks_and_tail() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_compiled_model_is_played(wrapped: bool) -> None:
+def test_a_compiled_model_is_run(wrapped: bool) -> None:
     case = flux_case()
     enable(case.pipe, TaylorSeer(2, variable="sigma"), SPARSE)
     expected = case.plain(0)
@@ -328,12 +328,12 @@ def test_a_saved_pipeline_is_loaded_and_prompts_may_be_classes(tmp_path: Path) -
         load_pipeline(str(tmp_path / "nothing"))
 
 
-def test_calls_without_a_context_are_told_apart_by_their_number() -> None:
+def test_calls_without_a_context_are_branches_by_their_number() -> None:
     source = PipelineSource(odd_pipeline(), ["one"], steps=3, true_cfg=2.0, contexts=False)
     assert source.branches == (ONLY_BRANCH, "cond 2")
 
 
-def test_the_identity_tells_prompts_arguments_and_seed_apart() -> None:
+def test_the_identity_depends_on_prompts_arguments_and_seed() -> None:
     pipe = CASES["flux"]().pipe
     make = partial(PipelineSource, pipe, steps=STEPS)
     image = torch.zeros(1, 3)
@@ -350,7 +350,7 @@ def test_the_identity_tells_prompts_arguments_and_seed_apart() -> None:
     assert make(["a", "b"]).identity == sources[0].identity
 
 
-def test_the_name_of_the_model_tells_what_the_features_are_of() -> None:
+def test_the_name_of_the_model_depends_on_model_and_capture_point() -> None:
     case = flux_case()
     names = {
         case.source().model,
