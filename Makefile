@@ -64,7 +64,7 @@ sanitize: setup ## Run the CPU library's tests under AddressSanitizer, UBSan and
 	@$(BIN)/python -m tools.sanitize $(ARGS)
 
 # What meets the most of torch: ops, autograd, opcheck, torch.compile, hooks.
-SLICE := tests/ops tests/core $(patsubst %,tests/integrations/test_%.py,compiled models pipelines runs sampling tail)
+SLICE := tests/ops tests/core $(patsubst %,tests/integrations/test_%.py,compiled models pipeline_source pipelines runs tail)
 
 compatibility: setup ## Run a part of the tests with the other torches that pip finds CPU builds of
 	@$(BIN)/python -m tools.compatibility env $(TESTS) $(SLICE)

@@ -125,7 +125,9 @@ class Session:
             ValueError: when the step is not a forecast step of the plan.
             RuntimeError: when the step is out of order.
         """
-        check_type("step", step, SupportsIndex, "an integer")
+        if type(step) is not int:
+            # A check against a protocol takes longer than the rest of a cached step.
+            check_type("step", step, SupportsIndex, "an integer")
         if step not in self._launches:
             raise ValueError(
                 f"step must be a forecast step of the plan (full steps: {self.plan.full_steps}), got {step}"

@@ -182,7 +182,7 @@ def _load(model: str, device: str, dtype: Precision | None, offload: bool) -> An
         from lesa_kernels.demo.pipeline import DigitsPipeline
 
         return DigitsPipeline.load(device, kind)
-    from lesa_kernels.integrations.sampling import load_pipeline
+    from lesa_kernels.integrations.pipeline_source import load_pipeline
 
     return load_pipeline(model, device=device, dtype=kind, offload=offload)
 

@@ -1,11 +1,10 @@
 """Hooks into other libraries: `lesa.enable(pipe)` for diffusers. Importing this package does not import diffusers."""
 
-from lesa_kernels.integrations.adapters import Adapter, register_adapter
 from lesa_kernels.integrations.api import disable, enable, enabled, summary
-from lesa_kernels.integrations.recording import recorded
-from lesa_kernels.integrations.runs import LesaWarning, default_schedule
-from lesa_kernels.integrations.sampling import PipelineSource
-from lesa_kernels.integrations.summaries import Summary
+from lesa_kernels.integrations.models import Adapter, register_adapter
+from lesa_kernels.integrations.pipeline_source import PipelineSource, recorded
+from lesa_kernels.integrations.state import LesaWarning, default_schedule
+from lesa_kernels.integrations.stats import Summary
 
 __all__ = [
     "Adapter",

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from lesa_kernels.integrations.adapters import Adapter, find_adapter
-from lesa_kernels.integrations.clock import Clock
-from lesa_kernels.integrations.runs import Options, Predictors, Runs
-from lesa_kernels.integrations.summaries import Summary, merged
+from lesa_kernels.integrations.models import count_blocks, find_adapter
+from lesa_kernels.integrations.state import CacheState, Options, Predictors
+from lesa_kernels.integrations.stats import Summary, summarize
+from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.predictors import Predictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
-
-if TYPE_CHECKING:
-    from lesa_kernels.integrations.hooks import ModelRootHook
 
 # Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise.
 _TRANSFORMERS = ("transformer", "transformer_2")
@@ -45,8 +42,8 @@ def enable(
     steps for the rest of the run and one `LesaWarning`.
 
     Args:
-        target: a pipeline, with all of its transformers, or a bare transformer: then `scheduler` or `sigmas` tells the
-            steps.
+        target: a pipeline, with all of its transformers, or a bare transformer: then the steps come from
+            `scheduler` or `sigmas`.
         predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
             a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
@@ -62,35 +59,52 @@ def enable(
         chunk: at most this many forecasts are made at once. None makes those of a whole segment, in the fewest passes
             over memory; 1 holds the least memory.
         check_every: compare the features of each n-th full step after the first with what they would have been
-            forecast; `summary` tells the errors. None compares none. Images stay the same; a check takes a pass over
+            forecast; `summary` shows the errors. None compares none. Images stay the same; a check takes a pass over
             the history and keeps in memory what it reads.
         max_error: with check_every: full steps for the rest of a run from the first step on whose error, mean
             |forecast - feature| / mean |feature|, is larger. Each check then waits for the device.
 
     Raises:
-        ValueError: when there is no adapter for the model, nothing or too much tells the steps, a cache of diffusers is
-            on, or an option is out of range or does not go with another.
+        ValueError: when there is no adapter for the model, the steps come from none or several arguments, a cache of
+            diffusers is on, or an option is out of range or does not go with another.
         TypeError: when target, predictor, schedule or an option is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
-    from lesa_kernels.integrations.hooks import attach, detach
+    from lesa_kernels.integrations.hooks import ForecastHook
 
     options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
-    for model, root in _prepare(target, predictor, schedule, scheduler, sigmas, capture, options):
-        detach(model)
-        attach(model, root)
+    models = find_models(target)
+    chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
+    _check_predictor(chosen)
+    if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
+    if any(getattr(model, "is_cache_enabled", False) for model, _ in models):
+        raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
+    hooks = []
+    for model, wrappers in models:
+        tracker = StepTracker(target if is_pipeline(target) else None, scheduler, sigmas)
+        adapter = find_adapter(model, capture)
+        state = CacheState(tracker, chosen, schedule, options, count_blocks(model, adapter))
+        hooks.append(ForecastHook(model, adapter, wrappers, state))
+    for hook in hooks:
+        hook.state.siblings = tuple(other.state for other in hooks if other is not hook)
+    # Everything is checked by now: an error leaves the models as they were.
+    disable(target)
+    for (model, _), hook in zip(models, hooks, strict=True):
+        hook.attach(model)
 
 
 def disable(target: Any) -> None:
-    """Undo `enable` without a trace; nothing happens where it is not enabled.
+    """Undo `enable` without a trace; does nothing where it is not enabled.
 
     Args:
         target: a pipeline or a transformer.
     """
-    from lesa_kernels.integrations.hooks import detach
+    from lesa_kernels.integrations.hooks import find_hook
 
-    for model in bare_models(target):
-        detach(model)
+    for model, _ in find_models(target):
+        if (hook := find_hook(model)) is not None:
+            hook.detach(model)
 
 
 @contextmanager
@@ -101,22 +115,21 @@ def enabled(
     **options: Any,
 ) -> Generator[None, None, None]:
     """`enable` for the length of a with statement; afterwards all is as it was, an earlier `enable` included."""
-    from lesa_kernels.integrations.hooks import attach, attached, detach
+    from lesa_kernels.integrations.hooks import find_hook
 
-    models = bare_models(target)
-    before = [attached(model) for model in models]
+    before = [(model, find_hook(model)) for model, _ in find_models(target)]
     enable(target, predictor, schedule, **options)
     try:
         yield
     finally:
-        for model, root in zip(models, before, strict=True):
-            detach(model)
-            if root is not None:
-                attach(model, root)
+        for model, earlier in before:
+            disable(model)
+            if earlier is not None:
+                earlier.attach(model)
 
 
 def summary(target: Any) -> Summary:
-    """Tell what became of the last run; waits for the device to finish the calls that were measured.
+    """Sum up the last run; waits for the device to finish the calls that were timed.
 
     Args:
         target: a pipeline or a transformer on which `enable` was called.
@@ -127,39 +140,24 @@ def summary(target: Any) -> Summary:
     Raises:
         ValueError: when it is not enabled, or nothing ran yet.
     """
-    from lesa_kernels.integrations.hooks import ModelRootHook, attached
+    from lesa_kernels.integrations.hooks import ForecastHook, find_hook
 
-    roots = [root for model in bare_models(target) if isinstance(root := attached(model), ModelRootHook)]
-    if not roots:
+    hooks = [hook for model, _ in find_models(target) if isinstance(hook := find_hook(model), ForecastHook)]
+    if not hooks:
         raise ValueError("lesa.summary: target must be enabled, it is not")
-    found = [each for root in roots if (each := root.runs.summary) is not None]
-    if not found:
+    runs = [hook.state.stats for hook in hooks if hook.state.stats is not None]
+    if not runs:
         raise ValueError("lesa.summary: target must have run since it was enabled, it has not")
-    return merged(found)
+    return summarize(runs)
 
 
 def is_pipeline(target: Any) -> bool:
-    """Tell whether a target has a transformer and a scheduler."""
+    """Whether a target has a transformer and a scheduler."""
     return hasattr(target, "scheduler") and any(hasattr(target, name) for name in _TRANSFORMERS)
 
 
-def bare_models(target: Any) -> list[nn.Module]:
-    """Return the transformers of a pipeline or the transformer itself, without the wrapper of torch.compile."""
-    return [_bare(model) for model in given_models(target)]
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile wraps a model, or it was compiled in place."""
-    return _bare(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def given_models(target: Any) -> list[nn.Module]:
-    """Return the transformers of a pipeline or the transformer itself."""
+def find_models(target: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    """Return the transformers of a target, each with the wrapper that torch.compile put around it, if it did."""
     found = [getattr(target, name, None) for name in _TRANSFORMERS] if is_pipeline(target) else [target]
     models = [model for model in found if model is not None]
     for model in models:
@@ -170,41 +168,15 @@ def given_models(target: Any) -> list[nn.Module]:
             )
     if not models:
         raise TypeError("lesa: target must be a pipeline with a transformer, its transformer is None")
-    return models
-
-
-def _prepare(
-    target: Any,
-    predictor: Predictors | None,
-    schedule: Schedule | ScheduleRule | None,
-    scheduler: Any,
-    sigmas: Sequence[float] | None,
-    capture: str | None,
-    options: Options,
-) -> list[tuple[nn.Module, ModelRootHook]]:
-    """Check everything and make the hooks, so that a refusal leaves the models as they were."""
-    from lesa_kernels.integrations.hooks import ModelRootHook
-
-    models = bare_models(target)
-    chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
-    _check_predictor(chosen)
-    if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
-        raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
-    if any(getattr(model, "is_cache_enabled", False) for model in models):
-        raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
-    clock = Clock(target if is_pipeline(target) else None, scheduler, sigmas)
-    prepared = []
-    for given, model in zip(given_models(target), models, strict=True):
-        adapter = find_adapter(model, capture)
-        runs = Runs(clock, chosen, schedule, options, _count_blocks(model, adapter))
-        wrappers = () if given is model else (given,)
-        prepared.append((model, ModelRootHook(model, adapter, runs, wrappers)))
-    for _, root in prepared:
-        root.runs.siblings = tuple(other.runs for _, other in prepared if other is not root)
-    return prepared
+    inner = [getattr(model, "_orig_mod", None) for model in models]
+    return [
+        (original, (model,)) if isinstance(original, nn.Module) else (model, ())
+        for model, original in zip(models, inner, strict=True)
+    ]
 
 
 def _check_predictor(predictor: object) -> None:
+    """Check that an argument is a predictor or a mapping of them."""
     if isinstance(predictor, Predictor):
         return
     if not isinstance(predictor, Mapping):
@@ -219,8 +191,3 @@ def _check_predictor(predictor: object) -> None:
                 "lesa.enable: a mapping of predictors must go from names of cache contexts to Predictors, "
                 f"got {name!r}: {type(each).__name__}"
             )
-
-
-def _count_blocks(model: nn.Module, adapter: Adapter) -> int:
-    """Count the blocks that a forecast step skips."""
-    return sum(len(list(model.get_submodule(path).children())) for path in adapter.blocks)

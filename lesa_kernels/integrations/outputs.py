@@ -1,46 +1,50 @@
-"""What models take and return, whatever holds it."""
+"""Reads tensors from what models take and return, and compares and rebuilds their outputs."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from lesa_kernels.integrations.runs import uncompiled
-
 # The tail of a compiled model is fused in another way than the same tail behind its blocks.
 _TAIL_TOLERANCE = 1e-2
 
+Layout: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
+"""Shape, dtype and device."""
 
-@uncompiled()
-def stand_in(latents: Any) -> Tensor:
-    """Return a tensor with the layout of a model's first argument; Z-Image takes a list with one tensor an image."""
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(recursive: bool = True) -> Callable[[_Function], _Function]:
+    """Keep a function out of the graphs of torch.compile, and with `recursive` all that it calls."""
+    decorator: Callable[[_Function], _Function] = torch.compiler.disable(recursive=recursive)
+    return decorator
+
+
+def layout_of(latents: Any) -> Layout:
+    """Return the layout of a model's first argument; of Z-Image's list, one tensor an image, as if it were stacked."""
     if isinstance(latents, Tensor):
-        return latents
-    first = stand_in(latents[0])
-    return first.expand(len(latents), *first.shape)
+        return tuple(latents.shape), latents.dtype, latents.device
+    shape, dtype, device = layout_of(latents[0])
+    return (len(latents), *shape), dtype, device
 
 
-def tensors(output: Any) -> Iterator[Tensor]:
-    """Return the tensors of a model's output, whatever holds them."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict | tuple | list):
-        for value in output.values() if isinstance(output, dict) else output:
-            yield from tensors(value)
+def read_output(output: Any) -> Tensor | None:
+    """Return the tensor of a model's output, None where `output_tail` cannot make such an output."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    if type(output) is Transformer2DModelOutput:
+        output = output.to_tuple()
+    single = isinstance(output, tuple) and len(output) == 1 and isinstance(output[0], Tensor)
+    return output[0] if single else None
 
 
 def only_tensor(output: Any) -> Tensor | None:
     """Return what a model's output (or first argument) holds as one tensor, None where that cannot be.
 
-    Args:
-        output: of a model; a list holds one tensor an image, as Z-Image's does.
-
-    Returns:
-        The tensor, or the list's, stacked.
+    A list holds one tensor an image, as Z-Image's does: they are stacked.
     """
     if isinstance(output, dict | tuple):
         values = list(output.values()) if isinstance(output, dict) else list(output)
@@ -61,15 +65,9 @@ def refilled(output: Any, tensor: Tensor) -> Any:
 
 
 @uncompiled()
-def copied(output: Any) -> Any:
-    """Return a copy that shares no memory with an output."""
-    return copy.deepcopy(output)
-
-
-@uncompiled()
 def agree(output: Any, other_output: Any) -> bool:
-    """Tell whether outputs are the same but for the order of their sums."""
-    some, others = list(tensors(output)), list(tensors(other_output))
+    """Whether outputs are the same but for the order of their sums."""
+    some, others = list(_tensors(output)), list(_tensors(other_output))
     if [one.shape for one in some] != [other.shape for other in others]:
         return False
     return all(
@@ -79,3 +77,12 @@ def agree(output: Any, other_output: Any) -> bool:
         for one, other in zip(some, others, strict=True)
         if other.numel()
     )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a model's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | tuple | list):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(value)

@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
     def run_nothing(*_: Any) -> None:
         raise AssertionError("nothing is to be run")
 
-    monkeypatch.setattr("lesa_kernels.integrations.sampling.PipelineSource.run", run_nothing)
+    monkeypatch.setattr("lesa_kernels.integrations.pipeline_source.PipelineSource.run", run_nothing)
     result = run(tmp_path / "file" / "out", "--method", method)
     assert result.exit_code == 2
     assert "Not a directory" in " ".join(result.output.split())

@@ -23,7 +23,7 @@ import lesa_kernels as lesa
 from lesa_kernels.cli import app
 from lesa_kernels.demo.model import conditioning
 from lesa_kernels.demo.pipeline import DigitsPipeline
-from lesa_kernels.integrations import sampling
+from lesa_kernels.integrations import pipeline_source
 
 SMALL = ["--steps", "14", "--interval", "4", "--runs", "4", "--batch", "2", "--epochs", "1", "1"]
 
@@ -100,7 +100,7 @@ def test_digits_train_a_predictor_that_serves_them(tmp_path: Path) -> None:
 def test_a_finished_training_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_digits(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(sampling.PipelineSource, "run", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(pipeline_source.PipelineSource, "run", lambda *_: pytest.fail("sampled again"))
     train_digits(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == weights
 
@@ -116,7 +116,7 @@ def test_calls_lie_uniformly_in_sigma(tmp_path: Path) -> None:
     result = run("--model", "digits", "--out", tmp_path, *arguments)
     assert result.exit_code == 0, result.output
     pipe = DigitsPipeline.load()
-    sigmas = sampling.PipelineSource(pipe, ["1"], steps=14).sigmas
+    sigmas = pipeline_source.PipelineSource(pipe, ["1"], steps=14).sigmas
     expected = lesa.Schedule.uniform_in_sigma(sigmas, 6, 4).full_steps
     assert len(expected) == 6
     (told,) = re.findall(r"blocks run on \d+ steps, .* fewer: ([\d ]+)", result.output)
@@ -127,7 +127,7 @@ def test_calls_lie_uniformly_in_sigma(tmp_path: Path) -> None:
 def test_a_store_is_filled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_digits(tmp_path / "one", "--store", tmp_path / "store")
     assert (tmp_path / "store" / "index.json").is_file()
-    monkeypatch.setattr(sampling.PipelineSource, "run", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(pipeline_source.PipelineSource, "run", lambda *_: pytest.fail("sampled again"))
     train_digits(tmp_path / "two", "--store", tmp_path / "store")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
@@ -144,7 +144,7 @@ def test_a_pipeline_with_branches_gets_a_predictor_for_each(tmp_path: Path, monk
         asked.update(options, model=model)
         return Guided(*DigitsPipeline.load().components.values())
 
-    monkeypatch.setattr(sampling, "load_pipeline", load)
+    monkeypatch.setattr(pipeline_source, "load_pipeline", load)
     (tmp_path / "prompts.txt").write_text("3\n\n 7 \n")
     arguments = ["--guidance", "2.0", "--set", "size=14", "--dtype", "float16", "--offload", "--device", "cpu"]
     result = run(
@@ -229,7 +229,7 @@ def test_what_ends_a_training_early_is_told(
     def fail(*_: Any) -> None:
         raise error
 
-    source = sampling.PipelineSource
+    source = pipeline_source.PipelineSource
     monkeypatch.setattr(source, "branches", ("cond",))
     monkeypatch.setattr(source, "run", fail)
     result = run("--model", "digits", "--out", tmp_path, *SMALL)

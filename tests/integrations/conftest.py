@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lesa_kernels import Plan, Session
-from lesa_kernels.integrations import runs
+from lesa_kernels.integrations import state
 
 if TYPE_CHECKING:
     from tiny_flux import TinyPipeline
@@ -29,5 +29,5 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[Session]:
             super().__init__(plan, **options)
             alive.add(self)
 
-    monkeypatch.setattr(runs, "Session", Registered)
+    monkeypatch.setattr(state, "Session", Registered)
     return alive

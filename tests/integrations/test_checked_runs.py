@@ -1,4 +1,4 @@
-"""Runs that watch their own forecasts: what the summary tells, and the limit beyond which the rest is full."""
+"""Runs that watch their own forecasts: what the summary shows, and the limit beyond which the rest is full."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tiny_flux import CHANNELS, TinyPipeline, call_arguments, tiny_transformer, 
 
 from lesa_kernels import Reuse, Schedule
 from lesa_kernels.integrations import LesaWarning, enable, summary
-from lesa_kernels.integrations.summaries import Tally, merged
+from lesa_kernels.integrations.stats import RunStats, summarize
 
 STEPS = 10
 SPARSE = Schedule.explicit(STEPS, (0, 1, 5, 8))
 
 
-def test_the_summary_tells_the_errors_of_checked_steps(pipe: TinyPipeline) -> None:
+def test_the_summary_shows_the_errors_of_checked_steps(pipe: TinyPipeline) -> None:
     enable(pipe, Reuse(), SPARSE)
     plain = pipe(STEPS)
     enable(pipe, Reuse(), SPARSE, check_every=1)
@@ -31,7 +31,7 @@ def test_the_summary_tells_the_errors_of_checked_steps(pipe: TinyPipeline) -> No
     assert f"checked steps would have been forecast with a relative error of {text}" in str(summary(pipe))
 
 
-def test_nothing_is_told_unless_asked_for(pipe: TinyPipeline) -> None:
+def test_no_errors_are_shown_without_checks(pipe: TinyPipeline) -> None:
     enable(pipe, Reuse(), SPARSE)
     pipe(STEPS)
     assert summary(pipe).errors == () and "checked" not in str(summary(pipe))
@@ -48,10 +48,10 @@ def test_beyond_the_limit_the_rest_is_full(pipe: TinyPipeline) -> None:
         LesaWarning, match=f"step 5 would have been forecast with an error of {errors[5]:.3g}, more than"
     ):
         pipe(STEPS)
-    told = summary(pipe)
-    assert (told.full, told.forecast) == (7, 3)
-    assert dict(told.errors) == pytest.approx({step: errors[step] for step in (1, 5)})
-    assert told.refused is not None and f"max_error = {limit:g}" in told.refused
+    found = summary(pipe)
+    assert (found.full, found.forecast) == (7, 3)
+    assert dict(found.errors) == pytest.approx({step: errors[step] for step in (1, 5)})
+    assert found.refused is not None and f"max_error = {limit:g}" in found.refused
 
 
 def test_within_the_limit_nothing_changes(pipe: TinyPipeline) -> None:
@@ -70,15 +70,15 @@ def test_the_next_run_forecasts_again(pipe: TinyPipeline) -> None:
         assert [step for step, _ in summary(pipe).errors] == [1]
 
 
-def test_of_the_branches_of_guidance_the_worst_is_told(pipe: TinyPipeline) -> None:
+def test_of_the_branches_of_guidance_the_worst_is_shown(pipe: TinyPipeline) -> None:
     enable(pipe, Reuse(), SPARSE, check_every=1)
     pipe(STEPS, true_cfg=2.0)
     assert [step for step, _ in summary(pipe).errors] == [1, 5, 8]
-    tally = Tally(STEPS, errors=[(5, torch.tensor(error)) for error in (0.1, 0.3, 0.2)])
-    assert tally.summary().errors == ((5, pytest.approx(0.3)),)
+    stats = RunStats(STEPS, errors=[(5, torch.tensor(error)) for error in (0.1, 0.3, 0.2)])
+    assert summarize([stats]).errors == ((5, pytest.approx(0.3)),)
     for order in (1, -1):
-        tally.errors = [(5, torch.tensor(error)) for error in (0.1, math.nan)][::order]
-        ((step, error),) = merged([tally.summary(), tally.summary()]).errors
+        stats.errors = [(5, torch.tensor(error)) for error in (0.1, math.nan)][::order]
+        ((step, error),) = summarize([stats, stats]).errors
         assert step == 5 and math.isnan(error)
 
 
@@ -100,8 +100,8 @@ def test_a_feature_that_is_not_finite_is_within_no_limit() -> None:
         ({"check_every": 1.0}, TypeError, r"check_every must be an int or None, got 1\.0"),
         ({"check_every": 1, "max_error": 0}, ValueError, "max_error must be greater than 0, got 0"),
         ({"check_every": 1, "max_error": math.nan}, ValueError, "max_error must be greater than 0, got nan"),
-        ({"check_every": 1, "max_error": "0.1"}, TypeError, "max_error must be a number or None, got '0.1'"),
-        ({"check_every": 1, "max_error": True}, TypeError, "max_error must be a number or None, got True"),
+        ({"check_every": 1, "max_error": "0.1"}, TypeError, "max_error must be a number, got '0.1'"),
+        ({"check_every": 1, "max_error": True}, TypeError, "max_error must be a number, got True"),
         ({"max_error": 0.1}, ValueError, r"max_error must come with check_every, .*, got 0\.1"),
     ],
 )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +97,34 @@ def test_disable_leaves_no_trace(pipe: TinyPipeline) -> None:
     disable(model)
     assert torch.equal(pipe(STEPS), plain)
     assert not model._diffusers_hook.hooks
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pickle.dumps, lambda target: torch.save(target, io.BytesIO())], ids=str
+)
+@pytest.mark.parametrize("bare", [True, False])
+def test_an_enabled_model_refuses_copies_and_pickles(
+    pipe: TinyPipeline, copied: Callable[[Any], object], bare: bool
+) -> None:
+    target = pipe.transformer if bare else pipe
+    enable(pipe, Reuse(), THREE)
+    expected = pipe(STEPS)
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled; call lesa.disable\(...\) first"):
+        copied(target)
+    assert torch.equal(pipe(STEPS), expected)
+    disable(pipe)
+    copied(target)
+
+
+def test_an_enabled_pipeline_can_be_saved(pipe: TinyPipeline, tmp_path: Path) -> None:
+    plain = pipe(STEPS)
+    enable(pipe, Reuse(), THREE)
+    pipe(STEPS)
+    pipe.save_pretrained(tmp_path)
+    assert summary(pipe).forecast > 0
+    loaded = TinyPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(loaded(STEPS), plain)
 
 
 def test_a_copy_of_a_disabled_model_is_its_own(pipe: TinyPipeline) -> None:
@@ -203,14 +235,14 @@ def test_a_native_cache_is_refused(pipe: TinyPipeline) -> None:
         ({"sigmas": [1.0, 0.0], "schedule": 5}, TypeError, "schedule must be a Schedule, a rule or None, got int"),
     ],
 )
-def test_a_bare_transformer_needs_to_be_told_the_steps(
+def test_a_bare_transformer_needs_steps_from_one_argument(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         enable(tiny_transformer(), **arguments)
 
 
-def test_a_pipeline_tells_its_own_steps(pipe: TinyPipeline) -> None:
+def test_a_pipeline_has_its_own_steps(pipe: TinyPipeline) -> None:
     with pytest.raises(ValueError, match="got pipeline and sigmas"):
         enable(pipe, sigmas=[1.0, 0.0])
 
@@ -242,7 +274,7 @@ class TwoLayers(nn.Module):
 
 def test_users_register_their_own_models() -> None:
     register_adapter(
-        Adapter("TwoLayers", capture="head", skip=lambda model, feature, *, x, shift: model.head(feature) + shift)
+        Adapter("TwoLayers", capture="head", tail=lambda model, feature, *, x, shift: model.head(feature) + shift)
     )
     model = TwoLayers()
     enable(model, Reuse(), Schedule.explicit(2, [0]), sigmas=[1.0, 0.5, 0.0])

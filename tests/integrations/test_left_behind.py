@@ -14,7 +14,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed (extra: diff
 from tiny_flux import call_arguments, tiny_transformer
 
 import lesa_kernels as lesa
-from lesa_kernels.integrations import runs
+from lesa_kernels.integrations import state
 from lesa_kernels.session import Session
 
 STEPS = 10
@@ -32,7 +32,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[weakref.WeakSet[Session]]
             super().__init__(*args, **kwargs)  # type: ignore[arg-type]
             sessions.add(self)
 
-    monkeypatch.setattr(runs, "Session", Watched)
+    monkeypatch.setattr(state, "Session", Watched)
     gc.disable()
     yield sessions
     gc.enable()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule, TaylorSeer
 from lesa_kernels.integrations import disable, enable, recorded, summary
-from lesa_kernels.integrations.adapters import find_adapter
-from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations.hooks import find_hook
+from lesa_kernels.integrations.models import find_adapter
 
 STEPS = 6
 FULL = (0, 1, 4)
@@ -216,8 +216,8 @@ def test_two_transformers_are_planned_each_from_its_first_step() -> None:
     root = None
     for model in (high, low):
         enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
-        assert attached(model) is not root
-        root = attached(model)
+        assert find_hook(model) is not root
+        root = find_hook(model)
     with block_calls(high) as in_high, block_calls(low) as in_low:
         for step in range(STEPS):
             model = high if step < 3 else low

@@ -11,9 +11,9 @@ from tiny_models import MODELS, block_calls, sample_of
 from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule
-from lesa_kernels.integrations import Adapter, LesaWarning, adapters, disable, enable, register_adapter, summary
-from lesa_kernels.integrations.adapters import MODEL_OUTPUT, find_adapter
-from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations import Adapter, LesaWarning, disable, enable, models, register_adapter, summary
+from lesa_kernels.integrations.hooks import find_hook
+from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
 
 STEPS = 4
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
@@ -23,7 +23,7 @@ CHANNELS = 4
 
 @pytest.fixture(autouse=True)
 def without_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+    monkeypatch.setattr(models, "_ADAPTERS", dict(models._ADAPTERS))
     with torch.no_grad():
         yield
 
@@ -169,7 +169,7 @@ def test_any_output_of_one_tensor_can_be_the_feature() -> None:
         (NeedsItsBlocks, "fails .Unbound"),
     ],
 )
-def test_a_model_that_is_more_than_its_capture_point_is_told_apart(kind: type[Usual], reason: str) -> None:
+def test_a_model_that_is_more_than_its_capture_point_is_refused(kind: type[Usual], reason: str) -> None:
     model = kind()
     plain = [output.clone() for x in inputs() for output in model(x)]
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
@@ -240,7 +240,7 @@ def test_a_structure_that_is_not_understood_is_refused_at_once(
     model = Own()
     with pytest.raises(ValueError, match=message):
         enable(model, Reuse(), SPARSE, sigmas=SIGMAS, capture=capture)
-    assert attached(model) is None
+    assert find_hook(model) is None
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -289,4 +289,4 @@ def test_subclasses_of_diffusers_models_are_found() -> None:
 
     model = Finetuned(num_attention_heads=2, attention_head_dim=16, in_channels=4, text_dim=8, num_layers=1, ffn_dim=8)
     found = find_adapter(model)
-    assert (found.capture, found.blocks, found.skip) == ("norm_out", ("blocks",), None)
+    assert (found.capture, found.blocks, found.tail) == ("norm_out", ("blocks",), None)

@@ -220,7 +220,7 @@ def test_a_predictor_for_cond_serves_a_pipeline_without_contexts(pipe: TinyPipel
     pipe(STEPS, true_cfg=2.0, contexts=False)
     assert summary(pipe).forecast == 2 * (STEPS - len(FULL))
     enable(pipe, {"cond": TaylorSeer(1), "uncond": Reuse()}, SPARSE)
-    with pytest.warns(LesaWarning, match=r"no cache context that would tell which of .*'cond', 'uncond'") as caught:
+    with pytest.warns(LesaWarning, match=r"no cache context that says which of .*'cond', 'uncond'") as caught:
         pipe(STEPS, true_cfg=2.0, contexts=False)
     assert len(caught) == 1
     assert summary(pipe).full == 2 * STEPS
@@ -244,7 +244,7 @@ def test_a_fault_of_a_predictor_costs_no_image(pipe: TinyPipeline, faulty: type[
         assert torch.equal(pipe(STEPS), plain)
 
 
-def test_a_scheduler_that_was_told_no_steps_costs_no_call(pipe: TinyPipeline) -> None:
+def test_a_scheduler_without_steps_costs_no_call(pipe: TinyPipeline) -> None:
     enable(pipe)
     pipe.scheduler.sigmas = None
     with torch.no_grad(), pytest.warns(LesaWarning, match="noise levels cannot be read"):

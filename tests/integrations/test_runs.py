@@ -31,8 +31,8 @@ from torch import Tensor
 
 from lesa_kernels import LesaPredictor, Plan, Reuse, Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, enabled, recorded, summary
-from lesa_kernels.integrations.clock import Clock
-from lesa_kernels.integrations.flux import flux_tail
+from lesa_kernels.integrations.models import flux_tail
+from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.schedule import ScheduleRule
 
 STEPS = 10
@@ -238,7 +238,7 @@ def test_a_bare_transformer_follows_a_scheduler(pipe: TinyPipeline) -> None:
     assert torch.equal(pipe(STEPS), expected)
 
 
-def test_a_cache_context_may_tell_the_step() -> None:
+def test_a_cache_context_may_hold_the_step() -> None:
     model, sigmas = tiny_transformer(), [1 - step / STEPS for step in range(STEPS + 1)]
     enable(model, TaylorSeer(), SPARSE, sigmas=sigmas)
     latents = [torch.randn(1, 6, CHANNELS) for _ in range(STEPS)]
@@ -369,7 +369,7 @@ def test_sigmas_are_read_on_the_host_once_a_run(pipe: TinyPipeline) -> None:
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_other_schedulers_tell_steps_and_levels(scheduler: Any) -> None:
+def test_other_schedulers_give_steps_and_levels(scheduler: Any) -> None:
     model = tiny_transformer()
     enable(model, Reuse(), Schedule.explicit(STEPS, FULL), scheduler=scheduler)
 
@@ -387,7 +387,7 @@ def test_other_schedulers_tell_steps_and_levels(scheduler: Any) -> None:
         assert watch.blocks == len(FULL) * NUM_BLOCKS
         for step, feature in enumerate(watch.features):
             assert torch.equal(feature, watch.features[max(full for full in FULL if full <= step)])
-    levels = Clock(scheduler=scheduler).levels()
+    levels = StepTracker(scheduler=scheduler).read_levels()
     assert len(levels) == STEPS + 1 and 0.9 < levels[0] <= 1 and levels[-1] == 0
     assert all(later < earlier for earlier, later in itertools.pairwise(levels))
 
@@ -404,6 +404,21 @@ def test_calls_are_counted_from_where_a_pipeline_starts() -> None:
             pipe.transformer(**call_arguments(torch.randn(1, 6, CHANNELS), float(t) / 1000))
     assert watch.blocks == 2 * NUM_BLOCKS
     assert "full steps: 4 5" in summary(pipe).plan
+
+
+def test_contexts_of_a_pipeline_that_starts_late_are_counted_alike() -> None:
+    pipe, scheduler = tiny_pipeline(), DDIMScheduler()
+    pipe.scheduler = scheduler
+    enable(pipe, Reuse(), Schedule.explicit(STEPS, FULL))
+    scheduler.set_timesteps(STEPS)
+    pipe._num_timesteps = STEPS - 4
+    with torch.no_grad():
+        for t in scheduler.timesteps[4:]:
+            for name in ("cond", "uncond"):
+                with pipe.transformer.cache_context(name):
+                    pipe.transformer(**call_arguments(torch.randn(1, 6, CHANNELS), float(t) / 1000))
+    assert summary(pipe).refused is None
+    assert (summary(pipe).full, summary(pipe).forecast) == (2 * 2, 2 * 4)
 
 
 def test_a_context_that_joins_late_is_counted_from_there() -> None:

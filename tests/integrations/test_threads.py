@@ -1,10 +1,9 @@
-"""Two threads on one model: each call is answered whole before the next begins."""
+"""Two threads: on one model each call is answered whole before the next begins; a predictor may be shared."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,10 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra: diffusers)")
 
-from tiny_flux import call_arguments, tiny_transformer
+from tiny_flux import call_arguments, tiny_pipeline, tiny_transformer
 
 import lesa_kernels as lesa
-from lesa_kernels.integrations.bypass import _Turn
 
 STEPS = 10
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
@@ -60,11 +58,22 @@ def test_a_call_of_another_thread_does_not_get_this_threads_forecast(history_dty
     assert torch.allclose(results[0], plain, atol=1e-4)
 
 
-def test_a_turn_copies_and_pickles_as_one_of_its_own() -> None:
-    turn = _Turn()
-    with turn:
-        for other in (copy.deepcopy(turn), pickle.loads(pickle.dumps(turn))):
-            taken = threading.Thread(target=other.__enter__)
-            taken.start()
-            taken.join(5)
-            assert not taken.is_alive()
+def test_two_pipelines_share_a_predictor_in_two_threads() -> None:
+    torch.manual_seed(0)
+    predictor = lesa.LesaPredictor(STEPS)
+    schedule = lesa.Schedule.explicit(STEPS, (0, 1, 5))
+    pipes = [tiny_pipeline() for _ in range(2)]
+    for pipe in pipes:
+        lesa.enable(pipe, predictor, schedule)
+    alone = [pipe(STEPS, seed=seed) for seed, pipe in enumerate(pipes)]
+    both = threading.Barrier(2)
+
+    def sample(seed: int) -> list[Tensor]:
+        lesa.enable(pipes[seed], predictor, schedule)
+        both.wait(20)
+        return [pipes[seed](STEPS, seed=seed) for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for seed, results in enumerate(pool.map(sample, range(2))):
+            assert all(torch.equal(result, alone[seed]) for result in results)
+            assert lesa.summary(pipes[seed]).forecast > 0

@@ -12,7 +12,7 @@ import torch
 from tiny_flux import call_arguments, tiny_transformer
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.blocks import find_block_lists
+from lesa_kernels.integrations.models import find_block_lists
 
 BATCH = 2
 TEXT = 3

@@ -1,4 +1,4 @@
-"""What became of a run: counted and measured while it lasts, told in a few lines afterwards."""
+"""Counts and times the calls of a run, and sums them up as text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Summary:
         forecast: calls that skipped them.
         skipped_blocks: calls of blocks that were skipped.
         full_seconds: mean time of a full call, measured on the device; 0 where there was none.
-        forecast_seconds: mean time of a forecast call, forecast and tail of the model.
+        forecast_seconds: mean time of a forecast call: the forecast and the tail of the model.
         plan: the plan as text, empty where none could be made.
-        history_bytes: memory of the rings while it ran.
-        history_memory: where they lay, empty where there was none.
+        history_bytes: memory that the histories of all cache contexts took together.
+        history_memory: the device that they lay on, empty where there was none.
         refused: why the run went on without forecasts, None where nothing was unexpected.
         errors: (full step, mean |forecast - feature| / mean |feature|) of what the checked steps would have been
             forecast, the worst of all cache contexts; see `check_every` of `lesa.enable`.
@@ -58,51 +58,42 @@ class Summary:
 
 
 @dataclass
-class Tally:
-    """The same while the run lasts.
-
-    Args:
-        steps: S.
-        blocks: calls of blocks in a full call.
-        full: times the full calls.
-        forecast: times the forecast calls.
-        plan: the first plan as text.
-        history_bytes: what the histories took.
-        history_memory: where they lay.
-        refused: why there are no more forecasts.
-        errors: (full step, how far it was from what it would have been forecast, []) of all cache contexts.
-    """
+class RunStats:
+    """Collects what a `Summary` is made of while the run lasts."""
 
     steps: int
-    blocks: int = 0
+    blocks: int = 0  # in a full call
     full: Stopwatch = field(default_factory=Stopwatch)
     forecast: Stopwatch = field(default_factory=Stopwatch)
-    plan: str = ""
+    plan: str = ""  # the first
     history_bytes: int = 0
     history_memory: str = ""
     refused: str | None = None
     errors: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def note_ring(self, ring: Ring) -> None:
+    def add_ring(self, ring: Ring) -> None:
         """Count the memory of a ring that was just made."""
         self.history_bytes += ring.nbytes
         self.history_memory = str(ring.device)
 
-    def summary(self) -> Summary:
-        """Return what is known now; waits for the device to reach the last measured call."""
-        return Summary(
-            steps=self.steps,
-            full=self.full.count,
-            forecast=self.forecast.count,
-            skipped_blocks=self.blocks * self.forecast.count,
-            full_seconds=self.full.seconds / max(self.full.count, 1),
-            forecast_seconds=self.forecast.seconds / max(self.forecast.count, 1),
-            plan=self.plan,
-            history_bytes=self.history_bytes,
-            history_memory=self.history_memory,
-            refused=self.refused,
-            errors=_worst((step, float(error)) for step, error in self.errors),
-        )
+
+def summarize(runs: Sequence[RunStats]) -> Summary:
+    """Sum up the runs of a pipeline's models (Wan 2.2 has two); waits for the device to reach the last timed call."""
+    full, forecast = sum(run.full.count for run in runs), sum(run.forecast.count for run in runs)
+    return Summary(
+        steps=runs[0].steps,
+        full=full,
+        forecast=forecast,
+        skipped_blocks=sum(run.blocks * run.forecast.count for run in runs),
+        full_seconds=sum(run.full.seconds for run in runs) / max(full, 1),
+        forecast_seconds=sum(run.forecast.seconds for run in runs) / max(forecast, 1),
+        plan="\n".join(run.plan for run in runs if run.plan),
+        # One model's history is released when the next one begins.
+        history_bytes=max(run.history_bytes for run in runs),
+        history_memory=next((run.history_memory for run in runs if run.history_memory), ""),
+        refused=next((run.refused for run in runs if run.refused), None),
+        errors=_worst((step, float(error)) for run in runs for step, error in run.errors),
+    )
 
 
 def _worst(errors: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
@@ -111,25 +102,3 @@ def _worst(errors: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]
     for step, error in errors:
         of_step.setdefault(step, []).append(error)
     return tuple((step, max(of_step[step], key=lambda error: (math.isnan(error), error))) for step in sorted(of_step))
-
-
-def merged(summaries: Sequence[Summary]) -> Summary:
-    """Put the summaries of the models of one pipeline (Wan 2.2 has two) together; times are means over all calls."""
-    first = summaries[0]
-    if len(summaries) == 1:
-        return first
-    full, forecast = sum(each.full for each in summaries), sum(each.forecast for each in summaries)
-    return Summary(
-        steps=first.steps,
-        full=full,
-        forecast=forecast,
-        skipped_blocks=sum(each.skipped_blocks for each in summaries),
-        full_seconds=sum(each.full_seconds * each.full for each in summaries) / max(full, 1),
-        forecast_seconds=sum(each.forecast_seconds * each.forecast for each in summaries) / max(forecast, 1),
-        plan="\n".join(each.plan for each in summaries if each.plan),
-        # One model's history is given back when the next one begins.
-        history_bytes=max(each.history_bytes for each in summaries),
-        history_memory=first.history_memory or summaries[-1].history_memory,
-        errors=_worst(error for each in summaries for error in each.errors),
-        refused=next((each.refused for each in summaries if each.refused), None),
-    )

@@ -1,4 +1,4 @@
-"""What a pipeline must be, and a policy must do, to be run; what else comes is told."""
+"""Errors for pipelines that cannot be a source, and for policies that answer with something else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny_sources import (
 )
 
 from lesa_kernels.integrations import PipelineSource, disable, enable
-from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations.hooks import find_hook
 from lesa_kernels.trajectories import StepPolicy
 
 FLUX_PROMPTS = embeddings(pooled=True)
@@ -41,7 +41,7 @@ def test_what_is_no_single_run_is_refused(settings: dict[str, Any], message: str
     pipe = odd_pipeline()
     with pytest.raises(ValueError, match=message):
         PipelineSource(pipe, ["one"], steps=3, **settings).run([0], in_full)
-    assert attached(pipe.transformer) is None
+    assert find_hook(pipe.transformer) is None
 
 
 def test_all_runs_have_the_same_sigmas() -> None:
@@ -60,7 +60,7 @@ def test_a_scheduler_whose_sigmas_repeat_is_refused() -> None:
         case.run([0], in_full)
 
 
-def test_an_interrupted_run_is_told() -> None:
+def test_an_interrupted_run_is_an_error() -> None:
     case = flux_case()
     source = case.source(callback_on_step_end=lambda pipe, i, t, found: setattr(pipe, "_interrupt", i == 2) or found)
     with pytest.raises(ValueError, match="must call its transformer up to step 5, its last call was in step 2"):
@@ -83,7 +83,7 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
     pipe.transformer = Two()
     with pytest.raises(ValueError, match=r"Two, given the feature captured at 'norm_out' .* gives another output"):
         PipelineSource(pipe, ["one"], steps=2).run([0], in_full)
-    assert attached(pipe.transformer) is None
+    assert find_hook(pipe.transformer) is None
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
         (lambda call: [call.blocks(), call.blocks()], RuntimeError, "blocks must be called at most once"),
     ],
 )
-def test_players_are_told_what_they_do_wrong(policy: StepPolicy, error: type[Exception], message: str) -> None:
+def test_what_a_policy_does_wrong_is_an_error(policy: StepPolicy, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         flux_case().source().run([0], policy)
 
@@ -106,7 +106,7 @@ def test_players_are_told_what_they_do_wrong(policy: StepPolicy, error: type[Exc
         ([], {}, ValueError, "prompts must hold at least one prompt, got none"),
         ("a cat", {}, TypeError, "prompts must be a sequence of prompts, got str"),
         ([{"prompt": "a"}, "b", {"class_label": 1}], {}, ValueError, r"prompts\[2\] must have the arguments"),
-        (FLUX_PROMPTS, {"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
+        (FLUX_PROMPTS, {"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         (FLUX_PROMPTS, {"generator": None}, ValueError, "generator must not be given"),
         (FLUX_PROMPTS, {"num_images_per_prompt": 2}, ValueError, "num_images_per_prompt must not be given"),
         (FLUX_PROMPTS, {"capture": "nowhere"}, ValueError, "no submodule 'nowhere'"),
@@ -135,7 +135,7 @@ def test_pipelines_are_checked() -> None:
     enable(case.pipe)
     with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) first"):
         source.run([0], in_full)
-    assert attached(case.pipe.transformer) is not None
+    assert find_hook(case.pipe.transformer) is not None
     disable(case.pipe)
     case.pipe.transformer = None
     with pytest.raises(TypeError, match="its transformer is None"):

@@ -29,16 +29,16 @@ from tiny_sources import (
 
 from lesa_kernels import TaylorSeer
 from lesa_kernels.integrations import PipelineSource, disable, enable, recorded, summary
-from lesa_kernels.integrations.hooks import attached
+from lesa_kernels.integrations.hooks import find_hook
 from lesa_kernels.integrations.outputs import only_tensor, refilled
-from lesa_kernels.integrations.sampling import load_pipeline
+from lesa_kernels.integrations.pipeline_source import load_pipeline
 from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, watch
 
 every_case = pytest.mark.parametrize("name", list(CASES))
 
 
 @every_case
-def test_a_player_that_runs_all_blocks_changes_nothing(name: str) -> None:
+def test_a_policy_that_runs_all_blocks_changes_nothing(name: str) -> None:
     case = CASES[name]()
     plain = case.plain(1)
     with counting(case.pipe.transformer) as count:
@@ -73,7 +73,7 @@ def test_a_run_is_the_same_in_any_batch(name: str) -> None:
 
 
 @every_case
-def test_calls_tell_step_branch_feature_and_latents(name: str) -> None:
+def test_calls_have_step_branch_feature_and_latents(name: str) -> None:
     case = CASES[name]()
     calls: list[tuple[int, str]] = []
     given: list[Tensor] = []
@@ -153,7 +153,7 @@ def test_an_answer_with_gradients_reaches_the_pipeline_without() -> None:
     assert modes == {False}, "blocks run as in plain sampling, compiled ones in the same graph"
 
 
-def test_the_player_has_gradients_where_play_was_called_with_them() -> None:
+def test_the_policy_has_gradients_where_run_was_called_with_them() -> None:
     case = flux_case()
     modes: set[bool] = set()
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_sigmas_are_known_without_running_the_model(name: str) -> None:
     with counting(case.pipe.transformer) as count:
         sigmas = case.source().sigmas
         assert count.blocks == 0
-        assert attached(case.pipe.transformer) is None
+        assert find_hook(case.pipe.transformer) is None
     case.plain(0)
     assert list(sigmas) == case.pipe.scheduler.sigmas.tolist()
 
@@ -232,7 +232,7 @@ def test_the_pipeline_is_left_as_it_was() -> None:
             source.run([0], policy)
         except KeyboardInterrupt:
             assert policy is fail
-        assert attached(model) is None and not any(module._forward_pre_hooks for module in model.modules())
+        assert find_hook(model) is None and not any(module._forward_pre_hooks for module in model.modules())
         assert case.pipe._progress_bar_config == {"leave": False}
         assert model.forward == forward and set(vars(model)) - attributes <= {"_diffusers_hook"}
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -280,7 +280,7 @@ def test_lora_counts_in_blocks_and_tail() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_compiled_model_is_played(wrapped: bool) -> None:
+def test_a_compiled_model_is_run(wrapped: bool) -> None:
     case = flux_case()
     enable(case.pipe, TaylorSeer(2, variable="sigma"), SPARSE)
     expected = case.plain(0)
@@ -328,12 +328,12 @@ def test_a_saved_pipeline_is_loaded_and_prompts_may_be_classes(tmp_path: Path) -
         load_pipeline(str(tmp_path / "nothing"))
 
 
-def test_calls_without_a_context_are_told_apart_by_their_number() -> None:
+def test_calls_without_a_context_are_branches_by_their_number() -> None:
     source = PipelineSource(odd_pipeline(), ["one"], steps=3, true_cfg=2.0, contexts=False)
     assert source.branches == (ONLY_BRANCH, "cond 2")
 
 
-def test_the_identity_tells_prompts_arguments_and_seed_apart() -> None:
+def test_the_identity_depends_on_prompts_arguments_and_seed() -> None:
     pipe = CASES["flux"]().pipe
     make = partial(PipelineSource, pipe, steps=STEPS)
     image = torch.zeros(1, 3)
@@ -350,7 +350,7 @@ def test_the_identity_tells_prompts_arguments_and_seed_apart() -> None:
     assert make(["a", "b"]).identity == sources[0].identity
 
 
-def test_the_name_of_the_model_tells_what_the_features_are_of() -> None:
+def test_the_name_of_the_model_depends_on_model_and_capture_point() -> None:
     case = flux_case()
     names = {
         case.source().model,

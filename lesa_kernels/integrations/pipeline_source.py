@@ -1,4 +1,4 @@
-"""Any diffusers pipeline with its prompts as a source of runs to learn from."""
+"""Runs diffusers pipelines for training: as a source of trajectories, and under a recorder of features."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import hashlib
 import inspect
 import itertools
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.adapters import find_adapter
-from lesa_kernels.integrations.api import bare_models, given_models, is_pipeline
-from lesa_kernels.integrations.clock import Clock
+from lesa_kernels.checks import check_decreasing, check_int
+from lesa_kernels.integrations.api import find_models, is_pipeline
+from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
+from lesa_kernels.integrations.outputs import read_output
+from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
@@ -23,8 +26,54 @@ _OF_EACH_PROMPT = "negative_prompt"
 _OWN = ("num_inference_steps", "generator")
 
 
+@contextmanager
+def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor], None, None]:
+    """Record features for the length of a with statement, of full and of forecast steps alike.
+
+    Args:
+        target: a pipeline or a transformer, with `lesa.enable` or without.
+        capture: the submodule whose first argument is the feature, where it is not to be the adapter's.
+
+    Yields:
+        A list that receives a detached copy [*feature] at each call of a model, at the adapter's capture point.
+
+    Raises:
+        ValueError: when there is no adapter for the model.
+        TypeError: when target is something else.
+    """
+    features: list[Tensor] = []
+    models = find_models(target)
+    with ExitStack() as stack:
+        if any(wrappers or getattr(model, "_compiled_call_impl", None) is not None for model, wrappers in models):
+            # Graphs that were compiled before do not see hooks that are added now.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for model, _ in models:
+            for handle in _record(model, find_adapter(model, capture).capture, features):
+                stack.callback(handle.remove)
+        yield features
+
+
+def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[RemovableHandle]:
+    """Append the feature of each call of a model to a list, until the handles are removed."""
+    latest: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The first full step of an adapter that is made from the model's structure comes by twice.
+        latest[:] = [args[0] if args else next(iter(kwargs.values()))]
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        feature = read_output(output) if capture == MODEL_OUTPUT else latest.pop() if latest else None
+        if feature is not None:
+            features.append(feature.detach().clone())
+
+    handles = [model.register_forward_hook(keep)]
+    if capture != MODEL_OUTPUT:
+        handles.append(model.get_submodule(capture).register_forward_pre_hook(take, with_kwargs=True))
+    return handles
+
+
 class PipelineSource:
-    """Runs of a diffusers pipeline, one a prompt; nothing is stored, each playing samples them anew.
+    """Runs of a diffusers pipeline, one a prompt; nothing is stored, each reading samples them anew.
 
     A policy answers every call of the transformer: it may run the blocks, or leave them out and run what follows on a
     feature of its own. The pipeline goes on with its answers. A run starts from the same noise in any batch. The
@@ -44,7 +93,7 @@ class PipelineSource:
     Raises:
         ValueError: when there is no prompt, prompts have different arguments, an argument is the source's own to set,
             the pipeline is enabled already or has two transformers, or there is no adapter for its model.
-        TypeError: when pipe is something else, or does not take what the source must say; or prompts are no sequence.
+        TypeError: when pipe is something else, or does not take what the source must pass; or prompts are no sequence.
     """
 
     def __init__(
@@ -57,13 +106,12 @@ class PipelineSource:
         capture: str | None = None,
         **call_arguments: Any,
     ) -> None:
-        from lesa_kernels.integrations.playing import PlayerHook
+        # It imports diffusers, which takes seconds.
+        from lesa_kernels.integrations.trajectory_hook import TrajectoryHook
 
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+        self._steps = check_int("steps", steps, 1)
         _check_pipeline(pipe)
         self._pipe = pipe
-        self._steps = steps
         self._seed = seed
         each = {
             name: value
@@ -75,10 +123,8 @@ class PipelineSource:
         _check_names(pipe, {*self._shared, *self._prompts[0]})
         if _accepts(pipe, "output_type"):
             self._shared.setdefault("output_type", "latent")
-        (given,), (self._module,) = given_models(pipe), bare_models(pipe)
-        adapter = find_adapter(self._module, capture)
-        wrappers = () if given is self._module else (given,)
-        self._hook = PlayerHook(self._module, adapter, Clock(pipe), wrappers)
+        ((self._module, wrappers),) = find_models(pipe)
+        self._hook = TrajectoryHook(self._module, find_adapter(self._module, capture), wrappers, StepTracker(pipe))
 
     def __len__(self) -> int:
         """How many runs there are: one a prompt."""
@@ -86,7 +132,7 @@ class PipelineSource:
 
     @cached_property
     def sigmas(self) -> tuple[float, ...]:
-        """The S+1 noise levels, known once the pipeline has told its scheduler the steps; the model does not run.
+        """The S+1 noise levels, known once the pipeline has set its scheduler; the model does not run.
 
         Raises:
             ValueError: when they cannot be read, do not fall, or are not `steps` + 1.
@@ -101,9 +147,7 @@ class PipelineSource:
             raise ValueError("lesa: the pipeline did not call its transformer, so its noise levels are not known")
         if len(sigmas) != self._steps + 1:
             raise ValueError(f"the pipeline must have {self._steps} steps as asked for, it has {len(sigmas) - 1}")
-        if not all(later < earlier for earlier, later in itertools.pairwise(sigmas)):
-            raise ValueError(f"the noise levels of the pipeline's scheduler must fall, got {sigmas}")
-        return sigmas
+        return check_decreasing(sigmas, "the noise levels of the pipeline's scheduler")
 
     @cached_property
     def branches(self) -> tuple[str, ...]:
@@ -121,7 +165,7 @@ class PipelineSource:
 
     @property
     def model(self) -> str:
-        """A name for what the features are of: class, capture point, and a hash of the parameters' names and shapes."""
+        """A name of the features: class, capture point, and a hash of the parameters' names and shapes."""
         shapes = [(name, tuple(parameter.shape)) for name, parameter in self._module.named_parameters()]
         digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
         return f"{type(self._module).__name__} {self._hook.adapter.capture or 'output'} {digest}"
@@ -161,7 +205,7 @@ class PipelineSource:
         prompts = [self._prompts[run] for run in runs]
         arguments = {name: _together([prompt[name] for prompt in prompts]) for name in prompts[0]}
         generators = [torch.Generator().manual_seed(self._seed + run) for run in runs]
-        with self._hook.playing(self._module, policy), _silent(self._pipe), torch.no_grad():
+        with self._hook.running(self._module, policy), _silent(self._pipe), torch.no_grad():
             try:
                 self._pipe(num_inference_steps=self._steps, generator=generators, **arguments, **self._shared)
             except BaseException:
@@ -172,19 +216,18 @@ class PipelineSource:
 
 
 def _check_pipeline(pipe: Any) -> None:
-    """Refuse what cannot be run, before anything is changed."""
-    # Importing the hooks registers the adapters that ship with the package.
-    from lesa_kernels.integrations.hooks import attached
+    """Check that a pipeline can be run, before anything is changed."""
+    from lesa_kernels.integrations.hooks import find_hook
 
     if not is_pipeline(pipe):
         raise TypeError(f"pipe must be a pipeline with a transformer and a scheduler, got {type(pipe).__name__}")
-    models = bare_models(pipe)
+    models = [model for model, _ in find_models(pipe)]
     if len(models) > 1:
         raise ValueError(
             f"pipe must have one transformer, {type(pipe).__name__} has two: a history does not reach from one to the "
             "other, and a predictor for both cannot be trained"
         )
-    if attached(models[0]) is not None:
+    if find_hook(models[0]) is not None:
         raise ValueError("pipe must not be enabled while it is run: call lesa.disable(pipe) first")
     if getattr(models[0], "is_cache_enabled", False):
         raise ValueError("the model must have no cache of diffusers enabled; call disable_cache() first")
@@ -222,7 +265,7 @@ def _check_names(pipe: Any, names: set[str]) -> None:
 
 
 def _digest(value: Any, digest: Any) -> None:
-    """Add an argument to a hash. Objects that say nothing of their contents count by their type."""
+    """Add an argument to a hash. Objects without readable contents count by their type."""
     if isinstance(value, Tensor):
         digest.update(repr((value.dtype, tuple(value.shape))).encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -239,7 +282,7 @@ def _digest(value: Any, digest: Any) -> None:
 
 
 def _together(values: list[Any]) -> Any:
-    """Put an argument of several runs together."""
+    """Return an argument of several runs as that of one call."""
     if all(isinstance(value, Tensor) for value in values):
         return torch.cat(values)
     if all(isinstance(value, list) for value in values):
@@ -262,20 +305,7 @@ def _silent(pipe: Any) -> Generator[None, None, None]:
 
 
 def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False) -> Any:
-    """Load any pipeline of diffusers.
-
-    Args:
-        model: a folder or a hub id.
-        device: where it goes.
-        dtype: of its parameters.
-        offload: keep on the device only the part that runs.
-
-    Returns:
-        The pipeline.
-
-    Raises:
-        ValueError: when there is no such pipeline.
-    """
+    """Load a pipeline of diffusers from a folder or a hub id; offloaded, only the part that runs is on the device."""
     from diffusers import DiffusionPipeline
 
     try:

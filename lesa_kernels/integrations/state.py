@@ -1,0 +1,295 @@
+"""Keeps the state of a model's sampling runs: the plan and the history of each branch, and whether to forecast at all.
+
+A run is one pass through a schedule. A branch is one stream of calls within it: those of a cache context ("cond",
+"uncond", ...), or, where one context makes several calls a step, the n-th calls.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lesa_kernels.checks import check_decreasing, check_float
+from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
+from lesa_kernels.integrations.stats import RunStats
+from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility
+from lesa_kernels.plan import Plan, check_count
+from lesa_kernels.predictors import Predictor
+from lesa_kernels.predictors.base import OnOtherSigmas
+from lesa_kernels.schedule import Schedule, ScheduleRule
+from lesa_kernels.session import Session, check_history
+
+_MAX_PLANS = 16
+# The name of a predictor for all cache contexts.
+_SHARED = ""
+
+Predictors: TypeAlias = "Predictor | Mapping[str, Predictor]"
+"""One predictor for all cache contexts, or those of each by its name."""
+
+
+def default_schedule(sigmas: Sequence[float]) -> Schedule:
+    """The schedule of `enable` without one: a fifth of the steps, rounded up, at least three; uniform in sigma.
+
+    Args:
+        sigmas: S+1 falling noise levels.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: when the sigmas do not fall.
+    """
+    levels = check_decreasing(sigmas)
+    steps = len(levels) - 1
+    return Schedule.uniform_in_sigma(levels, num_full=min(steps, max(3, -(-steps // 5))))
+
+
+class LesaWarning(UserWarning):
+    """Something that a user should know of a run; most often that its rest is sampled without forecasts, and why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are made; see `lesa.enable`."""
+
+    history_dtype: torch.dtype | None = None
+    on_other_sigmas: OnOtherSigmas = "refuse"
+    chunk: int | None = None
+    check_every: int | None = None
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        check_history(self.history_dtype)
+        if self.on_other_sigmas not in ("refuse", "adapt"):
+            raise ValueError(f'on_other_sigmas must be "refuse" or "adapt", got {self.on_other_sigmas!r}')
+        check_count("chunk", self.chunk)
+        check_count("check_every", self.check_every)
+        if self.max_error is not None:
+            check_float("max_error", self.max_error, above=0, finite=False)
+            if self.check_every is None:
+                raise ValueError(
+                    f"max_error must come with check_every, which says when it is looked at, got {self.max_error}"
+                )
+
+
+@dataclass
+class BranchState:
+    """The history of one branch."""
+
+    session: Session
+    full_steps: frozenset[int]
+    layout: Layout  # of the latents
+    step: int  # of the present call, and after it the step that is due
+    feature: Tensor | None = None  # the forecast of the present step, a view of the history; None on a full step
+
+
+@dataclass
+class RunState:
+    """One pass through a schedule."""
+
+    position: StepPosition
+    stats: RunStats
+    # By cache context and number of the call within its step.
+    branches: dict[tuple[str, int], BranchState] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, text: str) -> None:
+        """Warn of something once a run."""
+        if text not in self.warned:
+            self.warned.add(text)
+            warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
+
+    def disable_forecasts(self, reason: str) -> None:
+        """Run full steps from here on, release the history's memory, and warn once."""
+        if self.stats.refused is None:
+            self.stats.refused = reason
+            self.branches.clear()
+            self.warn(f"full steps for the rest of this run: {reason}")
+
+
+class CacheState:
+    """Follows the calls of one model and decides, from Python integers alone, which are forecast.
+
+    A branch that begins late (image-to-image, guidance that starts in the middle) is planned from its first step on.
+    Plans are kept by sigmas: a predictor must not change while it is enabled. `blocks` is how many a full call runs.
+    """
+
+    def __init__(
+        self,
+        tracker: StepTracker,
+        predictors: Predictors,
+        schedule: Schedule | ScheduleRule | None,
+        options: Options,
+        blocks: int,
+    ) -> None:
+        self._tracker = tracker
+        self._is_shared = isinstance(predictors, Predictor)
+        self._predictors = {_SHARED: predictors} if isinstance(predictors, Predictor) else dict(predictors)
+        self._options = options
+        self._blocks = blocks
+        self._run: RunState | None = None
+        # Of the last run; None before the first, and where a run had no turn of this model.
+        self.stats: RunStats | None = None
+        # Those of the other models of the pipeline, which take turns with this one.
+        self.siblings: tuple[CacheState, ...] = ()
+
+        def make_plan(name: str, sigmas: tuple[float, ...], first_step: int) -> Plan:
+            predictor = self._predictors[name]
+            return predictor.plan(
+                sigmas,
+                schedule or predictor.schedule or default_schedule,
+                first_step=first_step,
+                chunk=options.chunk,
+                check_every=options.check_every,
+                on_other_sigmas=options.on_other_sigmas,
+            )
+
+        self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make_plan)
+
+    def reset(self) -> None:
+        """Drop the present run and its history; the next call begins a new one."""
+        if self._run is not None:
+            # The traceback of an error may keep the run itself alive.
+            self._run.branches.clear()
+        self._run = self._tracker.position = None
+
+    @uncompiled()
+    def enter(self, context: Any, latents: Any, foreign_cache: bool) -> BranchState | None:
+        """Return the branch of a call, with its forecast where one is due; None where nothing is to be captured.
+
+        `context` is diffusers' `CacheContext`, `latents` the model's first argument; `foreign_cache` says whether a
+        cache of diffusers is on too.
+        """
+        layout = layout_of(latents)
+        run, branch = self._place(context, layout, foreign_cache)
+        if branch is not None and branch.step not in branch.full_steps:
+            run.stats.forecast.start(layout[-1])
+            try:
+                branch.feature = branch.session.forecast(branch.step)
+                return branch
+            except RuntimeError as error:
+                run.disable_forecasts(f"the feature of step {branch.step} could not be forecast: {error}")
+                branch = None
+        run.stats.full.start(layout[-1])
+        return branch
+
+    @uncompiled()
+    def capture(self, branch: BranchState, feature: Tensor) -> None:
+        """Keep the feature of a full step; a failure ends the forecasts, not the run."""
+        run, session, step = self._run, branch.session, branch.step
+        if run is None:
+            return
+        known = session.ring is not None
+        try:
+            session.push(step, feature)
+        except (ValueError, TypeError, RuntimeError) as error:
+            run.disable_forecasts(f"the feature of step {step} could not be kept: {error}")
+            return
+        if not known and session.ring is not None:
+            run.stats.add_ring(session.ring)
+        measured, limit = session.errors.get(step), self._options.max_error
+        if measured is not None:
+            run.stats.errors.append((step, measured))
+            # Only a limit waits for the number; a NaN is within none.
+            if limit is not None and not float(measured) <= limit:
+                run.disable_forecasts(
+                    f"step {step} would have been forecast with an error of {float(measured):.3g}, "
+                    f"more than max_error = {limit:g}"
+                )
+
+    @uncompiled()
+    def leave(self, branch: BranchState | None) -> None:
+        """Close the call that `enter` placed: count it, and release the history after the last step."""
+        run = self._run
+        if run is None:
+            return
+        if branch is None:
+            run.stats.full.stop()
+            return
+        (run.stats.full if branch.feature is None else run.stats.forecast).stop()
+        branch.feature = None
+        branch.step += 1
+        num_steps = run.position.num_steps
+        if branch.step == num_steps:
+            # The other branch of this step is still to come; guidance may have ended before the run did.
+            run.branches = {
+                key: each for key, each in run.branches.items() if each is not branch and each.step == num_steps - 1
+            }
+
+    def disable_forecasts(self, reason: str) -> None:
+        """Run full steps for the rest of the present run."""
+        if self._run is not None:
+            self._run.disable_forecasts(reason)
+
+    def _place(self, context: Any, layout: Layout, foreign_cache: bool) -> tuple[RunState, BranchState | None]:
+        """Return the run and the branch of a call, None for one that runs in full and is not captured."""
+        position, step, number = self._tracker.place(context)
+        run = self._run
+        if run is None or run.position is not position:
+            run = self._begin(position)
+        if run.stats.refused is not None:
+            return run, None
+        branch = run.branches.get((context.name, number))
+        reason = find_incompatibility(position, context, step, number, foreign_cache)
+        if reason is None and branch is not None:
+            if step != branch.step:
+                reason = f"step {step} came where step {branch.step} was due"
+            elif layout != branch.layout:
+                reason = f"the latents changed from {branch.layout} to {layout}"
+        if reason is not None:
+            run.disable_forecasts(reason)
+            return run, None
+        if branch is None:
+            branch = self._begin_branch(run, context.name, step, layout)
+            if branch is not None:
+                run.branches[context.name, number] = branch
+        return run, branch
+
+    def _begin(self, position: StepPosition) -> RunState:
+        """Begin a run, and release what a run that was broken off kept."""
+        for sibling in self.siblings:
+            if sibling._run is not None:
+                sibling._run.branches.clear()
+            if sibling._run is None or sibling._run.position.source is not position.source:
+                sibling.stats = None
+        self.stats = RunStats(max(position.num_steps, 0), self._blocks)
+        self._run = RunState(position, self.stats)
+        return self._run
+
+    def _begin_branch(self, run: RunState, context: str, step: int, layout: Layout) -> BranchState | None:
+        """Plan a branch from its first step on; None where there is no predictor or no plan for it."""
+        name, sigmas = self._find_predictor(context), run.position.sigmas
+        if name is None:
+            names = sorted(self._predictors)
+            if context:
+                run.warn(f"full steps for the cache context {context!r}: there are predictors for {names} alone")
+            else:
+                run.warn(
+                    f"full steps: the pipeline opens no cache context that says which of the predictors {names} is due"
+                )
+            return None
+        try:
+            plan = self._plan(name, sigmas, step)
+            reason = self._predictors[name].objection(sigmas)
+        # Users bring their own predictors and rules, and no fault of theirs should cost an image.
+        except Exception as error:
+            run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))
+            return None
+        if reason is not None:
+            run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
+        run.stats.plan = run.stats.plan or str(plan)
+        session = Session(plan, history_dtype=self._options.history_dtype)
+        return BranchState(session, frozenset(plan.full_steps), layout, step)
+
+    def _find_predictor(self, context: str) -> str | None:
+        """Return the name under which a cache context finds its predictor; None where there is none for it."""
+        if self._is_shared or context in self._predictors:
+            return _SHARED if self._is_shared else context
+        # A pipeline that opens no context has an unnamed one, and nothing says that its calls are of several branches.
+        return "cond" if not context and tuple(self._predictors) == ("cond",) else None
