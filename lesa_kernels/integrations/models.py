@@ -2,7 +2,7 @@
 
 Most models need no entry, because their blocks and their capture point have the usual names. To add one that does, add
 an `Adapter` to the table at the end of this file, a tiny model of its class to `tests/integrations/tiny_models.py`, and
-a row to `docs/adapters.md`. Users register their own models with `register_adapter`.
+a row to `docs/models.md`. Users register their own models with `register_adapter`.
 """
 
 from __future__ import annotations

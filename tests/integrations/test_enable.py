@@ -100,7 +100,9 @@ def test_disable_leaves_no_trace(pipe: TinyPipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, pickle.dumps, lambda target: torch.save(target, io.BytesIO())], ids=str
+    "copied",
+    [copy.deepcopy, pickle.dumps, lambda target: torch.save(target, io.BytesIO())],
+    ids=["deepcopy", "pickle", "torch.save"],
 )
 @pytest.mark.parametrize("bare", [True, False])
 def test_an_enabled_model_refuses_copies_and_pickles(
