@@ -69,7 +69,7 @@ def test_cuda_library_waits_for_a_torch_with_cuda(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "cuda"), [("_cpu", None), ("_cuda", "13.0")])
 def test_a_library_that_fails_to_load_is_loud(tmp_path: Path, name: str, cuda: str | None) -> None:
     (tmp_path / f"{name}.so").write_bytes(b"no library")
-    with pytest.warns(RuntimeWarning, match=rf"{name}\.so failed to load: .*status\(\) tells what serves instead"):
+    with pytest.warns(RuntimeWarning, match=rf"{name}\.so failed to load: .*status\(\) shows what serves instead"):
         library = libraries.load_library(name, tmp_path, cuda=cuda)
     assert not library.loaded
     assert library.reason.startswith("failed to load: ")
