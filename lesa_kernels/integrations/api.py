@@ -42,8 +42,8 @@ def enable(
     steps for the rest of the run and one `LesaWarning`.
 
     Args:
-        target: a pipeline, with all of its transformers, or a bare transformer: then the steps come from
-            `scheduler` or `sigmas`.
+        target: a pipeline, with all of its transformers, or a bare transformer, whose steps `scheduler` or `sigmas`
+            gives.
         predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
             a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
@@ -159,20 +159,20 @@ def is_pipeline(target: Any) -> bool:
 def find_models(target: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
     """Return the transformers of a target, each with the wrapper that torch.compile put around it, if it did."""
     found = [getattr(target, name, None) for name in _TRANSFORMERS] if is_pipeline(target) else [target]
-    models = [model for model in found if model is not None]
-    for model in models:
+    models: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
+    for model in found:
+        if model is None:
+            continue
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "lesa: target must be a pipeline with a transformer and a scheduler, or a transformer, "
                 f"got {type(model).__name__}"
             )
+        inner = getattr(model, "_orig_mod", None)
+        models.append((inner, (model,)) if isinstance(inner, nn.Module) else (model, ()))
     if not models:
         raise TypeError("lesa: target must be a pipeline with a transformer, its transformer is None")
-    inner = [getattr(model, "_orig_mod", None) for model in models]
-    return [
-        (original, (model,)) if isinstance(original, nn.Module) else (model, ())
-        for model, original in zip(models, inner, strict=True)
-    ]
+    return models
 
 
 def _check_predictor(predictor: object) -> None:

@@ -251,8 +251,9 @@ class CacheHook(ModelHook):
         self._compiled_calls.clear()
         registry = HookRegistry.check_if_exists_or_initialize(model)
         registry.invalidate_child_registries_cache()
-        with _below_offload(model):
-            registry.remove_hook(_NAME, recurse=False)
+        if registry.get_hook(_NAME) is self:
+            with _below_offload(model):
+                registry.remove_hook(_NAME, recurse=False)
         # What an emptied registry leaves behind would make copies of the model call this one's forward.
         if not registry.hooks:
             del model._diffusers_hook

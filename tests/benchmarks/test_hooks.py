@@ -19,7 +19,7 @@ def test_each_cached_step_is_measured_and_checked(monkeypatch: pytest.MonkeyPatc
         cached, tails = hooks.measure(model, 1)
         assert len(cached) == len(tails) == hooks.STEPS - len(hooks.FULL)
         assert lesa.summary(model).skipped_blocks == 57 * len(cached)
-        monkeypatch.setattr(hooks, "flux_tail", lambda model, feature, **_: (torch.zeros(1, 1, 4),))
+        monkeypatch.setattr(hooks, "scaled_tail", lambda model, feature, **_: (torch.zeros(1, 1, 4),))
         with pytest.raises(AssertionError, match="not close"):
             hooks.measure(model, 1)
 
