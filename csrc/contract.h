@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "arithmetic.h"
-#include "geometry.h"
+#include "strides.h"
 
 namespace lesa {
 
@@ -379,7 +379,7 @@ inline void check_gradient(const char* op, const Tensor& grad, Shape shape, Name
   check_device(op, {"grad"}, grad, like_name, like);
 }
 
-// Merges dimensions (geometry.h) or refuses what has too many.
+// Merges dimensions (strides.h) or refuses what has too many.
 inline Geometry lay_out(const char* op, Shape shape, std::span<const Source> sources, std::span<Operand> operands) {
   const Geometry geometry = merge_dimensions({shape.sizes, shape.dims}, sources, operands);
   if (geometry.dims == 0) {

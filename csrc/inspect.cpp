@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "arithmetic.h"
-#include "geometry.h"
+#include "strides.h"
 
 namespace py = pybind11;
 

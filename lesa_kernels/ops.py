@@ -27,6 +27,7 @@ _SCHEMAS = {
     "forecast_into": "(Tensor(a!) ring, Tensor coefficients, Tensor offsets, int[] read, int[] write) -> ()",
     "push": "(Tensor(a!) ring, Tensor feature, int slot) -> ()",
     "gram": "(Tensor[] features) -> Tensor",
+    "identity": "(Tensor feature) -> Tensor",
     "kan_linear": "(Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight, Tensor spline_scaler) -> Tensor",
     "kan_linear_backward": "(Tensor grad, Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight,"
     " Tensor spline_scaler) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -120,6 +121,12 @@ def _push_fake(ring: Tensor, feature: Tensor, slot: int) -> None:
 def _gram_fake(features: Sequence[Tensor]) -> Tensor:
     contract.check_features("gram", "features", features)
     return features[0].new_empty((len(features) + 1, len(features) + 1), dtype=torch.float64)
+
+
+@_fake("identity")
+def _identity_fake(feature: Tensor) -> Tensor:
+    contract.check_feature("identity", "feature", feature)
+    return _fresh(feature)
 
 
 @_fake("kan_linear")
@@ -246,6 +253,7 @@ for _name, _written in (
     ("push", [0]),
     ("predict_l1", [5]),
     ("gram", []),
+    ("identity", []),
 ):
     _not_differentiable(_name, _written)
 

@@ -254,6 +254,22 @@ def gram(features: Sequence[Tensor]) -> Tensor:
     return sums
 
 
+def identity(feature: Tensor) -> Tensor:
+    """Copy a feature: the smallest op, kept as the template of a new one.
+
+    Args:
+        feature: [*feature], any strides.
+
+    Returns:
+        A fresh row-major tensor of the same shape, dtype and values.
+
+    Raises:
+        TypeError: for a wrong dtype.
+    """
+    contract.check_feature("identity", "feature", feature)
+    return feature.detach().clone(memory_format=torch.contiguous_format)
+
+
 def spline_order(grid: Tensor, spline_weight: Tensor) -> int:
     """Return the order of the B-splines of a KAN layer (3 is cubic): knots = bases + order + 1.
 

@@ -61,10 +61,10 @@ inline void store(T* to, Floats values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
 }
 
-inline void store_past_cache(float* to, Floats values) { _mm256_stream_ps(to, values); }
-inline void store_past_cache(double* to, Doubles values) { _mm256_stream_pd(to, values); }
+inline void stream(float* to, Floats values) { _mm256_stream_ps(to, values); }
+inline void stream(double* to, Doubles values) { _mm256_stream_pd(to, values); }
 template <typename T>
-inline void store_past_cache(T* to, Floats values) {
+inline void stream(T* to, Floats values) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
 }
 inline void fence() { _mm_sfence(); }
@@ -77,11 +77,11 @@ inline __m256i rounded(Floats values) {
 }
 
 // Two vectors of sums; as in avx512.cpp, a NaN among them needs no mask.
-template <bool kPastCache>
+template <bool kStreaming>
 inline void put_sums(bfloat16* to, Floats first, Floats second) {
   constexpr int kInOrder = 0b11'01'10'00;  // packing goes by halves of the vectors
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(first), rounded(second)), kInOrder);
-  if constexpr (kPastCache) {
+  if constexpr (kStreaming) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to), packed);
   } else {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
@@ -107,7 +107,7 @@ inline double to_double(Floats values) {
                                  _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1))));
 }
 
-#include "cpu/loops.inc"
+#include "cpu/isa.inc"
 
 }  // namespace lesa::cpu::avx2
 
@@ -118,6 +118,6 @@ inline double to_double(Floats values) {
 #endif
 
 namespace lesa::cpu {
-constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels, avx2::kAllLayerKernels};
+constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels, avx2::kAllKanKernels};
 }
 #endif

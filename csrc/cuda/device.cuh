@@ -22,7 +22,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
-#include "geometry.h"
+#include "strides.h"
 
 namespace lesa::cuda {
 

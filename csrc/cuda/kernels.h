@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "arithmetic.h"
-#include "geometry.h"
+#include "strides.h"
 
 namespace lesa::cuda {
 

@@ -50,6 +50,7 @@ def _arguments(dtype: torch.dtype, grad: bool) -> dict[str, tuple[Any, ...]]:
         "forecast_into": (constant(5, 3, 4), constant(2, 3), constant(2), [0, 1, 2], [2, 4]),
         "push": (constant(5, 3, 4), constant(3, 4), 2),
         "gram": (flat,),
+        "identity": (constant(3, 5),),
         "kan_linear": _kan(dtype, grad),
         "kan_linear_backward": (constant(4, 2), *_kan(dtype, False)),
     }

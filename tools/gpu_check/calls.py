@@ -286,6 +286,16 @@ def gram(dtype: torch.dtype, size: Size) -> Call:
     return Call(features, lambda ops: [ops.gram(features)], expected)
 
 
+def identity(dtype: torch.dtype, size: Size) -> Call:
+    """A copy of a feature."""
+    (feature,) = _features(1, size, dtype)
+    return Call(
+        [feature],
+        lambda ops: [ops.identity(feature)],
+        lambda: [(feature.double(), torch.zeros_like(feature, dtype=torch.float64))],
+    )
+
+
 def _kan(dtype: torch.dtype, size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return x, the grid, and the weights: base, spline, scaler."""
     rows, inputs, outputs = size.kan
@@ -330,6 +340,7 @@ CALLS: dict[str, Callable[[torch.dtype, Size], Call]] = {
         forecast_into,
         push,
         gram,
+        identity,
         kan_linear,
         kan_linear_backward,
     )

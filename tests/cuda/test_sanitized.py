@@ -26,7 +26,7 @@ def run_sanitized(arguments: Sequence[str | Path]) -> subprocess.CompletedProces
     flags = ["--engine=host", "--capture=sys", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *flags, *map(str, arguments)]
     environment = {**os.environ, **options}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2], check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
 
 
 @pytest.mark.parametrize("path", sorted(set(HERE.glob("test_*.py")) - {Path(__file__)}), ids=lambda path: path.stem)

@@ -144,7 +144,7 @@ def test_slots_that_are_read_and_written(isa: str, layout: Layout, rows: int, dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [8, 9])
 def test_large_outputs_go_past_the_cache_and_are_the_same(isa: str, rows: int, dtype: torch.dtype) -> None:
-    size = 64 * (facts()["past_cache_bytes"] // (64 * rows * dtype.itemsize) + 1) + 9
+    size = 64 * (facts()["streaming_bytes"] // (64 * rows * dtype.itemsize) + 1) + 9
     memory = torch.empty((rows + 2) * (size + 55) + 3, dtype=dtype)
     coefficients, offsets = _parameters(rows, 2, dtype)
     read, write = [rows, rows + 1], list(range(rows))
@@ -258,6 +258,16 @@ def test_push_converts_as_copy_does(isa: str, source: torch.dtype, target: torch
             want[1].copy_(feature)
             ops.push(ring, feature, 1)
             assert torch.equal(ring, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_identity_is_a_fresh_copy(layout: Layout, dtype: torch.dtype) -> None:
+    for shape in [(0,), (7,), (3, 5, 300), (40, 70)]:
+        feature = layout(shape, dtype)
+        got = ops.identity(feature)
+        assert got.is_contiguous() and (not got.numel() or got.data_ptr() != feature.data_ptr())
+        assert torch.equal(got, feature)
 
 
 def test_nan_and_infinity_pass_through(isa: str) -> None:

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/pass.h"
+#include "cpu/cpu_common.h"
 
 namespace lesa::cpu {
 namespace {
@@ -96,9 +96,9 @@ class Layer {
     read_grid(grid_tensor);
   }
 
-  const LayerKernels<A>& loops() const { return chosen().layers_of<A>(); }
+  const KanKernels<A>& loops() const { return chosen_isa().kan_of<A>(); }
 
-  std::int64_t length(std::int64_t count) const { return round_up(count * (bases + 1), kLayerUnit); }
+  std::int64_t length(std::int64_t count) const { return round_up(count * (bases + 1), kRowUnit); }
 
   // Evaluates bases (and slopes) [N, I, B] and silu (and its slopes) [N, I] at x.
   void evaluate(bool with_slopes) {
@@ -113,7 +113,7 @@ class Layer {
     parallel_tiles<A>(rows, 64 * inputs * bases, [&](std::int64_t first, std::int64_t last) {
       std::vector<A> level(knots * inputs), slope(with_slopes ? knots * inputs : 0);
       for (std::int64_t n = first; n < last; ++n) {
-        loops().evaluate(splines, x.at(n * inputs), level.data(), with_slopes ? slope.data() : nullptr);
+        loops().spline_bases(splines, x.at(n * inputs), level.data(), with_slopes ? slope.data() : nullptr);
         transpose(level, values_.data() + n * inputs * bases);
         if (with_slopes) {
           transpose(slope, slopes_.data() + n * inputs * bases);
@@ -135,7 +135,7 @@ class Layer {
   // Writes the weights of output o for `count` inputs, scaled and padded like `pack`.
   void pack_weights(std::int64_t o, std::int64_t first, std::int64_t count, A* to) const {
     const std::int64_t at = o * inputs + first;
-    loops().scale(spline.at(at * bases), scaler.at(at), count, static_cast<int>(bases), to);
+    loops().scale_groups(spline.at(at * bases), scaler.at(at), count, static_cast<int>(bases), to);
     A* end = std::copy(base.at(at), base.at(at + count), to + count * bases);
     std::fill(end, to + length(count), A{0});
   }
@@ -217,7 +217,7 @@ void forward(Layer<T>& layer, const Place<T>& out) {
       for (std::int64_t o = 0; o < count; ++o) {
         layer.pack_weights(start + o, 0, layer.inputs, weights.data() + o * length);
       }
-      layer.loops().dots(packed.data(), layer.rows, weights.data(), length, sums.data(), kDotColumns);
+      layer.loops().matmul_transposed(packed.data(), layer.rows, weights.data(), length, sums.data(), kDotColumns);
       for (std::int64_t n = 0; n < layer.rows; ++n) {
         out.put(n * layer.outputs + start, count, sums.data() + n * kDotColumns);
       }
@@ -239,7 +239,7 @@ void put_weight_gradients(const Layer<T>& layer, std::int64_t first, std::int64_
   for (std::int64_t o = 0; o < layer.outputs; ++o) {
     const std::int64_t at = o * layer.inputs + first;
     const auto* gradient = gradients + o * layer.length(count);
-    layer.loops().scale(gradient, layer.scaler.at(at), count, bases, scaled.data());
+    layer.loops().scale_groups(gradient, layer.scaler.at(at), count, bases, scaled.data());
     layer.loops().dot_groups(gradient, layer.spline.at(at * bases), count, bases, of_scaler.data());
     into.spline.put(at * bases, count * bases, scaled.data());
     into.scaler.put(at, count, of_scaler.data());
@@ -247,12 +247,12 @@ void put_weight_gradients(const Layer<T>& layer, std::int64_t first, std::int64_
   }
 }
 
-// Takes as many inputs at a time as fill a row of kLayerUnit elements: their weights are read once.
+// Takes as many inputs at a time as fill a row of kRowUnit elements: their weights are read once.
 template <typename T>
 void backward(Layer<T>& layer, const Tensor& grad_tensor, const LayerGradients<T>& into) {
   using A = accumulate_t<T>;
   const Values<T> grad(grad_tensor);
-  const std::int64_t group = std::max<std::int64_t>(kLayerUnit / (layer.bases + 1), 1), most = layer.length(group);
+  const std::int64_t group = std::max<std::int64_t>(kRowUnit / (layer.bases + 1), 1), most = layer.length(group);
   const std::int64_t rows = layer.rows, outputs = layer.outputs, tiles = (layer.inputs + group - 1) / group;
   layer.evaluate(true);
   parallel_tiles<A>(tiles, 2 * outputs * (rows + 4) * most, [&](std::int64_t begin, std::int64_t end) {
@@ -266,8 +266,8 @@ void backward(Layer<T>& layer, const Tensor& grad_tensor, const LayerGradients<T
       for (std::int64_t n = 0; n < rows; ++n) {
         layer.pack(n, first, count, packed.data() + n * length);
       }
-      layer.loops().combine({grad.at(0), outputs, 1, outputs, weights.data(), length}, rows, through.data());
-      layer.loops().combine({grad.at(0), 1, outputs, rows, packed.data(), length}, outputs, of_weights.data());
+      layer.loops().matmul({grad.at(0), outputs, 1, outputs, weights.data(), length}, rows, through.data());
+      layer.loops().matmul({grad.at(0), 1, outputs, rows, packed.data(), length}, outputs, of_weights.data());
       for (std::int64_t n = 0; n < rows; ++n) {
         const A* row = through.data() + n * length;
         for (std::int64_t i = 0; i < count; ++i) {

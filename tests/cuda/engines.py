@@ -25,7 +25,7 @@ from arrays import Array
 from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[2]
+REPOSITORY = HERE.parents[1]
 CSRC = REPOSITORY / "csrc"
 SANITIZERS = "-fsanitize=address,undefined"
 
