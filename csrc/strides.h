@@ -1,4 +1,4 @@
-// The walk that an elementwise pass takes: dimensions merged as far as every tensor's strides allow. No torch, no CUDA.
+// Merges the dimensions of several tensors of one shape as far as all their strides allow. No torch, no CUDA.
 #pragma once
 
 #include <algorithm>
@@ -12,20 +12,23 @@ namespace lesa {
 // Dimensions that are left after merging; contiguous tensors need 1, padded rows 2.
 inline constexpr int kMaxDims = 16;
 
-// A tensor before merging: its first element and its strides in elements, one per dimension of the shape.
-struct Source {
+// A tensor before merging: its first element, its strides in elements, one per dimension of the shape, and the bytes of
+// an element.
+struct TensorView {
   void* data;
   const std::int64_t* strides;
+  std::int64_t bytes;
 };
 
-// A tensor after merging: its first element and its strides in elements along the merged dimensions.
+// A tensor after merging: the same, with its strides along the merged dimensions.
 struct Operand {
   void* data;
   std::int64_t strides[kMaxDims];
+  std::int64_t bytes;
 };
 
 // Merged dimensions, the last one innermost. There is always at least one.
-struct Geometry {
+struct MergedShape {
   std::int64_t numel;
   std::int64_t sizes[kMaxDims];
   int dims;
@@ -52,21 +55,21 @@ struct Divisor {
   }
 };
 
-// Merges the dimensions of a shape for several tensors of that shape. They are walked in the order of their strides,
-// added up over the tensors: tensors that are permuted alike become contiguous, and where layouts differ most tensors
-// have it their way. Returns dims = 0 when more than kMaxDims are left.
-inline Geometry merge_dimensions(std::span<const std::int64_t> sizes, std::span<const Source> sources,
+// Merges the dimensions of a shape for several tensors of that shape. Dimensions are sorted by their strides, added up
+// over the tensors: tensors that are permuted alike become contiguous, and where layouts differ the order is the one of
+// most tensors. Returns dims = 0 when more than kMaxDims are left.
+inline MergedShape merge_dimensions(std::span<const std::int64_t> sizes, std::span<const TensorView> views,
                                  std::span<Operand> operands) {
-  Geometry geometry{1, {}, 0, false};
+  MergedShape merged{1, {}, 0, false};
   std::array<int, 64> order;
   std::array<std::int64_t, 64> reach;
   int count = 0;
   for (int d = 0; d < static_cast<int>(sizes.size()); ++d) {
-    geometry.numel *= sizes[d];
+    merged.numel *= sizes[d];
     if (sizes[d] != 1 && count < static_cast<int>(order.size())) {
       std::int64_t sum = 0;
-      for (const Source& source : sources) {
-        sum += source.strides[d];
+      for (const TensorView& view : views) {
+        sum += view.strides[d];
       }
       int place = count++;
       for (; place > 0 && reach[place - 1] < sum; --place) {
@@ -77,34 +80,35 @@ inline Geometry merge_dimensions(std::span<const std::int64_t> sizes, std::span<
       reach[place] = sum;
     }
   }
-  for (std::size_t i = 0; i < sources.size(); ++i) {
-    operands[i].data = sources[i].data;
+  for (std::size_t i = 0; i < views.size(); ++i) {
+    operands[i].data = views[i].data;
+    operands[i].bytes = views[i].bytes;
     operands[i].strides[0] = 1;
   }
-  if (geometry.numel <= 1) {
-    geometry.dims = 1;
-    geometry.sizes[0] = geometry.numel;
-    geometry.contiguous = true;
-    return geometry;
+  if (merged.numel <= 1) {
+    merged.dims = 1;
+    merged.sizes[0] = merged.numel;
+    merged.contiguous = true;
+    return merged;
   }
   for (int position = 0; position < count; ++position) {
     const int d = order[position];
-    const bool merges = geometry.dims > 0 && std::all_of(sources.begin(), sources.end(), [&](const Source& source) {
-                          return source.strides[order[position - 1]] == source.strides[d] * sizes[d];
+    const bool merges = merged.dims > 0 && std::all_of(views.begin(), views.end(), [&](const TensorView& view) {
+                          return view.strides[order[position - 1]] == view.strides[d] * sizes[d];
                         });
-    if (!merges && geometry.dims == kMaxDims) {
-      geometry.dims = 0;
-      return geometry;
+    if (!merges && merged.dims == kMaxDims) {
+      merged.dims = 0;
+      return merged;
     }
-    const int last = merges ? geometry.dims - 1 : geometry.dims++;
-    geometry.sizes[last] = merges ? geometry.sizes[last] * sizes[d] : sizes[d];
-    for (std::size_t i = 0; i < sources.size(); ++i) {
-      operands[i].strides[last] = sources[i].strides[d];
+    const int last = merges ? merged.dims - 1 : merged.dims++;
+    merged.sizes[last] = merges ? merged.sizes[last] * sizes[d] : sizes[d];
+    for (std::size_t i = 0; i < views.size(); ++i) {
+      operands[i].strides[last] = views[i].strides[d];
     }
   }
-  geometry.contiguous = geometry.dims == 1 && std::all_of(operands.begin(), operands.begin() + sources.size(),
+  merged.contiguous = merged.dims == 1 && std::all_of(operands.begin(), operands.begin() + views.size(),
                                                           [](const Operand& o) { return o.strides[0] == 1; });
-  return geometry;
+  return merged;
 }
 
 }  // namespace lesa

@@ -48,15 +48,16 @@ inline Doubles load_double(const float* from) { return _mm512_cvtps_pd(_mm256_lo
 inline __m256i pack(const float16*, Floats values) {
   return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Not vcvtneps2bf16: it takes subnormal numbers for zero.
-inline __m256i pack(const bfloat16*, Floats values) {
+// Rounded to bfloat16, in the upper 16 bits. Not vcvtneps2bf16: it takes subnormal numbers for zero.
+inline __m512i rounded(Floats values) {
   const __m512i bits = _mm512_castps_si512(values);
-  const __m512i high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+inline __m256i pack(const bfloat16*, Floats values) {
+  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded(values), nan, quiet), 16));
 }
 
 inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
@@ -73,13 +74,6 @@ inline void stream(T* to, Floats values) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), pack(to, values));
 }
 inline void fence() { _mm_sfence(); }
-
-// In the upper 16 bits.
-inline __m512i rounded(Floats values) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-}
 
 // Two vectors of sums. Features and parameters (cpu_common.h) see to it that a NaN among bfloat16 sums has zeros below
 // the 16 bits that are kept, so rounding leaves it a NaN without being told: that makes forecast_into a third faster.

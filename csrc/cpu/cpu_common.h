@@ -81,7 +81,7 @@ void run_forecast(const TensorIterator& iterator, const LinearMap<T>& map) {
 template <typename Loop>
 std::vector<double> sum_in_parts(const TensorIterator& iterator, std::int64_t elements, std::size_t width,
                                  const Loop& loop) {
-  const std::int64_t numel = iterator.geometry().numel, parts = (numel + elements - 1) / elements;
+  const std::int64_t numel = iterator.merged().numel, parts = (numel + elements - 1) / elements;
   std::vector<double> partial(parts * width, 0.0), sums(width, 0.0);
   iterator.parallel_blocks(parts, elements, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t part = first; part < last; ++part) {

@@ -38,10 +38,10 @@ void forecast_into(const Tensor& ring, const Tensor& coefficients, const Tensor&
   check_forecast_into(ring, coefficients, offsets, read, write);
   TensorIterator iterator;
   for (const std::int64_t slot : write) {
-    iterator.add_output(source_of_slot(ring, slot), ring.element_size());
+    iterator.add_output(view_of_slot(ring, slot));
   }
   for (const std::int64_t slot : read) {
-    iterator.add_input(source_of_slot(ring, slot), ring.element_size());
+    iterator.add_input(view_of_slot(ring, slot));
   }
   iterator.build("forecast_into", slot_shape(ring));
   run_rows(iterator, ring, coefficients, offsets);
@@ -50,10 +50,10 @@ void forecast_into(const Tensor& ring, const Tensor& coefficients, const Tensor&
 void push(const Tensor& ring, const Tensor& feature, std::int64_t slot) {
   check_push(ring, feature, slot);
   TensorIterator iterator;
-  iterator.add_output(source_of_slot(ring, slot), ring.element_size());
+  iterator.add_output(view_of_slot(ring, slot));
   iterator.add_input(feature);
   iterator.build("push", slot_shape(ring));
-  check_overlap("push", {"feature"}, iterator.geometry(), iterator.operand(0), ring.element_size(), iterator.operand(1),
+  check_overlap("push", {"feature"}, iterator.merged(), iterator.operand(0), ring.element_size(), iterator.operand(1),
                 feature.element_size());
   for_feature(ring.scalar_type(), [&]<typename To>() {
     for_feature(feature.scalar_type(), [&]<typename From>() { run_copy<From, To>(iterator); });

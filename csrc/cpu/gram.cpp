@@ -32,7 +32,7 @@ Tensor gram(const std::vector<Tensor>& features) {
       }
     }
   });
-  entries[width * width - 1] = static_cast<double>(iterator.geometry().numel);
+  entries[width * width - 1] = static_cast<double>(iterator.merged().numel);
   return result;
 }
 

@@ -34,17 +34,16 @@ inline constexpr std::int64_t kGathered = 128;
 // The tensors of one op in the order in which its loop takes them, outputs first.
 class TensorIterator {
  public:
-  void add_output(Source source, std::size_t bytes) {
-    add_input(source, bytes);
+  void add_output(TensorView view) {
+    add_input(view);
     ++outputs_;
   }
-  void add_output(const Tensor& tensor) { add_output(source_of(tensor), tensor.element_size()); }
-  void add_input(Source source, std::size_t bytes) {
-    sources_[tensors_] = source;
-    bytes_[tensors_++] = static_cast<std::int64_t>(bytes);
-    bytes_per_element_ += static_cast<std::int64_t>(bytes);
+  void add_output(const Tensor& tensor) { add_output(view_of(tensor)); }
+  void add_input(TensorView view) {
+    views_[tensors_++] = view;
+    bytes_per_element_ += view.bytes;
   }
-  void add_input(const Tensor& tensor) { add_input(source_of(tensor), tensor.element_size()); }
+  void add_input(const Tensor& tensor) { add_input(view_of(tensor)); }
   void add_inputs(const std::vector<Tensor>& tensors) {
     for (const Tensor& tensor : tensors) {
       add_input(tensor);
@@ -52,23 +51,23 @@ class TensorIterator {
   }
 
   // Merges dimensions; to be called once all tensors are in.
-  void build(const char* op, Shape shape) { geometry_ = lay_out(op, shape, {sources_.data(), tensors_}, operands_); }
+  void build(const char* op, Shape shape) { merged_ = lay_out(op, shape, {views_.data(), tensors_}, operands_); }
 
-  const Geometry& geometry() const { return geometry_; }
+  const MergedShape& merged() const { return merged_; }
   const Operand& operand(std::size_t tensor) const { return operands_[tensor]; }
   std::size_t outputs() const { return outputs_; }
   std::size_t inputs() const { return tensors_ - outputs_; }
 
   // Whether the outputs are to be stored past the cache.
-  bool streaming() const { return geometry_.numel * bytes_per_element_ >= kStreamingBytes; }
+  bool streaming() const { return merged_.numel * bytes_per_element_ >= kStreamingBytes; }
 
   // Calls body(pointers, count) for runs that make up elements [begin, end); pointers[i] is where tensor i has the run.
   template <typename Body>
   void for_range(std::int64_t begin, std::int64_t end, const Body& body) const {
-    const int innermost = geometry_.dims - 1;
+    const int innermost = merged_.dims - 1;
     const bool in_rows = std::all_of(operands_.begin(), operands_.begin() + tensors_,
                                      [&](const Operand& operand) { return operand.strides[innermost] == 1; });
-    if (in_rows && (geometry_.dims == 1 || geometry_.sizes[innermost] >= kLongRow)) {
+    if (in_rows && (merged_.dims == 1 || merged_.sizes[innermost] >= kLongRow)) {
       for_rows(begin, end, body);
     } else {
       for_gathered(begin, end, body);
@@ -78,9 +77,9 @@ class TensorIterator {
   // As for_range, over all elements and with several threads.
   template <typename Body>
   void for_each(const Body& body) const {
-    const std::int64_t units = (geometry_.numel + kUnit - 1) / kUnit;
+    const std::int64_t units = (merged_.numel + kUnit - 1) / kUnit;
     parallel_blocks(units, kUnit, [&](std::int64_t first, std::int64_t last) {
-      for_range(first * kUnit, std::min(last * kUnit, geometry_.numel), body);
+      for_range(first * kUnit, std::min(last * kUnit, merged_.numel), body);
     });
   }
 
@@ -102,9 +101,9 @@ class TensorIterator {
 
   Coordinates coordinates_of(std::int64_t row) const {
     Coordinates index;
-    for (int d = geometry_.dims - 2; d >= 0; --d) {
-      index[d] = row % geometry_.sizes[d];
-      row /= geometry_.sizes[d];
+    for (int d = merged_.dims - 2; d >= 0; --d) {
+      index[d] = row % merged_.sizes[d];
+      row /= merged_.sizes[d];
     }
     return index;
   }
@@ -112,21 +111,21 @@ class TensorIterator {
   // The address of a column of a row.
   char* address(std::size_t tensor, const Coordinates& row, std::int64_t column) const {
     const Operand& operand = operands_[tensor];
-    std::int64_t offset = column * operand.strides[geometry_.dims - 1];
-    for (int d = 0; d < geometry_.dims - 1; ++d) {
+    std::int64_t offset = column * operand.strides[merged_.dims - 1];
+    for (int d = 0; d < merged_.dims - 1; ++d) {
       offset += row[d] * operand.strides[d];
     }
-    return static_cast<char*>(operand.data) + offset * bytes_[tensor];
+    return static_cast<char*>(operand.data) + offset * operands_[tensor].bytes;
   }
 
   // Whether a tensor's elements lie one after the other in the order of the iteration.
   bool is_dense(std::size_t tensor) const {
     std::int64_t expected = 1;
-    for (int d = geometry_.dims - 1; d >= 0; --d) {
+    for (int d = merged_.dims - 1; d >= 0; --d) {
       if (operands_[tensor].strides[d] != expected) {
         return false;
       }
-      expected *= geometry_.sizes[d];
+      expected *= merged_.sizes[d];
     }
     return true;
   }
@@ -143,9 +142,9 @@ class TensorIterator {
   // Copies elements [begin, begin + count) of a tensor into a buffer, or back.
   template <bool kGather>
   void move(std::size_t tensor, std::int64_t begin, std::int64_t count, char* buffer) const {
-    const int innermost = geometry_.dims - 1;
-    const std::int64_t length = geometry_.sizes[innermost], stride = operands_[tensor].strides[innermost];
-    const std::int64_t bytes = bytes_[tensor];
+    const int innermost = merged_.dims - 1;
+    const std::int64_t length = merged_.sizes[innermost], stride = operands_[tensor].strides[innermost];
+    const std::int64_t bytes = operands_[tensor].bytes;
     while (count > 0) {
       const std::int64_t column = begin % length, run = std::min(count, length - column);
       char* start = address(tensor, coordinates_of(begin / length), column);
@@ -166,7 +165,7 @@ class TensorIterator {
 
   template <typename Body>
   void for_rows(std::int64_t begin, std::int64_t end, const Body& body) const {
-    const std::int64_t length = geometry_.sizes[geometry_.dims - 1];
+    const std::int64_t length = merged_.sizes[merged_.dims - 1];
     void* pointers[kMaxTensors];
     while (begin < end) {
       const std::int64_t column = begin % length, run = std::min(end - begin, length - column);
@@ -191,7 +190,7 @@ class TensorIterator {
     for (; begin < end; begin += kGathered) {
       const std::int64_t run = std::min(end - begin, kGathered);
       for (std::size_t i = 0; i < tensors_; ++i) {
-        pointers[i] = dense[i] ? static_cast<char*>(operands_[i].data) + begin * bytes_[i] : buffers[i];
+        pointers[i] = dense[i] ? static_cast<char*>(operands_[i].data) + begin * operands_[i].bytes : buffers[i];
         if (i >= outputs_ && !dense[i]) {
           move<true>(i, begin, run, buffers[i]);
         }
@@ -207,10 +206,9 @@ class TensorIterator {
 
   std::size_t tensors_ = 0, outputs_ = 0;
   std::int64_t bytes_per_element_ = 0;
-  Geometry geometry_;
-  std::array<Source, kMaxTensors> sources_;
+  MergedShape merged_;
+  std::array<TensorView, kMaxTensors> views_;
   std::array<Operand, kMaxTensors> operands_;
-  std::array<std::int64_t, kMaxTensors> bytes_;
 };
 
 }  // namespace lesa::cpu

@@ -153,7 +153,7 @@ Loss predict_l1(const std::vector<Tensor>& history, const Tensor& target, const 
                outputs ? static_cast<T*>(pointers[0]) : nullptr, count, into);
         });
     for (double& sum : sums) {
-      sum /= static_cast<double>(std::max<std::int64_t>(iterator.geometry().numel, 1));
+      sum /= static_cast<double>(std::max<std::int64_t>(iterator.merged().numel, 1));
     }
     Tensor loss = torch::stable::new_empty(target, {}, dtype_of<A>);
     *static_cast<A*>(loss.data_ptr()) = static_cast<A>(sums[inputs + 1]);

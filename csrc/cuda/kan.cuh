@@ -8,8 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device.cuh"
-#include "cuda/kan.h"
+#include "cuda/launch.cuh"
 #include "spline.h"
 
 namespace lesa::cuda {
@@ -27,7 +26,7 @@ template <int kMost>
 inline constexpr int kKanBlocks = kMost <= 3 ? kResidentBlocks : 1;
 
 template <typename T>
-struct KanTask {
+struct KanParams {
   KanLayer<T> layer;
   const T* grad;
   T* out;  // the forward's result, or grad_x
@@ -53,19 +52,14 @@ __device__ bool has_bases(const KanLayer<T>& layer, float x) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-template <typename T>
-__device__ T feature(const T* data, std::int64_t index) {
-  return load<T, 1>(data + index)[0];
-}
-
 // One warp an output, kRowTile rows a block. The block evaluates 256 inputs at a time for all its warps.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
-    kan_forward_kernel(const __grid_constant__ KanTask<T> task) {
+    kan_forward_kernel(const __grid_constant__ KanParams<T> params) {
   __shared__ float smooth[kRowTile][kThreads];
   __shared__ int first[kRowTile][kThreads];
   __shared__ float values[kRowTile][kMost + 1][kThreads];
-  const KanLayer<T>& layer = task.layer;
+  const KanLayer<T>& layer = params.layer;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
   const std::int64_t output_blocks = (layer.outputs + kWarps - 1) / kWarps;
   const std::int64_t row = blockIdx.x / output_blocks * kRowTile;
@@ -75,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   for (std::int64_t start = 0; start < layer.inputs; start += kThreads) {
     if (start + thread < layer.inputs) {
       for (int r = 0; r < rows; ++r) {
-        const float x = widen(feature(task.layer.x, (row + r) * layer.inputs + start + thread));
+        const float x = widen(params.layer.x[(row + r) * layer.inputs + start + thread]);
         const auto local = bases_of<kMost>(layer, x, start + thread);
         smooth[r][thread] = has_bases(layer, x) ? x * sigmoid(x) : x - x;  // enters every output, as those bases do
         first[r][thread] = local.first;
@@ -114,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   for (int r = 0; r < kRowTile; ++r) {
     const float sum = sum_of_warp(sums[r]);
     if (lane == 0 && r < rows && output < layer.outputs) {
-      store<T, 1>(task.out + (row + r) * layer.outputs + output, {narrow<T>(sum)});
+      params.out[(row + r) * layer.outputs + output] = narrow<T>(sum);
     }
   }
 }
@@ -122,21 +116,21 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
 // grad_x of 8 inputs in one row: 32 groups of threads take every 32nd output, and their sums are added in order.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
-    kan_inputs_kernel(const __grid_constant__ KanTask<T> task) {
+    kan_inputs_kernel(const __grid_constant__ KanParams<T> params) {
   __shared__ float partial[kOutputGroups][kInputTile];
-  const KanLayer<T>& layer = task.layer;
+  const KanLayer<T>& layer = params.layer;
   const int thread = static_cast<int>(threadIdx.x), group = thread / kInputTile;
   const std::int64_t input_blocks = (layer.inputs + kInputTile - 1) / kInputTile;
   const std::int64_t row = blockIdx.x / input_blocks;
   const std::int64_t input = blockIdx.x % input_blocks * kInputTile + thread % kInputTile;
   float sum = 0.0f;
   if (input < layer.inputs) {
-    const float x = widen(feature(layer.x, row * layer.inputs + input));
+    const float x = widen(layer.x[row * layer.inputs + input]);
     const auto local = bases_of<kMost>(layer, x, input);
     float base = 0.0f, splines[kMost + 1] = {};
 #pragma unroll 2
     for (std::int64_t output = group; output < layer.outputs; output += kOutputGroups) {
-      const float grad = widen(feature(task.grad, row * layer.outputs + output));
+      const float grad = widen(params.grad[row * layer.outputs + output]);
       const std::int64_t weight = output * layer.inputs + input;
       const float scaled = grad * layer.scaler.at(0, weight);
       base += grad * layer.base.at(0, weight);
@@ -161,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     for (int g = 1; g < kOutputGroups; ++g) {
       sum += partial[g][thread];
     }
-    store<T, 1>(task.out + row * layer.inputs + input, {narrow<T>(sum)});
+    params.out[row * layer.inputs + input] = narrow<T>(sum);
   }
 }
 
@@ -189,11 +183,11 @@ struct HeldBases {
 // these rows, in their order.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
-    kan_weights_kernel(const __grid_constant__ KanTask<T> task) {
+    kan_weights_kernel(const __grid_constant__ KanParams<T> params) {
   __shared__ HeldBases<kMost> held;
   alignas(16) __shared__ float grads[kHeldRows][kOutputTile];
   __shared__ float shares[kOutputTile][kThreads];
-  const KanLayer<T>& layer = task.layer;
+  const KanLayer<T>& layer = params.layer;
   const int channels = layer.bases + 1, tile = kThreads / channels;
   const int thread = static_cast<int>(threadIdx.x), channel = thread % channels;
   const std::int64_t input_blocks = (layer.inputs + tile - 1) / tile;
@@ -209,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
 #pragma unroll 1
     for (int pair = thread; pair < rows * inputs; pair += kThreads) {
       const std::int64_t row = start + pair / inputs, column = first_input + pair % inputs;
-      const float x = widen(feature(layer.x, row * layer.inputs + column));
+      const float x = widen(layer.x[row * layer.inputs + column]);
       const auto local = bases_of<kMost>(layer, x, column);
       held.first[pair] = local.first;
       held.other[pair] = has_bases(layer, x) ? 0.0f : x - x;
@@ -222,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
 #pragma unroll 1
     for (int i = thread; i < rows * kOutputTile; i += kThreads) {
       const int row = i / kOutputTile, o = i % kOutputTile;
-      grads[row][o] = o < outputs ? widen(feature(task.grad, (start + row) * layer.outputs + first_output + o)) : 0.0f;
+      grads[row][o] = o < outputs ? widen(params.grad[(start + row) * layer.outputs + first_output + o]) : 0.0f;
     }
     __syncthreads();
     if (works) {
@@ -244,10 +238,10 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
         const std::int64_t weight = (first_output + o) * layer.inputs + input;
         const std::int64_t knot = weight * layer.bases + channel;
         if (smooth) {
-          write<T>(task.gradients.base, weight, sums[o]);
+          write<T>(params.gradients.base, weight, sums[o]);
         } else {
           shares[o][thread] = sums[o] * layer.spline.at(0, knot);
-          write<T>(task.gradients.spline, knot, sums[o] * layer.scaler.at(0, weight));
+          write<T>(params.gradients.spline, knot, sums[o] * layer.scaler.at(0, weight));
         }
       }
     }
@@ -259,39 +253,40 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     for (int b = 0; b < layer.bases; ++b) {
       sum += shares[o][column * channels + b];
     }
-    write<T>(task.gradients.scaler, (first_output + o) * layer.inputs + first_input + column, sum);
+    write<T>(params.gradients.scaler, (first_output + o) * layer.inputs + first_input + column, sum);
   }
 }
 
 constexpr std::int64_t parts(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 template <auto kKernel, typename T>
-void launch_if_any(const KanTask<T>& task, std::int64_t blocks, const Target& target) {
+void launch_if_any(const KanParams<T>& params, std::int64_t blocks, const Target& target) {
   if (blocks > 0) {
-    launch_blocks<kKernel>(task, blocks, target);
+    launch_blocks<kKernel>(params, blocks, target);
   }
 }
 
 template <typename T, int kMost>
-void launch_backward(const KanTask<T>& task, const Target& target) {
-  const KanLayer<T>& layer = task.layer;
-  launch_if_any<kan_inputs_kernel<T, kMost>>(task, layer.rows * parts(layer.inputs, kInputTile), target);
+void launch_backward(const KanParams<T>& params, const Target& target) {
+  const KanLayer<T>& layer = params.layer;
+  launch_if_any<kan_inputs_kernel<T, kMost>>(params, layer.rows * parts(layer.inputs, kInputTile), target);
   const std::int64_t blocks = parts(layer.inputs, kThreads / (layer.bases + 1)) * parts(layer.outputs, kOutputTile);
-  launch_if_any<kan_weights_kernel<T, kMost>>(task, blocks, target);
+  launch_if_any<kan_weights_kernel<T, kMost>>(params, blocks, target);
 }
 
 template <typename T>
-void kan_forward(const KanLayer<T>& layer, T* out, const Target& target) {
-  const KanTask<T> task{layer, nullptr, out, {}};
+void KanKernels<T>::forward(const KanLayer<T>& layer, T* out, const Target& target) {
+  const KanParams<T> params{layer, nullptr, out, {}};
   const std::int64_t blocks = parts(layer.rows, kRowTile) * parts(layer.outputs, kWarps);
-  layer.order <= 3 ? launch_if_any<kan_forward_kernel<T, 3>>(task, blocks, target)
-                   : launch_if_any<kan_forward_kernel<T, kMostOrder>>(task, blocks, target);
+  layer.order <= 3 ? launch_if_any<kan_forward_kernel<T, 3>>(params, blocks, target)
+                   : launch_if_any<kan_forward_kernel<T, kMostOrder>>(params, blocks, target);
 }
 
 template <typename T>
-void kan_backward(const KanLayer<T>& layer, const T* grad, const KanGradients& gradients, const Target& target) {
-  const KanTask<T> task{layer, grad, static_cast<T*>(gradients.x), gradients};
-  layer.order <= 3 ? launch_backward<T, 3>(task, target) : launch_backward<T, kMostOrder>(task, target);
+void KanKernels<T>::backward(const KanLayer<T>& layer, const T* grad, const KanGradients& gradients,
+                             const Target& target) {
+  const KanParams<T> params{layer, grad, static_cast<T*>(gradients.x), gradients};
+  layer.order <= 3 ? launch_backward<T, 3>(params, target) : launch_backward<T, kMostOrder>(params, target);
 }
 
 }  // namespace lesa::cuda

@@ -34,8 +34,8 @@ class Unavailable(Exception):
     """This machine cannot run an engine; the text says why."""
 
 
-class Source(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.POINTER(ctypes.c_int64)))
+class TensorView(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.POINTER(ctypes.c_int64)), ("bytes", ctypes.c_int64))
 
 
 class Values(ctypes.Structure):
@@ -83,11 +83,11 @@ class Engine(ABC):
         self._alive.append(array.storage)
         return ctypes.c_void_p(self.address(array.storage) + array.offset * array.storage.itemsize)
 
-    def source(self, array: Array) -> Source:
-        return Source(self.pointer(array), integers(array.strides))
+    def view(self, array: Array) -> TensorView:
+        return TensorView(self.pointer(array), integers(array.strides), array.storage.itemsize)
 
-    def sources(self, arrays: Sequence[Array]) -> Any:
-        return (Source * len(arrays))(*map(self.source, arrays))
+    def views(self, arrays: Sequence[Array]) -> Any:
+        return (TensorView * len(arrays))(*map(self.view, arrays))
 
     def values(self, array: Array | None) -> Values:
         """A parameter [rows, columns], or none."""
@@ -196,14 +196,14 @@ def _run_all(commands: Sequence[Sequence[str | Path]], folder: Path) -> None:
 
 
 def _kernel_sources(folder: Path) -> list[Path]:
-    """The files that hold kernels: all but the one that tells of the build, those of one dtype written as by CMake."""
-    sources = [path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "info"]
-    for template in (CSRC / "cuda").glob("*.cu.in"):
+    """Write the files that hold kernels, one for each op and dtype, as CMakeLists.txt does."""
+    template, sources = (CSRC / "cuda" / "kernels.cu.in").read_text(), []
+    for op in sorted(path.stem for path in (CSRC / "cuda").glob("*.cuh") if path.with_suffix(".cpp").exists()):
         for feature in ("bfloat16", "float16", "float"):
-            source = folder / f"{template.name.removesuffix('.cu.in')}_{feature}.cu"
-            source.write_text(template.read_text().replace("@FEATURE@", feature))
-            sources.append(source)
-    return sorted(sources)
+            sources.append(folder / f"{op}_{feature}.cu")
+            text = template.replace("@OP@", op).replace("@CLASS@", op.capitalize()).replace("@FEATURE@", feature)
+            sources[-1].write_text(text)
+    return sources
 
 
 def _folder_for(engine: str, cache: Path) -> Path:

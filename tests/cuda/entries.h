@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "arithmetic.h"
 #include "cuda/kernels.h"
@@ -22,6 +23,19 @@ struct Values {
     return {data, row_stride, column_stride, is_float};
   }
 };
+
+// Coefficients, offsets and gain, or weight, bias and gain.
+template <typename T>
+LinearMap<T> map_of(const Values* values) {
+  return {values[0].as<T>(), values[1].as<T>(), values[2].as<T>()};
+}
+
+inline Tensors tensors_of(int dims, const std::int64_t* sizes, int count, const TensorView* views, int inputs) {
+  Tensors tensors{{}, std::vector<Operand>(count), inputs};
+  tensors.merged = merge_dimensions({sizes, static_cast<std::size_t>(dims)},
+                                      {views, static_cast<std::size_t>(count)}, tensors.operands);
+  return tensors;
+}
 
 inline constexpr Target kTarget{"test", 0, nullptr};
 

@@ -1,23 +1,18 @@
 // gram as C functions.
-#include <span>
-#include <vector>
-
 #include "entries.h"
 
 using namespace lesa::cuda::entries;
 
 extern "C" {
 
-std::int64_t workspace_of_gram() { return lesa::cuda::gram_workspace(kTarget); }
+std::int64_t workspace_of_gram() { return lesa::cuda::GramKernels<float>::workspace(kTarget); }
 
-const char* run_gram(const char* dtype, int dims, const std::int64_t* sizes, int inputs, const lesa::Source* sources,
+const char* run_gram(const char* dtype, int dims, const std::int64_t* sizes, int inputs, const lesa::TensorView* views,
                      double* workspace, double* result) {
   return guarded([&] {
-    std::vector<lesa::Operand> operands(inputs);
-    const lesa::Geometry geometry = lesa::merge_dimensions({sizes, static_cast<std::size_t>(dims)},
-                                                           {sources, static_cast<std::size_t>(inputs)}, operands);
     for_type(dtype, [&]<typename T>() {
-      lesa::cuda::sum_products<T>({geometry, operands, inputs}, workspace, result, kTarget);
+      lesa::cuda::GramKernels<T>::sum_products(tensors_of(dims, sizes, inputs, views, inputs), workspace, result,
+                                               kTarget);
     });
   });
 }

@@ -1,5 +1,4 @@
-// kan_forward and kan_backward as C functions.
-#include "cuda/kan.h"
+// The kernels of kan as C functions.
 #include "entries.h"
 
 using namespace lesa::cuda::entries;
@@ -36,7 +35,8 @@ extern "C" {
 
 const char* run_kan_forward(const char* dtype, const Layer* layer, void* out) {
   return guarded([&] {
-    for_type(dtype, [&]<typename T>() { lesa::cuda::kan_forward(layer->as<T>(), static_cast<T*>(out), kTarget); });
+    for_type(dtype,
+             [&]<typename T>() { lesa::cuda::KanKernels<T>::forward(layer->as<T>(), static_cast<T*>(out), kTarget); });
   });
 }
 
@@ -44,7 +44,7 @@ const char* run_kan_backward(const char* dtype, const Layer* layer, const void* 
                              const lesa::cuda::KanGradients* gradients) {
   return guarded([&] {
     for_type(dtype, [&]<typename T>() {
-      lesa::cuda::kan_backward(layer->as<T>(), static_cast<const T*>(grad), *gradients, kTarget);
+      lesa::cuda::KanKernels<T>::backward(layer->as<T>(), static_cast<const T*>(grad), *gradients, kTarget);
     });
   });
 }

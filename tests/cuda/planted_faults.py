@@ -10,7 +10,7 @@ from engines import Engine, integers
 def test_one_element_too_far(engine: Engine) -> None:
     source = filled(contiguous((100,), "float32"), np.random.default_rng(0))
     short = Array(source.storage[:99].copy(), 0, (100,), row_major((100,)), "float32")
-    engine.call("run_copy", "float32", "float32", 1, integers((100,)), engine.sources([source, short]))
+    engine.call("run_copy", "float32", "float32", 1, integers((100,)), engine.views([short, source]))
 
 
 def test_a_vector_at_an_odd_address(engine: Engine) -> None:

@@ -44,8 +44,8 @@ def gram(engine: Engine, features: Sequence[Array]) -> Array:
     result = contiguous((size, size), "float64")
     workspace = contiguous((engine.number("workspace_of_gram"),), "float64")
     shape, dtype = features[0].shape, features[0].dtype
-    sources, places = engine.sources(features), [engine.pointer(array) for array in (workspace, result)]
-    engine.call("run_gram", dtype, len(shape), integers(shape), len(features), sources, *places)
+    views, places = engine.views(features), [engine.pointer(array) for array in (workspace, result)]
+    engine.call("run_gram", dtype, len(shape), integers(shape), len(features), views, *places)
     return result
 
 

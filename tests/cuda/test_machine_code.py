@@ -19,13 +19,13 @@ LIBRARY = Path(lesa.__file__).parent / "_cuda.so"
 ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 # Of a multiprocessor; a thread has at most 255 of them, in steps of 8.
 REGISTERS = 65536
-# Loads that must be under way together, or all of a kernel's inputs if they are fewer: csrc/cuda/plan.h.
+# Loads that must be under way together, or all of a kernel's inputs if they are fewer: csrc/cuda/launch_config.h.
 LOADS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The template arguments of a kernel that walks features, as its name has them."""
+    """The template arguments of a kernel over features, as its name has them."""
 
     family: str
     inputs: int
@@ -41,7 +41,7 @@ class Shape:
 
     @classmethod
     def of(cls, name: str) -> Shape | None:
-        """Read a kernel's name; None for kernels that do not walk features."""
+        """Read a kernel's name; None for kernels that are not over features."""
         found = re.search(r"(combine|reduce|gram|copy)_kernel<([^>]*)>", name)
         if found is None:
             return None
@@ -83,7 +83,7 @@ def resources() -> list[tuple[str, dict[str, int]]]:
 
 
 def _threads_meant(name: str) -> int:
-    """How many threads of a kernel are to share a multiprocessor; reduce.cuh, gram.cuh and kan.cuh have exceptions."""
+    """How many threads of a kernel are to share a multiprocessor; predict.cuh, gram.cuh and kan.cuh have exceptions."""
     shape = Shape.of(name)
     if shape is not None and shape.family == "combine":
         items = 1 if shape.strided else max(1, min(LOADS_IN_FLIGHT * 16 // (shape.inputs * shape.loads), 8))

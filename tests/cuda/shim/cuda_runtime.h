@@ -39,12 +39,12 @@ void wait_for_block();
 const std::array<unsigned long long, kWarp>& exchange_in_warp(unsigned long long bits);
 
 template <typename T>
-T shuffled(T value, int source) {
+T shuffled(T value, int view) {
   static_assert(sizeof(T) <= sizeof(unsigned long long));
   unsigned long long bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   const auto& all = exchange_in_warp(bits);
-  std::memcpy(&value, &all[source], sizeof(T));
+  std::memcpy(&value, &all[view], sizeof(T));
   return value;
 }
 

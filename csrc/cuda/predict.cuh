@@ -1,4 +1,5 @@
-// The kernels of predict_backward and predict_l1: K + 2 sums in one pass over K + 1 features, then the gradients.
+// The kernels of predict_backward and predict_l1: K + 2 sums over K + 1 features that are read once, then the
+// gradients.
 //
 // Up to 8 inputs, a thread holds its vector of every input, so that a loss reads each element from memory once although
 // it needs it twice: for the forecast, and for the sums once the sign of the error is known. With more inputs it reads
@@ -9,31 +10,23 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/pass.cuh"
+#include "cuda/launch.cuh"
 
 namespace lesa::cuda {
 
-// What one launch is told. Inputs are right-aligned as in combine; the walk's last input is `other`.
+// Inputs are right-aligned as in combine; the one after them is the gradient of the forecast, or the target.
 template <typename T, int kInputs, int kWidth, bool kStrided>
-struct ReduceTask {
-  static constexpr int kBytes = kWidth * sizeof(T);
-
-  void* inputs[kInputs];
-  void* other;   // the gradient of the forecast, or the target
+struct ReduceParams : FeatureParams<T, kInputs + 1, kWidth, kStrided> {
   void* output;  // receives the forecast; may be null
   double* partials;
-  Parameter<T> weight;
-  Parameter<T> bias;
-  Parameter<T> gain;
-  std::int64_t items;
+  LinearMap<T> map;
   int unused;
   int begun;  // rows of partials that earlier launches have written: blocks add to theirs
-  Walk<kStrided, kInputs + 1, kBytes, kBytes> walk;
 };
 
 // Adds up the sums of a block's threads into its row of partials: column k for input k, then S_b, then the loss.
-template <typename Task, int kSums>
-__device__ void finish_block(const Task& task, const float (&sums)[kSums]) {
+template <typename Params, int kSums>
+__device__ void finish_block(const Params& params, const float (&sums)[kSums]) {
   __shared__ double of_warps[kWarps][kSums];
   const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
   const int lane = thread % kWarpThreads, warp = thread / kWarpThreads;
@@ -45,12 +38,12 @@ __device__ void finish_block(const Task& task, const float (&sums)[kSums]) {
     }
   }
   __syncthreads();
-  const int columns = kSums - task.unused;
+  const int columns = kSums - params.unused;
   if (thread < columns) {
-    double* into = task.partials + std::int64_t{block} * columns + thread;
-    double sum = block < task.begun ? *into : 0.0;
+    double* into = params.partials + std::int64_t{block} * columns + thread;
+    double sum = block < params.begun ? *into : 0.0;
     for (int w = 0; w < kWarps; ++w) {
-      sum += of_warps[w][task.unused + thread];
+      sum += of_warps[w][params.unused + thread];
     }
     *into = sum;
   }
@@ -62,24 +55,24 @@ inline constexpr int kReduceBlocks = kInputs <= kExactInputs ? kResidentBlocks :
 
 template <typename T, int kInputs, int kWidth, bool kStrided, bool kLoss>
 __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
-    reduce_kernel(const __grid_constant__ ReduceTask<T, kInputs, kWidth, kStrided> task) {
+    reduce_kernel(const __grid_constant__ ReduceParams<T, kInputs, kWidth, kStrided> params) {
   constexpr bool kHolds = kInputs <= kExactInputs;
   constexpr int kGroup = kHolds ? kInputs : kLoadsInFlight;
   __shared__ float weights[kInputs];
 
-  const int unused = task.unused;
+  const int unused = params.unused;
   if (kLoss && threadIdx.x < kInputs) {
     const int k = static_cast<int>(threadIdx.x) - unused;
-    weights[threadIdx.x] = k < 0 ? 0.0f : task.weight.at(0, k);
+    weights[threadIdx.x] = k < 0 ? 0.0f : params.map.coefficients.at(0, k);
   }
-  const float bias = kLoss ? task.bias.at(0, 0) : 0.0f, gain = kLoss ? task.gain.at(0, 0) : 0.0f;
+  const float bias = kLoss ? params.map.offsets.at(0, 0) : 0.0f, gain = kLoss ? params.map.gain.at(0, 0) : 0.0f;
   __syncthreads();
 
   float sums[kInputs + 2] = {};
   const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
-  for (std::int64_t item = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; item < task.items; item += threads) {
-    const auto place = task.walk.place(item);
-    const Packed<T, kWidth> other = load_packed<T, kWidth>(advance(task.other, task.walk.input(kInputs, place)));
+  for (std::int64_t item = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; item < params.items; item += threads) {
+    const auto position = params.iterator.position(item);
+    const Packed<T, kWidth> other = params.load_input(kInputs, position);
     Packed<T, kWidth> group[kGroup];
     const auto read_group = [&](int first) {
 #pragma unroll
@@ -87,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
         const int k = first + j;
         group[j] = {};
         if (k >= unused) {
-          group[j] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, place)));
+          group[j] = params.load_input(k, position);
         }
       }
     };
@@ -122,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
         loss += error < 0 ? -error : error;
       }
       sums[kInputs + 1] += loss;
-      if (task.output != nullptr) {
-        store<T, kWidth>(advance(task.output, task.walk.output(place)), forecast);
+      if (params.output != nullptr) {
+        store<T, kWidth>(advance(params.output, params.iterator.output(position)), forecast);
       }
     } else {
 #pragma unroll
@@ -153,52 +146,49 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<kInputs>)
       }
     }
   }
-  finish_block(task, sums);
+  finish_block(params, sums);
 }
 
-// What the last kernel is told: rows of partials, and how sums become gradients.
 template <typename T>
-struct GradientTask {
-  const double* partials;
+struct GradientParams {
+  const double* partials;  // [rows, num_inputs + 2]
   std::int64_t rows;
   int num_inputs;
   double divisor;  // N for a mean, else 1
-  Parameter<T> weight;
-  Parameter<T> bias;
-  Parameter<T> gain;
+  LinearMap<T> map;
   Gradients gradients;
 };
 
 // d loss / d weight[k] = gain * S_k, d bias = gain * S_b, d gain = sum_k weight[k] * S_k + bias * S_b. One block.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    gradient_kernel(const __grid_constant__ GradientTask<T> task) {
+    gradient_kernel(const __grid_constant__ GradientParams<T> params) {
   __shared__ double sums[kMostInputs + 2];
-  const int lane = threadIdx.x % kWarpThreads, inputs = task.num_inputs, columns = inputs + 2;
+  const int lane = threadIdx.x % kWarpThreads, inputs = params.num_inputs, columns = inputs + 2;
   for (int column = threadIdx.x / kWarpThreads; column < columns; column += kWarps) {
     double sum = 0.0;
-    for (std::int64_t row = lane; row < task.rows; row += kWarpThreads) {
-      sum += task.partials[row * columns + column];
+    for (std::int64_t row = lane; row < params.rows; row += kWarpThreads) {
+      sum += params.partials[row * columns + column];
     }
     sum = sum_of_warp(sum);
     if (lane == 0) {
-      sums[column] = sum / task.divisor;
+      sums[column] = sum / params.divisor;
     }
   }
   __syncthreads();
-  const auto& [weight, bias, gain, loss, factors] = task.gradients;
-  const double scale = task.gain.at(0, 0);
+  const auto& [weight, bias, gain, loss, factors] = params.gradients;
+  const double scale = params.map.gain.at(0, 0);
   for (int k = threadIdx.x; k < inputs; k += kThreads) {
     write<T>(weight, k, scale * sums[k]);
     if (factors != nullptr) {
-      factors[k] = static_cast<float>(scale) * task.weight.at(0, k) + (k + 1 == inputs ? 1.0f : 0.0f);
+      factors[k] = static_cast<float>(scale) * params.map.coefficients.at(0, k) + (k + 1 == inputs ? 1.0f : 0.0f);
     }
   }
   if (threadIdx.x == 0) {
     write<T>(bias, 0, scale * sums[inputs]);
-    double for_gain = task.bias.at(0, 0) * sums[inputs];
+    double for_gain = params.map.offsets.at(0, 0) * sums[inputs];
     for (int k = 0; k < inputs; ++k) {
-      for_gain += task.weight.at(0, k) * sums[k];
+      for_gain += params.map.coefficients.at(0, k) * sums[k];
     }
     write<T>(gain, 0, for_gain);
     if (loss != nullptr) {
@@ -216,58 +206,42 @@ inline std::int64_t most_partials(const Target& target) {
   return std::int64_t{multiprocessors(target)} * kResidentBlocks;
 }
 
-// The partial sums of one reduction: each launch uses as many rows as it has blocks.
-struct Partials {
-  double* data;
-  std::int64_t rows = 0;
-};
+template <typename T>
+std::int64_t PredictKernels<T>::workspace(int num_inputs, const Target& target) {
+  return most_partials(target) * (num_inputs + 2);
+}
 
+// Returns how many rows of partials there are now: each launch uses as many as it has blocks.
 template <typename T, int kInputs, int kWidth, bool kStrided, bool kLoss>
-void launch_reduce(const Reduction<T>& reduction, Partials& partials, const Target& target) {
-  const auto& [geometry, operands, num_inputs, weight, bias, gain, is_loss] = reduction;
-  ReduceTask<T, kInputs, kWidth, kStrided> task{};
-  task.other = operands[num_inputs].data;
-  task.output = static_cast<int>(operands.size()) > num_inputs + 1 ? operands[num_inputs + 1].data : nullptr;
-  task.partials = partials.data;
-  task.weight = weight;
-  task.bias = bias;
-  task.gain = gain;
-  task.items = geometry.numel / kWidth;
-  task.unused = kInputs - num_inputs;
-  task.begun = static_cast<int>(partials.rows);
-  for (int k = 0; k < num_inputs; ++k) {
-    task.inputs[task.unused + k] = operands[k].data;
-  }
-  if constexpr (kStrided) {
-    task.walk.extent = extent_of(geometry, kWidth);
-    for (int k = 0; k <= num_inputs; ++k) {
-      task.walk.inputs[task.unused + k] = steps_of(geometry, operands[k], kWidth, sizeof(T));
-    }
-    task.walk.outputs = steps_of(geometry, operands.back(), kWidth, sizeof(T));
-  }
-  const std::int64_t blocks = std::min((task.items + kThreads - 1) / kThreads, most_partials(target));
-  launch_blocks<reduce_kernel<T, kInputs, kWidth, kStrided, kLoss>>(task, blocks, target);
-  partials.rows = std::max(partials.rows, blocks);
+std::int64_t launch_reduce(const Tensors& tensors, const LinearMap<T>& map, double* partials, std::int64_t begun,
+                           const Target& target) {
+  const std::size_t inputs = tensors.num_inputs;
+  ReduceParams<T, kInputs, kWidth, kStrided> params{};
+  params.output = tensors.operands.size() > inputs + 1 ? tensors.operands[inputs + 1].data : nullptr;
+  params.partials = partials;
+  params.map = map;
+  params.unused = kInputs - tensors.num_inputs;
+  params.begun = static_cast<int>(begun);
+  params.set_tensors(tensors, tensors.num_inputs + 1, params.unused);
+  const std::int64_t blocks = std::min((params.items + kThreads - 1) / kThreads, most_partials(target));
+  launch_blocks<reduce_kernel<T, kInputs, kWidth, kStrided, kLoss>>(params, blocks, target);
+  return std::max(begun, blocks);
 }
 
 template <typename T>
-void reduce(const Reduction<T>& reduction, double* workspace, const Gradients& gradients, const Target& target) {
-  Partials partials{workspace};
-  run_pass<sizeof(T)>(FeatureKernels<4, 8, 16, 32>{}, reduction,
-                      [&]<int kInputs, int kWidth, bool kStrided>(const Reduction<T>& part) {
-                        part.is_loss ? launch_reduce<T, kInputs, kWidth, kStrided, true>(part, partials, target)
-                                     : launch_reduce<T, kInputs, kWidth, kStrided, false>(part, partials, target);
-                      });
-  GradientTask<T> task{};
-  task.partials = workspace;
-  task.rows = partials.rows;
-  task.num_inputs = reduction.num_inputs;
-  task.divisor = reduction.is_loss ? static_cast<double>(std::max<std::int64_t>(reduction.geometry.numel, 1)) : 1.0;
-  task.weight = reduction.weight;
-  task.bias = reduction.bias;
-  task.gain = reduction.gain;
-  task.gradients = gradients;
-  launch_blocks<gradient_kernel<T>>(task, 1, target);
+void PredictKernels<T>::reduce(const Tensors& tensors, const LinearMap<T>& map, double* workspace,
+                               const Gradients& gradients, const Target& target) {
+  const bool is_loss = gradients.loss != nullptr;
+  std::int64_t rows = 0;
+  launch_parts<sizeof(T)>(
+      KernelSizes<kExactInputs, kMostInputs, 4, 8, 16, 32>{}, tensors,
+      [&]<int kInputs, int kWidth, bool kStrided>(const Tensors& part) {
+        rows = is_loss ? launch_reduce<T, kInputs, kWidth, kStrided, true>(part, map, workspace, rows, target)
+                       : launch_reduce<T, kInputs, kWidth, kStrided, false>(part, map, workspace, rows, target);
+      });
+  const double divisor = is_loss ? static_cast<double>(std::max<std::int64_t>(tensors.merged.numel, 1)) : 1.0;
+  const GradientParams<T> params{workspace, rows, tensors.num_inputs, divisor, map, gradients};
+  launch_blocks<gradient_kernel<T>>(params, 1, target);
 }
 
 }  // namespace lesa::cuda

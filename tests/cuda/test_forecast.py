@@ -1,4 +1,4 @@
-"""The kernels of predict, forecast, forecast_into and push against float64; engines.py says how they run here."""
+"""The kernel of forecast, forecast_into and predict against float64; engines.py says how it runs here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from arrays import (
     Layout,
     close,
     contiguous,
-    encode,
     filled,
     line,
     misaligned,
@@ -38,15 +37,10 @@ def combine(
     offsets: Array,
     gain: Array | None,
 ) -> None:
-    sources, shape = engine.sources([*inputs, *outputs]), inputs[0].shape
+    views, shape = engine.views([*inputs, *outputs]), inputs[0].shape
     values = (Values * 3)(*map(engine.values, (coefficients, offsets, gain)))
     counts = (len(inputs), len(inputs) + len(outputs))
-    engine.call("run_combine", inputs[0].dtype, len(shape), integers(shape), *counts, sources, values)
-
-
-def copy(engine: Engine, to: Array, source: Array) -> None:
-    sources = engine.sources([to, source])
-    engine.call("run_copy", to.dtype, source.dtype, len(to.shape), integers(to.shape), sources)
+    engine.call("run_combine", inputs[0].dtype, len(shape), integers(shape), *counts, views, values)
 
 
 def expected(
@@ -261,7 +255,7 @@ def test_tensors_of_many_elements_are_divided_among_launches(
 ) -> None:
     """Where places are counted in 32 bits; those of contiguous parts are not."""
     parts = (Part * 32)()
-    count = engine.number("parts_of_pass", len(sizes), integers(sizes), integers(strides), parts, ctypes.c_int64(32))
+    count = engine.number("parts_of", len(sizes), integers(sizes), integers(strides), parts, ctypes.c_int64(32))
     got = [(part.first, part.numel, part.strided) for part in parts[:count]]
     assert sum(numel for _, numel, _ in got) == int(np.prod(sizes))
     for first, numel, strided in got:
@@ -284,8 +278,6 @@ def test_rows_take_vectors_only_where_sizes_and_strides_allow(
     check_combine(engine, inputs, arrays[3:], rng)
     assert arrays[3].untouched() == 4 * (stride - size)
     engine.check_launches(f"Li8ELi{width}ELb1E")
-    copy(engine, arrays[3], arrays[0])
-    assert (arrays[3].view == arrays[0].view).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -307,53 +299,6 @@ def test_outputs_may_take_the_place_of_inputs(engine: Engine, dtype: str, histor
     assert ring.untouched() == gap * (slots - 1)
 
 
-@pytest.mark.parametrize("to", DTYPES)
-@pytest.mark.parametrize("source", DTYPES)
-@pytest.mark.parametrize("offsets", [(1, 1), (4, 0), (6, 4), (3, 0), (8, 8)])
-def test_copy_between_any_offsets(engine: Engine, to: str, source: str, offsets: tuple[int, int]) -> None:
-    for size in (3, 70, 8803):
-        array, result = (
-            filled(line(size, offsets[0], source), np.random.default_rng(0)),
-            line(size, offsets[1], to),
-        )
-        copy(engine, result, array)
-        assert (result.view == encode(array.values, to)).all()
-        assert result.untouched() == offsets[1]
-
-
-@pytest.mark.parametrize("to", DTYPES)
-@pytest.mark.parametrize("source", DTYPES)
-@pytest.mark.parametrize(
-    ("layout", "shape"), [(contiguous, (8803,)), (padded, (3, 16)), (sparse, (3, 7)), (misaligned, (9,))]
-)
-def test_copy(engine: Engine, to: str, source: str, layout: Layout, shape: tuple[int, ...]) -> None:
-    array = filled(contiguous(shape, source), np.random.default_rng(0))
-    result = layout(shape, to)
-    gaps = result.storage.size - int(np.prod(shape))
-    copy(engine, result, array)
-    assert (result.view == encode(array.values, to)).all()
-    assert result.untouched() == gaps
-
-
-def test_copy_converts_the_extremes(engine: Engine) -> None:
-    values = np.array([0.0, -0.0, np.inf, -np.inf, 65504.0, 65520.0, 1e-7, 6e-8, 3e38, -1e-40], np.float32)
-    array = Array(values, 0, values.shape, (1,), "float32")
-    for dtype in ("float16", "bfloat16"):
-        result = contiguous(values.shape, dtype)
-        copy(engine, result, array)
-        with np.errstate(over="ignore"):
-            want = encode(values, dtype)
-        assert (result.storage.view(np.uint16) == want.view(np.uint16)).all()
-
-
-def test_copy_of_one_dtype_keeps_the_bits_of_a_nan(engine: Engine) -> None:
-    bits = np.array([0x7C01, 0xFE55, 0x3C00], np.uint16)
-    array = Array(bits.view(np.float16), 0, (3,), (1,), "float16")
-    result = contiguous((3,), "float16")
-    copy(engine, result, array)
-    assert (result.storage.view(np.uint16) == bits).all()
-
-
 def test_a_nan_is_not_lost_to_a_coefficient_of_zero(engine: Engine) -> None:
     feature, result = contiguous((16,), "float32"), contiguous((16,), "float32")
     feature.storage[:] = 1
@@ -367,8 +312,6 @@ def test_no_elements_is_no_launch(engine: Engine) -> None:
     one = random((1, 1), "float32", np.random.default_rng(0))
     empty = Array(np.zeros(8, np.float32), 0, (0, 4), (4, 1), "float32")
     combine(engine, [empty], [empty], one, one, None)
-    engine.check_launches()
-    copy(engine, empty, empty)
     engine.check_launches()
 
 

@@ -1,4 +1,5 @@
-// predict_backward and predict_l1: check, lay out, launch. What each op means stands in lesa_kernels/reference.py.
+// predict, predict_backward and predict_l1 on CUDA: check, allocate, launch. What each op means stands in
+// lesa_kernels/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/entry.h"
+#include "cuda/cuda_common.h"
 
 namespace lesa::cuda {
 namespace {
@@ -18,7 +19,26 @@ struct Arguments {
   const Tensor& weight;
   const Tensor& bias;
   const Tensor& gain;
+
+  template <typename T>
+  LinearMap<T> map() const {
+    return {parameter_of<T>(weight), parameter_of<T>(bias), parameter_of<T>(gain)};
+  }
 };
+
+Tensor predict(const std::vector<Tensor>& history, const Tensor& weight, const Tensor& bias, const Tensor& gain) {
+  check_predict("predict", history, weight, bias, gain);
+  const DeviceGuard guard(history[0].get_device_index());
+  const Target target = target_of("predict", history[0]);
+  Tensor out = fresh_like(history[0]);
+  std::vector<TensorView> views = views_of(history);
+  views.push_back(view_of(out));
+  const Tensors tensors = merge_tensors("predict", shape_of(out), views, history.size());
+  for_feature(out.scalar_type(), [&]<typename T>() {
+    ForecastKernels<T>::combine(tensors, Arguments{history, weight, bias, gain}.map<T>(), target);
+  });
+  return out;
+}
 
 // What a reduction writes.
 struct Outputs {
@@ -35,43 +55,31 @@ float* floats_of(const std::optional<Tensor>& tensor) {
 
 // Reduces the history and `other`, which is the forecast's gradient, or the target if a loss is wanted.
 template <typename T>
-void run(const Arguments& arguments, const Tensor& other, const std::optional<Tensor>& forecast, const Outputs& outputs,
-         const Target& target) {
-  std::vector<Source> sources = sources_of(arguments.history);
-  sources.push_back(source_of(other));
+void reduce(const Arguments& arguments, const Tensor& other, const std::optional<Tensor>& forecast,
+            const Outputs& outputs, const Target& target) {
+  std::vector<TensorView> views = views_of(arguments.history);
+  views.push_back(view_of(other));
   if (forecast) {
-    sources.push_back(source_of(*forecast));
+    views.push_back(view_of(*forecast));
   }
-  Reduction<T> reduction{};
-  reduction.operands.resize(sources.size());
-  reduction.geometry = lay_out(target.op, shape_of(other), sources, reduction.operands);
-  reduction.num_inputs = static_cast<int>(arguments.history.size());
-  reduction.weight = parameter_of<T>(arguments.weight);
-  reduction.bias = parameter_of<T>(arguments.bias);
-  reduction.gain = parameter_of<T>(arguments.gain);
-  reduction.is_loss = outputs.loss.has_value();
-  const Tensor workspace = fresh(other, {reduction_workspace(reduction.num_inputs, target)}, ScalarType::Double);
+  const Tensors tensors = merge_tensors(target.op, shape_of(other), views, arguments.history.size());
+  const Tensor workspace = fresh(other, {PredictKernels<T>::workspace(tensors.num_inputs, target)}, ScalarType::Double);
   const Gradients gradients{result_of(outputs.weight), result_of(outputs.bias), result_of(outputs.gain),
                             floats_of(outputs.loss), floats_of(outputs.factors)};
-  reduce(reduction, static_cast<double*>(workspace.data_ptr()), gradients, target);
+  PredictKernels<T>::reduce(tensors, arguments.map<T>(), static_cast<double*>(workspace.data_ptr()), gradients, target);
 }
 
-// history[k] enters the forecast with factors[k], so that its gradient is a forecast from grad alone.
+// d history[k] = factors[k] * grad: a forecast from grad alone.
 template <typename T>
 std::vector<Tensor> history_gradients(const Tensor& grad, std::size_t count, float* factors, const Target& target) {
   std::vector<Tensor> gradients;
-  std::vector<Source> sources = sources_of({grad});
+  std::vector<TensorView> views = views_of({grad});
   for (std::size_t k = 0; k < count; ++k) {
     gradients.push_back(fresh_like(grad));
-    sources.push_back(source_of(gradients.back()));
+    views.push_back(view_of(gradients.back()));
   }
-  Combination<T> combination{};
-  combination.operands.resize(sources.size());
-  combination.geometry = lay_out(target.op, shape_of(grad), sources, combination.operands);
-  combination.num_inputs = 1;
-  combination.coefficients = {factors, 1, 0, true};
-  combination.offsets = {factors + count, 0, 0, true};
-  combine(combination, target);
+  const LinearMap<T> map{{factors, 1, 0, true}, {factors + count, 0, 0, true}, {}};
+  ForecastKernels<T>::combine(merge_tensors(target.op, shape_of(grad), views, 1), map, target);
   return gradients;
 }
 
@@ -91,7 +99,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor> predict_backward(const T
     if (history_needs_grad) {
       outputs.factors = fresh(grad, {static_cast<std::int64_t>(history.size()) + 1}, ScalarType::Float);
     }
-    run<T>(arguments, grad, std::nullopt, outputs, target);
+    reduce<T>(arguments, grad, std::nullopt, outputs, target);
     if (history_needs_grad) {
       of_history = history_gradients<T>(grad, history.size(), floats_of(outputs.factors), target);
     }
@@ -108,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict_l1(const std::vector<Tensor>&
   const Arguments arguments{history, weight, bias, gain};
   Outputs outputs(arguments);
   outputs.loss = fresh(truth, {}, ScalarType::Float);
-  for_feature(truth.scalar_type(), [&]<typename T>() { run<T>(arguments, truth, out, outputs, target); });
+  for_feature(truth.scalar_type(), [&]<typename T>() { reduce<T>(arguments, truth, out, outputs, target); });
   return {*outputs.loss, outputs.weight, outputs.bias, outputs.gain};
 }
 
@@ -116,6 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict_l1(const std::vector<Tensor>&
 }  // namespace lesa::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(lesa, CUDA, m) {
+  m.impl("predict", TORCH_BOX(&lesa::cuda::predict));
   m.impl("predict_backward", TORCH_BOX(&lesa::cuda::predict_backward));
   m.impl("predict_l1", TORCH_BOX(&lesa::cuda::predict_l1));
 }

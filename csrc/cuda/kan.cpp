@@ -1,12 +1,11 @@
-// kan_linear and its backward: check, lay out, launch. What each op means stands in lesa_kernels/reference.py.
+// kan_linear and its backward on CUDA: check, allocate, launch. What each op means stands in lesa_kernels/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
 #include <tuple>
 #include <vector>
 
-#include "cuda/entry.h"
-#include "cuda/kan.h"
+#include "cuda/cuda_common.h"
 
 namespace lesa::cuda {
 namespace {
@@ -73,8 +72,9 @@ Tensor kan_linear(const Tensor& x, const Tensor& grid, const Tensor& base_weight
   const DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(x, arguments.output_sizes());
   const Target target = target_of("kan_linear", x);
-  for_feature(x.scalar_type(),
-              [&]<typename T>() { kan_forward(arguments.layer<T>(), static_cast<T*>(out.data_ptr()), target); });
+  for_feature(x.scalar_type(), [&]<typename T>() {
+    KanKernels<T>::forward(arguments.layer<T>(), static_cast<T*>(out.data_ptr()), target);
+  });
   return out;
 }
 
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kan_linear_backward(const Tensor& gra
   const KanGradients gradients{of_x.data_ptr(), result_of(of_base), result_of(of_spline), result_of(of_scaler)};
   const Target target = target_of(op, x);
   for_feature(x.scalar_type(), [&]<typename T>() {
-    kan_backward(arguments.layer<T>(), static_cast<const T*>(slopes.data_ptr()), gradients, target);
+    KanKernels<T>::backward(arguments.layer<T>(), static_cast<const T*>(slopes.data_ptr()), gradients, target);
   });
   return {of_x, of_base, of_spline, of_scaler};
 }

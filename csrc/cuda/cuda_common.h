@@ -1,4 +1,4 @@
-// What the entries of all ops on CUDA share.
+// What the ops on CUDA share: the stream, and arguments as the kernels take them.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -9,7 +9,7 @@
 
 #include "contract.h"
 #include "cuda/kernels.h"
-#include "cuda/plan.h"
+#include "cuda/launch_config.h"
 
 // Lives in libtorch_cuda. Weak, so that this library builds and loads beside a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device, void** stream);
@@ -42,13 +42,20 @@ inline Tensor fresh(const Tensor& like, std::initializer_list<std::int64_t> size
 }
 
 // With room for the tensors that an op adds.
-inline std::vector<Source> sources_of(const std::vector<Tensor>& tensors) {
-  std::vector<Source> sources;
-  sources.reserve(kMaxHistory + kMaxForecasts);
+inline std::vector<TensorView> views_of(const std::vector<Tensor>& tensors) {
+  std::vector<TensorView> views;
+  views.reserve(kMaxHistory + kMaxForecasts);
   for (const Tensor& tensor : tensors) {
-    sources.push_back(source_of(tensor));
+    views.push_back(view_of(tensor));
   }
-  return sources;
+  return views;
+}
+
+// Merges the dimensions of `inputs` inputs and further tensors.
+inline Tensors merge_tensors(const char* op, Shape shape, const std::vector<TensorView>& views, std::size_t inputs) {
+  Tensors tensors{{}, std::vector<Operand>(views.size()), static_cast<int>(inputs)};
+  tensors.merged = lay_out(op, shape, views, tensors.operands);
+  return tensors;
 }
 
 }  // namespace lesa::cuda

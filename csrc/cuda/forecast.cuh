@@ -1,4 +1,4 @@
-// The kernel of predict, forecast and forecast_into: M linear combinations of K features in one pass.
+// The kernel of forecast, forecast_into and predict: M linear combinations of K features, reading each feature once.
 //
 // A thread reads its item (one vector) of every input into registers, at most 64 floats, and only then computes and
 // writes the M outputs: each input is read from memory once, and an output may take the place of an input. Up to 8
@@ -8,24 +8,17 @@
 
 #include <cstdint>
 
-#include "cuda/pass.cuh"
+#include "cuda/launch.cuh"
 
 namespace lesa::cuda {
 
-// What one launch is told. Inputs are right-aligned: the newest is the last, the first `unused` do not exist.
+// Inputs are right-aligned: the newest is the last, the first `unused` do not exist.
 template <typename T, int kInputs, int kWidth, bool kStrided>
-struct CombineTask {
-  static constexpr int kBytes = kWidth * sizeof(T);
-
-  void* inputs[kInputs];
+struct CombineParams : FeatureParams<T, kInputs, kWidth, kStrided> {
   void* outputs[kMostOutputs];
-  Parameter<T> coefficients;
-  Parameter<T> offsets;
-  Parameter<T> gain;
-  std::int64_t items;
+  LinearMap<T> map;
   int rows;
   int unused;
-  Walk<kStrided, kInputs, kBytes, kBytes> walk;
 };
 
 template <typename T, int kInputs, int kWidth, bool kStrided>
@@ -38,34 +31,34 @@ inline constexpr int kCombineBlocks =
 
 template <typename T, int kInputs, int kWidth, bool kStrided>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks<T, kInputs, kWidth, kStrided>)
-    combine_kernel(const __grid_constant__ CombineTask<T, kInputs, kWidth, kStrided> task) {
+    combine_kernel(const __grid_constant__ CombineParams<T, kInputs, kWidth, kStrided> params) {
   constexpr bool kExact = !kStrided && kInputs <= kExactInputs && kWidth == vector_width(kInputs, sizeof(T));
   constexpr int kItems = kCombineItems<T, kInputs, kWidth, kStrided>;
   alignas(16) __shared__ float coefficients[kMostOutputs * kInputs];
   __shared__ float offsets[kMostOutputs];
   __shared__ float gain;
 
-  const int unused = kExact ? 0 : task.unused, thread = static_cast<int>(threadIdx.x);
-  const bool predicts = task.gain.data != nullptr;
+  const int unused = kExact ? 0 : params.unused, thread = static_cast<int>(threadIdx.x);
+  const bool predicts = params.map.gain.data != nullptr;
   bool ready = false;
   const std::int64_t threads = std::int64_t{gridDim.x} * kCombineThreads;
   std::int64_t first = std::int64_t{blockIdx.x} * kCombineThreads + thread;
-  const bool idle = first >= task.items;  // such a thread reads the last item, so that loads need no condition
+  const bool idle = first >= params.items;  // such a thread reads the last item, so that loads need no condition
   if (idle) {
-    first = task.items - 1;
+    first = params.items - 1;
   }
 #pragma unroll 1
   do {
     Packed<T, kWidth> inputs[kItems][kInputs];
-    decltype(task.walk.place(0)) places[kItems];
+    decltype(params.iterator.position(0)) positions[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const std::int64_t item = first + i * threads;
-      places[i] = task.walk.place(item);
+      positions[i] = params.iterator.position(item);
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
-        if (k >= unused && (i == 0 || item < task.items)) {
-          inputs[i][k] = load_packed<T, kWidth>(advance(task.inputs[k], task.walk.input(k, places[i])));
+        if (k >= unused && (i == 0 || item < params.items)) {
+          inputs[i][k] = params.load_input(k, positions[i]);
         } else {
           inputs[i][k] = {};
         }
@@ -73,23 +66,23 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks<T, kInputs, kW
     }
     if (!ready) {  // while the first items are under way; three warps wait for three parameters at once
 #pragma unroll 1
-      for (int i = thread; i < task.rows * kInputs; i += kCombineThreads) {
+      for (int i = thread; i < params.rows * kInputs; i += kCombineThreads) {
         const int k = i % kInputs - unused;
-        coefficients[i] = k < 0 ? 0.0f : task.coefficients.at(i / kInputs, k);
+        coefficients[i] = k < 0 ? 0.0f : params.map.coefficients.at(i / kInputs, k);
       }
 #pragma unroll 1
-      for (int m = kCombineThreads - 1 - thread; m < task.rows; m += kCombineThreads) {
-        offsets[m] = task.offsets.at(0, m);
+      for (int m = kCombineThreads - 1 - thread; m < params.rows; m += kCombineThreads) {
+        offsets[m] = params.map.offsets.at(0, m);
       }
       if (thread == kWarpThreads) {
-        gain = predicts ? task.gain.at(0, 0) : 0.0f;
+        gain = predicts ? params.map.gain.at(0, 0) : 0.0f;
       }
       __syncthreads();
       ready = true;
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (i == 0 ? idle : first + i * threads >= task.items) {
+      if (i == 0 ? idle : first + i * threads >= params.items) {
         break;
       }
       float features[kInputs][kWidth];
@@ -100,9 +93,9 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks<T, kInputs, kW
           features[k][e] = inputs[i][k].widened(e);
         }
       }
-      const std::int64_t output = task.walk.output(places[i]);
+      const std::int64_t output = params.iterator.output(positions[i]);
 #pragma unroll 1
-      for (int m = 0; m < task.rows; ++m) {
+      for (int m = 0; m < params.rows; ++m) {
         Vector<T, kWidth> result;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
@@ -114,46 +107,34 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks<T, kInputs, kW
           sum += offsets[m];
           result[e] = narrow<T>(predicts ? predicted(features[kInputs - 1][e], gain, sum) : sum);
         }
-        store<T, kWidth>(advance(task.outputs[m], output), result);
+        store<T, kWidth>(advance(params.outputs[m], output), result);
       }
     }
     first += kItems * threads;
-  } while (first < task.items);
+  } while (first < params.items);
 }
 
 template <typename T, int kInputs, int kWidth, bool kStrided>
-void launch_combine(const Combination<T>& combination, const Target& target) {
-  const auto& [geometry, operands, num_inputs, coefficients, offsets, gain] = combination;
-  CombineTask<T, kInputs, kWidth, kStrided> task{};
-  task.coefficients = coefficients;
-  task.offsets = offsets;
-  task.gain = gain;
-  task.items = geometry.numel / kWidth;
-  task.rows = static_cast<int>(operands.size()) - num_inputs;
-  task.unused = kInputs - num_inputs;
-  for (int k = 0; k < num_inputs; ++k) {
-    task.inputs[task.unused + k] = operands[k].data;
-  }
-  for (int m = 0; m < task.rows; ++m) {
-    task.outputs[m] = operands[num_inputs + m].data;
-  }
-  if constexpr (kStrided) {
-    task.walk.extent = extent_of(geometry, kWidth);
-    for (int k = 0; k < num_inputs; ++k) {
-      task.walk.inputs[task.unused + k] = steps_of(geometry, operands[k], kWidth, sizeof(T));
-    }
-    task.walk.outputs = steps_of(geometry, operands[num_inputs], kWidth, sizeof(T));
+void launch_combine(const Tensors& tensors, const LinearMap<T>& map, const Target& target) {
+  const int inputs = tensors.num_inputs;
+  CombineParams<T, kInputs, kWidth, kStrided> params{};
+  params.map = map;
+  params.rows = static_cast<int>(tensors.operands.size()) - inputs;
+  params.unused = kInputs - inputs;
+  params.set_tensors(tensors, inputs, params.unused);
+  for (int m = 0; m < params.rows; ++m) {
+    params.outputs[m] = tensors.operands[inputs + m].data;
   }
   launch<combine_kernel<T, kInputs, kWidth, kStrided>, kCombineThreads>(
-      task, kCombineItems<T, kInputs, kWidth, kStrided>, target);
+      params, kCombineItems<T, kInputs, kWidth, kStrided>, target);
 }
 
 template <typename T>
-void combine(const Combination<T>& combination, const Target& target) {
-  run_pass<sizeof(T)>(FeatureKernels<1, 2, 3, 4, 5, 6, 7, 8, 16, 32>{}, combination,
-                      [&]<int kInputs, int kWidth, bool kStrided>(const Combination<T>& part) {
-                        launch_combine<T, kInputs, kWidth, kStrided>(part, target);
-                      });
+void ForecastKernels<T>::combine(const Tensors& tensors, const LinearMap<T>& map, const Target& target) {
+  launch_parts<sizeof(T)>(KernelSizes<kExactInputs, kMostInputs, 1, 2, 3, 4, 5, 6, 7, 8, 16, 32>{}, tensors,
+                          [&]<int kInputs, int kWidth, bool kStrided>(const Tensors& part) {
+                            launch_combine<T, kInputs, kWidth, kStrided>(part, map, target);
+                          });
 }
 
 }  // namespace lesa::cuda

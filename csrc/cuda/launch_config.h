@@ -1,4 +1,4 @@
-// How the kernels are launched: facts that launches, info.h and tests share. No torch.
+// How the kernels are launched: numbers that launches, lesa.status() and tests share. No torch.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +26,8 @@ inline constexpr int kMostItems = 8;
 
 // Up to here the number of inputs is a compile-time constant; beyond, it is rounded up to the next of 16, 32, 64.
 inline constexpr int kExactInputs = 8;
-// Dimensions that a kernel walks; launches are repeated over those before them.
-inline constexpr int kWalkedDims = 4;
+// Dimensions that a kernel iterates over; launches are repeated over those before them.
+inline constexpr int kKernelDims = 4;
 // Elements that one launch takes of tensors that are not contiguous: below 2^31, a place needs no 64-bit division.
 inline constexpr std::int64_t kMostStrided = (std::int64_t{1} << 31) - 1;
 
