@@ -380,7 +380,8 @@ inline void check_gradient(const char* op, const Tensor& grad, Shape shape, Name
 }
 
 // Merges dimensions (strides.h) or refuses what has too many.
-inline MergedShape lay_out(const char* op, Shape shape, std::span<const TensorView> views, std::span<Operand> operands) {
+inline MergedShape lay_out(const char* op, Shape shape, std::span<const TensorView> views,
+                           std::span<Operand> operands) {
   const MergedShape merged = merge_dimensions({shape.sizes, shape.dims}, views, operands);
   if (merged.dims == 0) {
     refuse(op, "features must have at most ", kMaxDims, " dimensions that their strides do not merge, got shape ",
@@ -395,8 +396,7 @@ inline void check_overlap(const char* op, Name name, const MergedShape& merged, 
   const auto* to = static_cast<const char*>(written.data);
   const auto* from = static_cast<const char*>(read.data);
   const bool same = to == from && written_bytes == read_bytes;
-  if (merged.contiguous && !same && to < from + merged.numel * read_bytes &&
-      from < to + merged.numel * written_bytes) {
+  if (merged.contiguous && !same && to < from + merged.numel * read_bytes && from < to + merged.numel * written_bytes) {
     refuse(op, name, " must not overlap a part of the slot that it is written to, got memory ", from - to,
            " bytes after the slot's");
   }

@@ -51,11 +51,11 @@ std::tuple<Sizes, std::vector<Sizes>, bool> merge_dimensions(const Sizes& sizes,
   }
   std::vector<lesa::Operand> operands(views.size());
   const lesa::MergedShape merged = lesa::merge_dimensions(sizes, views, operands);
-  std::vector<Sizes> merged;
+  std::vector<Sizes> operand_strides;
   for (const lesa::Operand& operand : operands) {
-    merged.emplace_back(operand.strides, operand.strides + merged.dims);
+    operand_strides.emplace_back(operand.strides, operand.strides + merged.dims);
   }
-  return {{merged.sizes, merged.sizes + merged.dims}, merged, merged.contiguous};
+  return {{merged.sizes, merged.sizes + merged.dims}, operand_strides, merged.contiguous};
 }
 
 }  // namespace

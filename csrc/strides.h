@@ -59,7 +59,7 @@ struct Divisor {
 // over the tensors: tensors that are permuted alike become contiguous, and where layouts differ the order is the one of
 // most tensors. Returns dims = 0 when more than kMaxDims are left.
 inline MergedShape merge_dimensions(std::span<const std::int64_t> sizes, std::span<const TensorView> views,
-                                 std::span<Operand> operands) {
+                                    std::span<Operand> operands) {
   MergedShape merged{1, {}, 0, false};
   std::array<int, 64> order;
   std::array<std::int64_t, 64> reach;
@@ -107,7 +107,7 @@ inline MergedShape merge_dimensions(std::span<const std::int64_t> sizes, std::sp
     }
   }
   merged.contiguous = merged.dims == 1 && std::all_of(operands.begin(), operands.begin() + views.size(),
-                                                          [](const Operand& o) { return o.strides[0] == 1; });
+                                                      [](const Operand& o) { return o.strides[0] == 1; });
   return merged;
 }
 

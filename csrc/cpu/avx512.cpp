@@ -75,8 +75,8 @@ inline void stream(T* to, Floats values) {
 }
 inline void fence() { _mm_sfence(); }
 
-// Two vectors of sums. Features and parameters (cpu_common.h) see to it that a NaN among bfloat16 sums has zeros below
-// the 16 bits that are kept, so rounding leaves it a NaN without being told: that makes forecast_into a third faster.
+// Two vectors of sums. A NaN among bfloat16 sums has zeros below the 16 bits that are kept, because those of features
+// and parameters have (cpu_common.h), so rounding leaves it a NaN and needs no mask: forecast_into is a third faster.
 template <bool kStreaming>
 inline void put_sums(bfloat16* to, Floats first, Floats second) {
   alignas(64) static constexpr std::uint16_t kHighHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,

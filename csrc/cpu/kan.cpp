@@ -66,7 +66,7 @@ class Place {
   bool is_float_;
 };
 
-template <typename A, typename Body>
+template <typename Body>
 void parallel_tiles(std::int64_t tiles, std::int64_t products, const Body& body) {
   const std::int64_t grain = std::max<std::int64_t>(kGrainProducts / std::max<std::int64_t>(products, 1), 1);
   if (tiles <= grain) {
@@ -110,7 +110,7 @@ class Layer {
       silu_slopes_.resize(rows * inputs);
     }
     const Splines<A> splines{grid_.data(), inverses_.data(), inputs, static_cast<int>(knots), order_};
-    parallel_tiles<A>(rows, 64 * inputs * bases, [&](std::int64_t first, std::int64_t last) {
+    parallel_tiles(rows, 64 * inputs * bases, [&](std::int64_t first, std::int64_t last) {
       std::vector<A> level(knots * inputs), slope(with_slopes ? knots * inputs : 0);
       for (std::int64_t n = first; n < last; ++n) {
         loops().spline_bases(splines, x.at(n * inputs), level.data(), with_slopes ? slope.data() : nullptr);
@@ -210,7 +210,7 @@ void forward(Layer<T>& layer, const Place<T>& out) {
   for (std::int64_t n = 0; n < layer.rows; ++n) {
     layer.pack(n, 0, layer.inputs, packed.data() + n * length);
   }
-  parallel_tiles<A>(tiles, kDotColumns * (layer.rows + 4) * length, [&](std::int64_t first, std::int64_t last) {
+  parallel_tiles(tiles, kDotColumns * (layer.rows + 4) * length, [&](std::int64_t first, std::int64_t last) {
     std::vector<A> weights(kDotColumns * length), sums(layer.rows * kDotColumns);
     for (std::int64_t tile = first; tile < last; ++tile) {
       const std::int64_t start = tile * kDotColumns, count = std::min<std::int64_t>(kDotColumns, layer.outputs - start);
@@ -255,7 +255,7 @@ void backward(Layer<T>& layer, const Tensor& grad_tensor, const LayerGradients<T
   const std::int64_t group = std::max<std::int64_t>(kRowUnit / (layer.bases + 1), 1), most = layer.length(group);
   const std::int64_t rows = layer.rows, outputs = layer.outputs, tiles = (layer.inputs + group - 1) / group;
   layer.evaluate(true);
-  parallel_tiles<A>(tiles, 2 * outputs * (rows + 4) * most, [&](std::int64_t begin, std::int64_t end) {
+  parallel_tiles(tiles, 2 * outputs * (rows + 4) * most, [&](std::int64_t begin, std::int64_t end) {
     std::vector<A> weights(outputs * most), of_weights(outputs * most), packed(rows * most), through(rows * most);
     for (std::int64_t tile = begin; tile < end; ++tile) {
       const std::int64_t first = tile * group, count = std::min(group, layer.inputs - first);

@@ -22,23 +22,9 @@ namespace lesa::cuda {
 
 // The unsigned integers that one load or store of this many bytes moves.
 template <int kBytes>
-struct Word;
-template <>
-struct Word<16> {
-  using type = uint4;
-};
-template <>
-struct Word<8> {
-  using type = uint2;
-};
-template <>
-struct Word<4> {
-  using type = unsigned int;
-};
-template <>
-struct Word<2> {
-  using type = unsigned short;
-};
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
 template <typename T, int kWidth>
 using Vector = std::array<T, kWidth>;
@@ -46,7 +32,7 @@ using Vector = std::array<T, kWidth>;
 // A vector as it is loaded: 16-bit elements stay in pairs until they are widened.
 template <typename T, int kWidth>
 struct Packed {
-  typename Word<kWidth * sizeof(T)>::type bits;
+  Word<kWidth * sizeof(T)> bits;
 
   // An element as a float. Of two bfloat16 in a word, one needs a shift and the other a mask, nothing more.
   __device__ float widened(int element) const {
@@ -61,12 +47,12 @@ struct Packed {
 
 template <typename T, int kWidth>
 __device__ Packed<T, kWidth> load_packed(const void* address) {
-  return {*static_cast<const typename Word<kWidth * sizeof(T)>::type*>(address)};
+  return {*static_cast<const Word<kWidth * sizeof(T)>*>(address)};
 }
 
 template <typename T, int kWidth>
 __device__ void store(void* address, const Vector<T, kWidth>& vector) {
-  using Bits = typename Word<kWidth * sizeof(T)>::type;
+  using Bits = Word<kWidth * sizeof(T)>;
   *static_cast<Bits*>(address) = std::bit_cast<Bits>(vector);
 }
 

@@ -1,4 +1,5 @@
-// The kernel of forecast, forecast_into and predict: M linear combinations of K features, reading each feature once.
+// The kernel of forecast, forecast_into and predict: M linear combinations of K features,
+// out[m] = sum_k coefficients[m, k] * in[k] + offsets[m], and for predict in[K - 1] + gain * this.
 //
 // A thread reads its item (one vector) of every input into registers, at most 64 floats, and only then computes and
 // writes the M outputs: each input is read from memory once, and an output may take the place of an input. Up to 8

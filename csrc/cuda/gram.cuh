@@ -210,12 +210,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   }
 }
 
-// Columns of partials, one a block: no matter which kernel runs, so that the workspace can be allocated.
-inline std::int64_t gram_pitch(const Target& target) { return std::int64_t{multiprocessors(target)} * kResidentBlocks; }
-
 template <typename T>
 std::int64_t GramKernels<T>::workspace(const Target& target) {
-  return places_of(kGramInputs) * gram_pitch(target);
+  return places_of(kGramInputs) * most_partials(target);
 }
 
 // Returns how many columns of partials there are now.
@@ -223,13 +220,11 @@ template <typename T, int kInputs, int kWidth, bool kStrided>
 int launch_gram(const Tensors& tensors, double* partials, int begun, const Target& target) {
   GramParams<T, kInputs, kWidth, kStrided> params{};
   params.partials = partials;
-  params.pitch = gram_pitch(target);
+  params.pitch = most_partials(target);
   params.used = tensors.num_inputs;
   params.begun = begun;
   params.set_tensors(tensors, tensors.num_inputs, 0);
-  const std::int64_t blocks = std::min((params.items + kThreads - 1) / kThreads, params.pitch);
-  launch_blocks<gram_kernel<T, kInputs, kWidth, kStrided>>(params, blocks, target);
-  return std::max(begun, static_cast<int>(blocks));
+  return launch_partials<gram_kernel<T, kInputs, kWidth, kStrided>>(params, target);
 }
 
 // Sums and writes the entries of the matrix for the inputs of two groups.
@@ -245,11 +240,11 @@ void gram_of_groups(const Tensors& tensors, const Groups& groups, double* worksp
                           [&]<int kInputs, int kWidth, bool kStrided>(const Tensors& part) {
                             blocks = launch_gram<T, kInputs, kWidth, kStrided>(part, workspace, blocks, target);
                           });
-  const GramMatrixParams params{workspace, gram_pitch(target), blocks,
-                                groups,    tensors.num_inputs, static_cast<double>(tensors.merged.numel),
+  const GramMatrixParams params{workspace, most_partials(target), blocks,
+                                groups,    tensors.num_inputs,    static_cast<double>(tensors.merged.numel),
                                 result};
   const int size = groups.count + 1;
-  launch_blocks<gram_matrix_kernel<T>>(params, (size * size + kWarps - 1) / kWarps, target);
+  launch_blocks<gram_matrix_kernel<T>>(params, divide_up(size * size, kWarps), target);
 }
 
 template <typename T>

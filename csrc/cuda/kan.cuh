@@ -7,11 +7,92 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "cuda/launch.cuh"
-#include "spline.h"
 
 namespace lesa::cuda {
+
+// B-spline bases at one point as lesa_kernels/reference.py defines them: Cox-de Boor on half-open intervals, with any
+// ascending knots. At a point only order + 1 bases are not zero, and only those are evaluated.
+//
+// kMost + 1 bases in a row, of an order up to kMost: values[r] is basis first + r. Bases that do not exist are zero,
+// and so are the first kMost - order ones.
+template <int kMost>
+struct LocalBases {
+  int first;
+  float values[kMost + 1];
+  float slopes[kMost + 1];  // derivatives in x
+};
+
+// Calls body with 0 .. kCount - 1 as compile-time constants, so that arrays stay in registers whatever the compiler.
+template <int kCount, typename Body>
+constexpr void unrolled(const Body& body) {
+  [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
+    (body(std::integral_constant<int, kIndices>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// Returns j with knots(j) <= x < knots(j + 1), or -1. Right at the first guess where the knots are uniform.
+template <typename Knots>
+constexpr int find_span(float x, const Knots& knots, int count) {
+  const float low = knots(0), high = knots(count - 1);
+  if (!(x >= low && x < high)) {
+    return -1;
+  }
+  const int guess = static_cast<int>((x - low) / (high - low) * static_cast<float>(count - 1));
+  int span = guess < 0 ? 0 : guess > count - 2 ? count - 2 : guess;
+  while (span > 0 && x < knots(span)) {
+    --span;
+  }
+  while (span < count - 2 && x >= knots(span + 1)) {
+    ++span;
+  }
+  return span;
+}
+
+// Evaluates the bases of an input that are not zero at x. Outside the knots, `first` is past the last. With the knots
+// t: B_i,d = (x - t_i) / (t_i+d - t_i) * B_i,d-1 + (t_i+d+1 - x) / (t_i+d+1 - t_i+1) * B_i+1,d-1.
+template <int kMost, typename T>
+__device__ LocalBases<kMost> bases_at(const KanLayer<T>& layer, float x, std::int64_t input) {
+  const int order = layer.order, count = layer.bases + order + 1;
+  const auto knots = [&layer, start = input * count](int j) { return layer.grid.at(0, start + j); };
+  LocalBases<kMost> result{count, {}, {}};
+  const int span = find_span(x, knots, count);
+  if (span < 0) {
+    return result;
+  }
+  result.first = span - kMost;
+  result.values[kMost] = 1.0f;
+  unrolled<kMost>([&](auto step) {
+    constexpr int kDegree = step + 1;
+    if (kDegree > order) {
+      return;
+    }
+    unrolled<kDegree + 1>([&](auto offset) {
+      constexpr int r = kMost - kDegree + offset;
+      const int i = result.first + r;
+      float rising = 0.0f, falling = 0.0f, slope = 0.0f;
+      if (i >= 0 && i + kDegree + 1 < count) {
+        if constexpr (offset > 0) {
+          const float share = result.values[r] / (knots(i + kDegree) - knots(i));
+          rising = (x - knots(i)) * share;
+          slope += share;
+        }
+        if constexpr (r < kMost) {
+          const float share = result.values[r + 1] / (knots(i + kDegree + 1) - knots(i + 1));
+          falling = (knots(i + kDegree + 1) - x) * share;
+          slope -= share;
+        }
+      }
+      result.values[r] = rising + falling;
+      if (kDegree == order) {
+        result.slopes[r] = kDegree * slope;
+      }
+    });
+  });
+  return result;
+}
 
 // Rows whose sums share the weights that a warp has read.
 inline constexpr int kRowTile = 4;
@@ -33,17 +114,6 @@ struct KanParams {
   KanGradients gradients;
 };
 
-template <typename T>
-__device__ auto knots_of(const KanLayer<T>& layer, std::int64_t input) {
-  const std::int64_t first = input * (layer.bases + layer.order + 1);
-  return [&layer, first](int j) { return layer.grid.at(0, first + j); };
-}
-
-template <int kMost, typename T>
-__device__ LocalBases<kMost> bases_of(const KanLayer<T>& layer, float x, std::int64_t input) {
-  return bases_at<kMost>(x, knots_of(layer, input), layer.bases + layer.order + 1, layer.order);
-}
-
 // The recursion makes the bases of infinity and NaN no numbers; those of order 0 come from comparisons and are zero.
 template <typename T>
 __device__ bool has_bases(const KanLayer<T>& layer, float x) {
@@ -52,6 +122,7 @@ __device__ bool has_bases(const KanLayer<T>& layer, float x) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
+// out[n, o] = sum_i base[o, i] * silu(x[n, i]) + scaler[o, i] * sum_b spline[o, i, b] * B_b(x[n, i]).
 // One warp an output, kRowTile rows a block. The block evaluates 256 inputs at a time for all its warps.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
@@ -70,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     if (start + thread < layer.inputs) {
       for (int r = 0; r < rows; ++r) {
         const float x = widen(params.layer.x[(row + r) * layer.inputs + start + thread]);
-        const auto local = bases_of<kMost>(layer, x, start + thread);
+        const auto local = bases_at<kMost>(layer, x, start + thread);
         smooth[r][thread] = has_bases(layer, x) ? x * sigmoid(x) : x - x;  // enters every output, as those bases do
         first[r][thread] = local.first;
 #pragma unroll
@@ -113,7 +184,8 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   }
 }
 
-// grad_x of 8 inputs in one row: 32 groups of threads take every 32nd output, and their sums are added in order.
+// grad_x[n, i] = sum_o grad[n, o] * (base[o, i] * silu'(x) + scaler[o, i] * sum_b spline[o, i, b] * B_b'(x)).
+// 8 inputs in one row: 32 groups of threads take every 32nd output, and their sums are added in order.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     kan_inputs_kernel(const __grid_constant__ KanParams<T> params) {
@@ -126,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   float sum = 0.0f;
   if (input < layer.inputs) {
     const float x = widen(layer.x[row * layer.inputs + input]);
-    const auto local = bases_of<kMost>(layer, x, input);
+    const auto local = bases_at<kMost>(layer, x, input);
     float base = 0.0f, splines[kMost + 1] = {};
 #pragma unroll 2
     for (std::int64_t output = group; output < layer.outputs; output += kOutputGroups) {
@@ -178,6 +250,8 @@ struct HeldBases {
   }
 };
 
+// grad_base[o, i] = sum_n grad[n, o] * silu(x[n, i]); with G_b = sum_n grad[n, o] * B_b(x[n, i]),
+// grad_spline[o, i, b] = scaler[o, i] * G_b and grad_scaler[o, i] = sum_b spline[o, i, b] * G_b.
 // Gradients of the weights of 16 outputs and as many inputs as have their bases, and one thread more for silu, fit into
 // a block. Its threads evaluate the bases of some rows at a time, each once; then each sums one basis of one input over
 // these rows, in their order.
@@ -204,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     for (int pair = thread; pair < rows * inputs; pair += kThreads) {
       const std::int64_t row = start + pair / inputs, column = first_input + pair % inputs;
       const float x = widen(layer.x[row * layer.inputs + column]);
-      const auto local = bases_of<kMost>(layer, x, column);
+      const auto local = bases_at<kMost>(layer, x, column);
       held.first[pair] = local.first;
       held.other[pair] = has_bases(layer, x) ? 0.0f : x - x;
       held.smooth[pair] = x * sigmoid(x);
@@ -257,8 +331,6 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   }
 }
 
-constexpr std::int64_t parts(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
-
 template <auto kKernel, typename T>
 void launch_if_any(const KanParams<T>& params, std::int64_t blocks, const Target& target) {
   if (blocks > 0) {
@@ -269,15 +341,16 @@ void launch_if_any(const KanParams<T>& params, std::int64_t blocks, const Target
 template <typename T, int kMost>
 void launch_backward(const KanParams<T>& params, const Target& target) {
   const KanLayer<T>& layer = params.layer;
-  launch_if_any<kan_inputs_kernel<T, kMost>>(params, layer.rows * parts(layer.inputs, kInputTile), target);
-  const std::int64_t blocks = parts(layer.inputs, kThreads / (layer.bases + 1)) * parts(layer.outputs, kOutputTile);
+  launch_if_any<kan_inputs_kernel<T, kMost>>(params, layer.rows * divide_up(layer.inputs, kInputTile), target);
+  const std::int64_t blocks =
+      divide_up(layer.inputs, kThreads / (layer.bases + 1)) * divide_up(layer.outputs, kOutputTile);
   launch_if_any<kan_weights_kernel<T, kMost>>(params, blocks, target);
 }
 
 template <typename T>
 void KanKernels<T>::forward(const KanLayer<T>& layer, T* out, const Target& target) {
   const KanParams<T> params{layer, nullptr, out, {}};
-  const std::int64_t blocks = parts(layer.rows, kRowTile) * parts(layer.outputs, kWarps);
+  const std::int64_t blocks = divide_up(layer.rows, kRowTile) * divide_up(layer.outputs, kWarps);
   layer.order <= 3 ? launch_if_any<kan_forward_kernel<T, 3>>(params, blocks, target)
                    : launch_if_any<kan_forward_kernel<T, kMostOrder>>(params, blocks, target);
 }

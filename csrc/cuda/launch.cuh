@@ -14,6 +14,8 @@
 
 namespace lesa::cuda {
 
+constexpr std::int64_t divide_up(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
 inline void check(cudaError_t error, const Target& target) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("lesa::") + target.op + ": CUDA error: " + cudaGetErrorString(error));
@@ -93,10 +95,24 @@ void launch_blocks(const Params& params, std::int64_t blocks, const Target& targ
 // Threads loop over the items, so that any grid is right; this one fills the device once.
 template <auto kKernel, int kBlock = kThreads, typename Params>
 void launch(const Params& params, int items_per_thread, const Target& target) {
-  const std::int64_t items_per_block = std::int64_t{kBlock} * items_per_thread;
-  const std::int64_t wanted = (params.items + items_per_block - 1) / items_per_block;
+  const std::int64_t wanted = divide_up(params.items, std::int64_t{kBlock} * items_per_thread);
   launch_blocks<kKernel, kBlock>(params, std::min<std::int64_t>(wanted, resident_blocks<kKernel, kBlock>(target)),
                                  target);
+}
+
+// How many blocks write partial sums at most: a number that does not depend on the kernel, so that the workspace can be
+// allocated.
+inline std::int64_t most_partials(const Target& target) {
+  return std::int64_t{multiprocessors(target)} * kResidentBlocks;
+}
+
+// Launches a kernel whose blocks each write partial sums, and add to theirs if it is among the first params.begun.
+// Returns how many blocks have written partial sums now.
+template <auto kKernel, typename Params>
+int launch_partials(const Params& params, const Target& target) {
+  const std::int64_t blocks = std::min(divide_up(params.items, kThreads), most_partials(target));
+  launch_blocks<kKernel>(params, blocks, target);
+  return std::max(params.begun, static_cast<int>(blocks));
 }
 
 // The sizes that a kernel exists in: those of kCounts inputs take contiguous tensors in their widest vectors, that of
@@ -206,7 +222,8 @@ void launch_contiguous(KernelSizes<kRowInputs, kElementInputs, kCounts...>, cons
   launch_elements(head + whole, numel - head - whole);
 }
 
-// Calls launch.operator()<kInputs, kWidth, kStrided>(part) for the parts of a tensors. kBytes: of its largest element.
+// Calls launch.operator()<kInputs, kWidth, kStrided>(part) for parts that make up the tensors. kBytes: of the largest
+// element.
 template <int kBytes, int kRowInputs, int kElementInputs, int... kCounts, typename Launch>
 void launch_parts(KernelSizes<kRowInputs, kElementInputs, kCounts...> kernels, const Tensors& tensors,
                   const Launch& launch) {

@@ -34,8 +34,8 @@ inline constexpr std::int64_t kMostStrided = (std::int64_t{1} << 31) - 1;
 // Threads of a block of `combine`: half as many leave fewer registers of a multiprocessor over, 20 warps instead of 16
 // share it at K = 8.
 inline constexpr int kCombineThreads = 128;
-// How many blocks are to: so many have 32 registers, and one for every float that a thread holds; none takes less
-// than 56.
+// How many blocks are to share a multiprocessor: so many that a thread has 32 registers and one for every float that it
+// holds; none takes less than 56.
 constexpr int combine_blocks(int held) { return std::min(65536 / kCombineThreads / (32 + held), 9); }
 
 // Elements of one load for a kernel of this many inputs, element_size bytes each.

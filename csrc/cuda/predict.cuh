@@ -1,5 +1,5 @@
-// The kernels of predict_backward and predict_l1: K + 2 sums over K + 1 features that are read once, then the
-// gradients.
+// The kernels of predict_backward and predict_l1: S_k = sum g * in[k], S_b = sum g and the loss from K + 1 features,
+// then the gradients.
 //
 // Up to 8 inputs, a thread holds its vector of every input, so that a loss reads each element from memory once although
 // it needs it twice: for the forecast, and for the sums once the sign of the error is known. With more inputs it reads
@@ -200,12 +200,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   }
 }
 
-// Rows of partial sums, one a block: a number that does not depend on the kernel, so that the workspace can be
-// allocated.
-inline std::int64_t most_partials(const Target& target) {
-  return std::int64_t{multiprocessors(target)} * kResidentBlocks;
-}
-
 template <typename T>
 std::int64_t PredictKernels<T>::workspace(int num_inputs, const Target& target) {
   return most_partials(target) * (num_inputs + 2);
@@ -213,26 +207,23 @@ std::int64_t PredictKernels<T>::workspace(int num_inputs, const Target& target) 
 
 // Returns how many rows of partials there are now: each launch uses as many as it has blocks.
 template <typename T, int kInputs, int kWidth, bool kStrided, bool kLoss>
-std::int64_t launch_reduce(const Tensors& tensors, const LinearMap<T>& map, double* partials, std::int64_t begun,
-                           const Target& target) {
+int launch_reduce(const Tensors& tensors, const LinearMap<T>& map, double* partials, int begun, const Target& target) {
   const std::size_t inputs = tensors.num_inputs;
   ReduceParams<T, kInputs, kWidth, kStrided> params{};
   params.output = tensors.operands.size() > inputs + 1 ? tensors.operands[inputs + 1].data : nullptr;
   params.partials = partials;
   params.map = map;
   params.unused = kInputs - tensors.num_inputs;
-  params.begun = static_cast<int>(begun);
+  params.begun = begun;
   params.set_tensors(tensors, tensors.num_inputs + 1, params.unused);
-  const std::int64_t blocks = std::min((params.items + kThreads - 1) / kThreads, most_partials(target));
-  launch_blocks<reduce_kernel<T, kInputs, kWidth, kStrided, kLoss>>(params, blocks, target);
-  return std::max(begun, blocks);
+  return launch_partials<reduce_kernel<T, kInputs, kWidth, kStrided, kLoss>>(params, target);
 }
 
 template <typename T>
 void PredictKernels<T>::reduce(const Tensors& tensors, const LinearMap<T>& map, double* workspace,
                                const Gradients& gradients, const Target& target) {
   const bool is_loss = gradients.loss != nullptr;
-  std::int64_t rows = 0;
+  int rows = 0;
   launch_parts<sizeof(T)>(
       KernelSizes<kExactInputs, kMostInputs, 4, 8, 16, 32>{}, tensors,
       [&]<int kInputs, int kWidth, bool kStrided>(const Tensors& part) {
