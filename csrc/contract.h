@@ -392,11 +392,11 @@ inline MergedShape lay_out(const char* op, Shape shape, std::span<const TensorVi
 
 // A copy may go onto itself but not onto a part of itself. Where strides interleave, the caller answers for it.
 inline void check_overlap(const char* op, Name name, const MergedShape& merged, const Operand& written,
-                          std::size_t written_bytes, const Operand& read, std::size_t read_bytes) {
+                          const Operand& read) {
   const auto* to = static_cast<const char*>(written.data);
   const auto* from = static_cast<const char*>(read.data);
-  const bool same = to == from && written_bytes == read_bytes;
-  if (merged.contiguous && !same && to < from + merged.numel * read_bytes && from < to + merged.numel * written_bytes) {
+  const bool same = to == from && written.bytes == read.bytes;
+  if (merged.contiguous && !same && to < from + merged.numel * read.bytes && from < to + merged.numel * written.bytes) {
     refuse(op, name, " must not overlap a part of the slot that it is written to, got memory ", from - to,
            " bytes after the slot's");
   }

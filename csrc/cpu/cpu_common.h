@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -67,6 +68,29 @@ template <typename T>
 accumulate_t<T> read_scalar(const Tensor& tensor) {
   return canonical(parameter_of<T>(tensor).at(0, 0));
 }
+
+// Where results go, rounded to the tensor's dtype: float32 or T.
+template <typename T>
+class Result {
+ public:
+  explicit Result(const Tensor& tensor)
+      : data_(tensor.data_ptr()), is_float_(tensor.scalar_type() == ScalarType::Float) {}
+
+  template <typename Value>
+  void put(std::int64_t first, std::int64_t count, const Value* values) const {
+    if (is_float_) {
+      std::transform(values, values + count, static_cast<float*>(data_) + first,
+                     [](Value value) { return static_cast<float>(value); });
+    } else {
+      std::transform(values, values + count, static_cast<T*>(data_) + first,
+                     [](Value value) { return narrow<T>(static_cast<accumulate_t<T>>(value)); });
+    }
+  }
+
+ private:
+  void* data_;
+  bool is_float_;
+};
 
 // Computes the M outputs of an iterator from its K inputs.
 template <typename T>

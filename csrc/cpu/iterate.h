@@ -56,7 +56,6 @@ class TensorIterator {
   const MergedShape& merged() const { return merged_; }
   const Operand& operand(std::size_t tensor) const { return operands_[tensor]; }
   std::size_t outputs() const { return outputs_; }
-  std::size_t inputs() const { return tensors_ - outputs_; }
 
   // Whether the outputs are to be stored past the cache.
   bool streaming() const { return merged_.numel * bytes_per_element_ >= kStreamingBytes; }

@@ -44,28 +44,6 @@ class Values {
   const A* data_;
 };
 
-// Where values go, rounded to the tensor's dtype.
-template <typename T>
-class Place {
- public:
-  using A = accumulate_t<T>;
-
-  explicit Place(const Tensor& tensor)
-      : data_(tensor.data_ptr()), is_float_(tensor.scalar_type() == ScalarType::Float) {}
-
-  void put(std::int64_t first, std::int64_t count, const A* values) const {
-    if (is_float_) {
-      std::copy(values, values + count, static_cast<float*>(data_) + first);
-    } else {
-      std::transform(values, values + count, static_cast<T*>(data_) + first, narrow<T>);
-    }
-  }
-
- private:
-  void* data_;
-  bool is_float_;
-};
-
 template <typename Body>
 void parallel_tiles(std::int64_t tiles, std::int64_t products, const Body& body) {
   const std::int64_t grain = std::max<std::int64_t>(kGrainProducts / std::max<std::int64_t>(products, 1), 1);
@@ -202,7 +180,7 @@ class Layer {
 };
 
 template <typename T>
-void forward(Layer<T>& layer, const Place<T>& out) {
+void forward(Layer<T>& layer, const Result<T>& out) {
   using A = accumulate_t<T>;
   const std::int64_t length = layer.length(layer.inputs), tiles = (layer.outputs + kDotColumns - 1) / kDotColumns;
   layer.evaluate(false);
@@ -227,7 +205,7 @@ void forward(Layer<T>& layer, const Place<T>& out) {
 
 template <typename T>
 struct LayerGradients {
-  Place<T> x, base, spline, scaler;
+  Result<T> x, base, spline, scaler;
 };
 
 // The gradients of the weights of `count` inputs, from those of the packed weights [O, length].
@@ -292,7 +270,7 @@ Tensor kan_linear(const Tensor& x, const Tensor& grid, const Tensor& base_weight
   Tensor out = torch::stable::new_empty(x, output_sizes(x, base_weight));
   for_feature(x.scalar_type(), [&]<typename T>() {
     Layer<T> layer(x, grid, base_weight, spline_weight, spline_scaler);
-    forward<T>(layer, Place<T>(out));
+    forward<T>(layer, Result<T>(out));
   });
   return out;
 }
@@ -308,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kan_linear_backward(const Tensor& gra
          of_scaler = fresh_like(spline_scaler);
   for_feature(x.scalar_type(), [&]<typename T>() {
     Layer<T> layer(x, grid, base_weight, spline_weight, spline_scaler);
-    backward<T>(layer, grad, {Place<T>(of_x), Place<T>(of_base), Place<T>(of_spline), Place<T>(of_scaler)});
+    backward<T>(layer, grad, {Result<T>(of_x), Result<T>(of_base), Result<T>(of_spline), Result<T>(of_scaler)});
   });
   return {of_x, of_base, of_spline, of_scaler};
 }

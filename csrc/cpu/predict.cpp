@@ -47,17 +47,10 @@ Tensor predict(const std::vector<Tensor>& history, const Tensor& weight, const T
   return out;
 }
 
-// Writes values into a fresh tensor of a parameter's shape and dtype (float32 or T).
 template <typename T>
 Tensor parameter_gradient(const Tensor& parameter, std::span<const double> values) {
   Tensor gradient = fresh_like(parameter);
-  for (std::size_t k = 0; k < values.size(); ++k) {
-    if (gradient.scalar_type() == ScalarType::Float) {
-      static_cast<float*>(gradient.data_ptr())[k] = static_cast<float>(values[k]);
-    } else {
-      static_cast<T*>(gradient.data_ptr())[k] = narrow<T>(static_cast<accumulate_t<T>>(values[k]));
-    }
-  }
+  Result<T>(gradient).put(0, static_cast<std::int64_t>(values.size()), values.data());
   return gradient;
 }
 

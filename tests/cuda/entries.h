@@ -32,8 +32,8 @@ LinearMap<T> map_of(const Values* values) {
 
 inline Tensors tensors_of(int dims, const std::int64_t* sizes, int count, const TensorView* views, int inputs) {
   Tensors tensors{{}, std::vector<Operand>(count), inputs};
-  tensors.merged = merge_dimensions({sizes, static_cast<std::size_t>(dims)},
-                                      {views, static_cast<std::size_t>(count)}, tensors.operands);
+  tensors.merged = merge_dimensions({sizes, static_cast<std::size_t>(dims)}, {views, static_cast<std::size_t>(count)},
+                                    tensors.operands);
   return tensors;
 }
 

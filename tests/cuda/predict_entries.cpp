@@ -12,8 +12,8 @@ const char* run_reduce(const char* dtype, int dims, const std::int64_t* sizes, i
                        const lesa::cuda::Gradients* gradients) {
   return guarded([&] {
     for_type(dtype, [&]<typename T>() {
-      lesa::cuda::PredictKernels<T>::reduce(tensors_of(dims, sizes, count, views, inputs), map_of<T>(values),
-                                            workspace, *gradients, kTarget);
+      lesa::cuda::PredictKernels<T>::reduce(tensors_of(dims, sizes, count, views, inputs), map_of<T>(values), workspace,
+                                            *gradients, kTarget);
     });
   });
 }
