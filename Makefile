@@ -15,7 +15,7 @@ TORCH_STAMP := $(VENV)/.stamp-$(shell echo '$(TORCH)' | tr -c 'a-zA-Z0-9.\n' '-'
 INSTALL_STAMP := $(VENV)/.stamp-installed
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*.py csrc/cuda/*.cu.in)
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
-FORMATTED := $(NATIVE_FILES) $(shell find tests/native tests/ptxsim tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED := $(NATIVE_FILES) $(shell find tests/cuda tests/ptxsim tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help setup demo demo-train test test-all fuzz soak sanitize compatibility compatibility-all bench gpu-pack gpu-check quality lint format clean
 

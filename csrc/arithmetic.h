@@ -99,9 +99,9 @@ constexpr A add_term(A sum, A coefficient, A feature) {
   return sum + coefficient * feature;
 }
 
-// Whether products with a feature, summed in float32, kept what they are, told by the sum of the feature's squares: if
-// this one and the other feature's neither overflowed nor are so small that what float32 left out counts, then the sum
-// of their products is as good, since it is no larger than the larger of the two (Cauchy-Schwarz).
+// Whether float32 sums of products with a feature are exact enough, judged by the sum of the feature's squares: where
+// neither this one nor the other feature's overflowed or is so small that what float32 left out counts, the sum of
+// their products is good too, since it is no larger than the larger of the two (Cauchy-Schwarz).
 constexpr bool fits_float(double squares) { return squares >= 0x1p-96 && squares <= 0x1p127; }
 
 // predict: the newest feature plus the gain times the mix, mix = sum_k weight[k] * history[k] + bias (arXiv

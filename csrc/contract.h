@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "arithmetic.h"
-#include "geometry.h"
+#include "strides.h"
 
 namespace lesa {
 
@@ -379,24 +379,24 @@ inline void check_gradient(const char* op, const Tensor& grad, Shape shape, Name
   check_device(op, {"grad"}, grad, like_name, like);
 }
 
-// Merges dimensions (geometry.h) or refuses what has too many.
-inline Geometry lay_out(const char* op, Shape shape, std::span<const Source> sources, std::span<Operand> operands) {
-  const Geometry geometry = merge_dimensions({shape.sizes, shape.dims}, sources, operands);
-  if (geometry.dims == 0) {
+// Merges dimensions (strides.h) or refuses what has too many.
+inline MergedShape lay_out(const char* op, Shape shape, std::span<const TensorView> views,
+                           std::span<Operand> operands) {
+  const MergedShape merged = merge_dimensions({shape.sizes, shape.dims}, views, operands);
+  if (merged.dims == 0) {
     refuse(op, "features must have at most ", kMaxDims, " dimensions that their strides do not merge, got shape ",
            shape);
   }
-  return geometry;
+  return merged;
 }
 
 // A copy may go onto itself but not onto a part of itself. Where strides interleave, the caller answers for it.
-inline void check_overlap(const char* op, Name name, const Geometry& geometry, const Operand& written,
-                          std::size_t written_bytes, const Operand& read, std::size_t read_bytes) {
+inline void check_overlap(const char* op, Name name, const MergedShape& merged, const Operand& written,
+                          const Operand& read) {
   const auto* to = static_cast<const char*>(written.data);
   const auto* from = static_cast<const char*>(read.data);
-  const bool same = to == from && written_bytes == read_bytes;
-  if (geometry.contiguous && !same && to < from + geometry.numel * read_bytes &&
-      from < to + geometry.numel * written_bytes) {
+  const bool same = to == from && written.bytes == read.bytes;
+  if (merged.contiguous && !same && to < from + merged.numel * read.bytes && from < to + merged.numel * written.bytes) {
     refuse(op, name, " must not overlap a part of the slot that it is written to, got memory ", from - to,
            " bytes after the slot's");
   }
@@ -419,12 +419,14 @@ inline void check_predict_l1(const std::vector<Tensor>& history, const Tensor& t
   }
 }
 
-inline Source source_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.strides().data()}; }
+inline TensorView view_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.strides().data(), static_cast<std::int64_t>(tensor.element_size())};
+}
 
 // A slot of a ring as a tensor of its own, without making one.
-inline Source source_of_slot(const Tensor& ring, std::int64_t slot) {
-  auto* first = static_cast<char*>(ring.data_ptr());
-  return {first + slot * ring.stride(0) * static_cast<std::int64_t>(ring.element_size()), ring.strides().data() + 1};
+inline TensorView view_of_slot(const Tensor& ring, std::int64_t slot) {
+  const auto bytes = static_cast<std::int64_t>(ring.element_size());
+  return {static_cast<char*>(ring.data_ptr()) + slot * ring.stride(0) * bytes, ring.strides().data() + 1, bytes};
 }
 
 // The shape of one slot of a ring.

@@ -43,14 +43,16 @@ inline Doubles load_double(const float* from) { return _mm256_cvtps_pd(_mm_loadu
 inline __m128i pack(const float16*, Floats values) {
   return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline __m128i pack(const bfloat16*, Floats values) {
+// Rounded to bfloat16, in the lower 16 bits of each word.
+inline __m256i rounded(Floats values) {
   const __m256i bits = _mm256_castps_si256(values);
-  const __m256i high = _mm256_srli_epi32(bits, 16);
-  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
+inline __m128i pack(const bfloat16*, Floats values) {
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(values), 16), _mm256_set1_epi32(0x40));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-  const __m256i result = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  const __m256i result = _mm256_blendv_epi8(rounded(values), quiet, nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
 }
 
@@ -61,27 +63,20 @@ inline void store(T* to, Floats values) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
 }
 
-inline void store_past_cache(float* to, Floats values) { _mm256_stream_ps(to, values); }
-inline void store_past_cache(double* to, Doubles values) { _mm256_stream_pd(to, values); }
+inline void stream(float* to, Floats values) { _mm256_stream_ps(to, values); }
+inline void stream(double* to, Doubles values) { _mm256_stream_pd(to, values); }
 template <typename T>
-inline void store_past_cache(T* to, Floats values) {
+inline void stream(T* to, Floats values) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(to), pack(to, values));
 }
 inline void fence() { _mm_sfence(); }
 
-// In the lower 16 bits of each word.
-inline __m256i rounded(Floats values) {
-  const __m256i bits = _mm256_castps_si256(values);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-}
-
 // Two vectors of sums; as in avx512.cpp, a NaN among them needs no mask.
-template <bool kPastCache>
+template <bool kStreaming>
 inline void put_sums(bfloat16* to, Floats first, Floats second) {
   constexpr int kInOrder = 0b11'01'10'00;  // packing goes by halves of the vectors
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(first), rounded(second)), kInOrder);
-  if constexpr (kPastCache) {
+  if constexpr (kStreaming) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to), packed);
   } else {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
@@ -107,7 +102,7 @@ inline double to_double(Floats values) {
                                  _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1))));
 }
 
-#include "cpu/loops.inc"
+#include "cpu/isa.inc"
 
 }  // namespace lesa::cpu::avx2
 
@@ -118,6 +113,6 @@ inline double to_double(Floats values) {
 #endif
 
 namespace lesa::cpu {
-constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels, avx2::kAllLayerKernels};
+constinit const Isa kAvx2{"avx2", 256, avx2::kAllKernels, avx2::kAllKanKernels};
 }
 #endif

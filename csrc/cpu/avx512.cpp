@@ -48,15 +48,16 @@ inline Doubles load_double(const float* from) { return _mm512_cvtps_pd(_mm256_lo
 inline __m256i pack(const float16*, Floats values) {
   return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-// Not vcvtneps2bf16: it takes subnormal numbers for zero.
-inline __m256i pack(const bfloat16*, Floats values) {
+// Rounded to bfloat16, in the upper 16 bits. Not vcvtneps2bf16: it takes subnormal numbers for zero.
+inline __m512i rounded(Floats values) {
   const __m512i bits = _mm512_castps_si512(values);
-  const __m512i high = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+inline __m256i pack(const bfloat16*, Floats values) {
+  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded(values), nan, quiet), 16));
 }
 
 inline void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
@@ -66,30 +67,23 @@ inline void store(T* to, Floats values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pack(to, values));
 }
 
-inline void store_past_cache(float* to, Floats values) { _mm512_stream_ps(to, values); }
-inline void store_past_cache(double* to, Doubles values) { _mm512_stream_pd(to, values); }
+inline void stream(float* to, Floats values) { _mm512_stream_ps(to, values); }
+inline void stream(double* to, Doubles values) { _mm512_stream_pd(to, values); }
 template <typename T>
-inline void store_past_cache(T* to, Floats values) {
+inline void stream(T* to, Floats values) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), pack(to, values));
 }
 inline void fence() { _mm_sfence(); }
 
-// In the upper 16 bits.
-inline __m512i rounded(Floats values) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-}
-
-// Two vectors of sums. Features and parameters (pass.h) see to it that a NaN among bfloat16 sums has zeros below the 16
-// bits that are kept, so rounding leaves it a NaN without being told: that makes forecast_into a third faster.
-template <bool kPastCache>
+// Two vectors of sums. A NaN among bfloat16 sums has zeros below the 16 bits that are kept, because those of features
+// and parameters have (cpu_common.h), so rounding leaves it a NaN and needs no mask: forecast_into is a third faster.
+template <bool kStreaming>
 inline void put_sums(bfloat16* to, Floats first, Floats second) {
   alignas(64) static constexpr std::uint16_t kHighHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                                 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
                                                                 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const __m512i packed = _mm512_permutex2var_epi16(rounded(first), _mm512_load_si512(kHighHalves), rounded(second));
-  if constexpr (kPastCache) {
+  if constexpr (kStreaming) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), packed);
   } else {
     _mm512_storeu_si512(to, packed);
@@ -112,7 +106,7 @@ inline double to_double(Floats values) {
                    _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
 }
 
-#include "cpu/loops.inc"
+#include "cpu/isa.inc"
 
 }  // namespace lesa::cpu::avx512
 
@@ -124,6 +118,6 @@ inline double to_double(Floats values) {
 #endif
 
 namespace lesa::cpu {
-constinit const Isa kAvx512{"avx512", 512, avx512::kAllKernels, avx512::kAllLayerKernels};
+constinit const Isa kAvx512{"avx512", 512, avx512::kAllKernels, avx512::kAllKanKernels};
 }
 #endif

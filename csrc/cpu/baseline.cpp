@@ -55,7 +55,7 @@ inline void store(bfloat16* to, Floats values) {
 
 // Portable code has no such store.
 template <typename T, typename V>
-inline void store_past_cache(T* to, V values) {
+inline void stream(T* to, V values) {
   store(to, values);
 }
 inline void fence() {}
@@ -72,10 +72,10 @@ inline double to_double(Floats values) {
   return (static_cast<double>(values[0]) + values[1]) + (static_cast<double>(values[2]) + values[3]);
 }
 
-#include "cpu/loops.inc"
+#include "cpu/isa.inc"
 
 }  // namespace lesa::cpu::baseline
 
 namespace lesa::cpu {
-constinit const Isa kBaseline{"baseline", 128, baseline::kAllKernels, baseline::kAllLayerKernels};
+constinit const Isa kBaseline{"baseline", 128, baseline::kAllKernels, baseline::kAllKanKernels};
 }

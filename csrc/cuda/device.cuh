@@ -1,4 +1,4 @@
-// What all kernels share: vectors, walks over strided tensors, and the launch.
+// What the kernels share on the device: vectors, and where the elements of strided tensors lie.
 #pragma once
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -8,43 +8,23 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <array>
-#include <atomic>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
-#include <limits>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "cuda/kernels.h"
-#include "cuda/plan.h"
-#include "geometry.h"
+#include "cuda/launch_config.h"
+#include "strides.h"
 
 namespace lesa::cuda {
 
 // The unsigned integers that one load or store of this many bytes moves.
 template <int kBytes>
-struct Word;
-template <>
-struct Word<16> {
-  using type = uint4;
-};
-template <>
-struct Word<8> {
-  using type = uint2;
-};
-template <>
-struct Word<4> {
-  using type = unsigned int;
-};
-template <>
-struct Word<2> {
-  using type = unsigned short;
-};
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
 template <typename T, int kWidth>
 using Vector = std::array<T, kWidth>;
@@ -52,7 +32,7 @@ using Vector = std::array<T, kWidth>;
 // A vector as it is loaded: 16-bit elements stay in pairs until they are widened.
 template <typename T, int kWidth>
 struct Packed {
-  typename Word<kWidth * sizeof(T)>::type bits;
+  Word<kWidth * sizeof(T)> bits;
 
   // An element as a float. Of two bfloat16 in a word, one needs a shift and the other a mask, nothing more.
   __device__ float widened(int element) const {
@@ -67,17 +47,12 @@ struct Packed {
 
 template <typename T, int kWidth>
 __device__ Packed<T, kWidth> load_packed(const void* address) {
-  return {*static_cast<const typename Word<kWidth * sizeof(T)>::type*>(address)};
-}
-
-template <typename T, int kWidth>
-__device__ Vector<T, kWidth> load(const void* address) {
-  return std::bit_cast<Vector<T, kWidth>>(load_packed<T, kWidth>(address));
+  return {*static_cast<const Word<kWidth * sizeof(T)>*>(address)};
 }
 
 template <typename T, int kWidth>
 __device__ void store(void* address, const Vector<T, kWidth>& vector) {
-  using Bits = typename Word<kWidth * sizeof(T)>::type;
+  using Bits = Word<kWidth * sizeof(T)>;
   *static_cast<Bits*>(address) = std::bit_cast<Bits>(vector);
 }
 
@@ -100,31 +75,51 @@ __device__ void write(const Result& result, std::int64_t index, double value) {
   }
 }
 
-// The dimensions that a kernel walks, right-aligned (the others have size 1), in items along the last one.
+__host__ __device__ inline void* advance(void* data, std::int64_t bytes) {
+  return static_cast<std::byte*>(data) + bytes;
+}
+
+// The dimensions that a kernel iterates over, right-aligned (the others have size 1), in items along the last one.
 struct Extent {
-  Divisor sizes[kWalkedDims];
+  Divisor sizes[kKernelDims];
+
+  Extent() = default;
+  Extent(const MergedShape& merged, int width) {
+    for (int d = 0; d < merged.dims; ++d) {
+      const bool last = d == merged.dims - 1;
+      sizes[kKernelDims - merged.dims + d] = Divisor(last ? merged.sizes[d] / width : merged.sizes[d]);
+    }
+  }
 };
 
 // Strides of one tensor along those dimensions, in bytes from item to item.
 struct Steps {
-  std::int64_t bytes[kWalkedDims];
+  std::int64_t bytes[kKernelDims] = {};
+
+  Steps() = default;
+  Steps(const MergedShape& merged, const Operand& operand, int width) {
+    for (int d = 0; d < merged.dims; ++d) {
+      bytes[kKernelDims - merged.dims + d] = operand.strides[d] * operand.bytes;
+    }
+    bytes[kKernelDims - 1] *= width;
+  }
 };
 
-using Coordinates = std::array<std::uint32_t, kWalkedDims>;
+using Position = std::array<std::uint32_t, kKernelDims>;
 
 // Where an item lies in each tensor, in bytes from its first element. This one: in tensors of any strides, of at most
 // kMostStrided items.
 template <int kInputs>
-struct StridedWalk {
+struct StridedIterator {
   Extent extent;
   Steps inputs[kInputs];
   Steps outputs;
 
-  __device__ Coordinates place(std::int64_t item) const {
-    Coordinates result{};
+  __device__ Position position(std::int64_t item) const {
+    Position result{};
     auto rest = static_cast<std::uint32_t>(item);
 #pragma unroll
-    for (int d = kWalkedDims - 1; d > 0; --d) {
+    for (int d = kKernelDims - 1; d > 0; --d) {
       const std::uint32_t quotient = extent.sizes[d].quotient(rest);
       result[d] = rest - quotient * extent.sizes[d].size;
       rest = quotient;
@@ -133,135 +128,56 @@ struct StridedWalk {
     return result;
   }
 
-  __device__ static std::int64_t offset(const Steps& steps, const Coordinates& place) {
+  __device__ static std::int64_t offset(const Steps& steps, const Position& position) {
     std::int64_t result = 0;
 #pragma unroll
-    for (int d = 0; d < kWalkedDims; ++d) {
-      result += place[d] * steps.bytes[d];
+    for (int d = 0; d < kKernelDims; ++d) {
+      result += position[d] * steps.bytes[d];
     }
     return result;
   }
 
-  __device__ std::int64_t input(int k, const Coordinates& place) const { return offset(inputs[k], place); }
-  __device__ std::int64_t output(const Coordinates& place) const { return offset(outputs, place); }
+  __device__ std::int64_t input(int k, const Position& position) const { return offset(inputs[k], position); }
+  __device__ std::int64_t output(const Position& position) const { return offset(outputs, position); }
 };
 
 // The same in contiguous tensors, whose items have this many bytes.
 template <int kInputBytes, int kOutputBytes>
-struct ContiguousWalk {
-  __device__ std::int64_t place(std::int64_t item) const { return item; }
+struct ContiguousIterator {
+  __device__ std::int64_t position(std::int64_t item) const { return item; }
   __device__ std::int64_t input(int, std::int64_t item) const { return item * kInputBytes; }
   __device__ std::int64_t output(std::int64_t item) const { return item * kOutputBytes; }
 };
 
-template <bool kStrided, int kInputs, int kInputBytes, int kOutputBytes>
-using Walk = std::conditional_t<kStrided, StridedWalk<kInputs>, ContiguousWalk<kInputBytes, kOutputBytes>>;
+// The parameters that all kernels over features have: up to kInputs inputs and how to iterate over them and over the
+// outputs, in items of kWidth elements.
+template <typename T, int kInputs, int kWidth, bool kStrided, typename Out = T>
+struct FeatureParams {
+  void* inputs[kInputs];
+  std::int64_t items;
+  std::conditional_t<kStrided, StridedIterator<kInputs>, ContiguousIterator<kWidth * sizeof(T), kWidth * sizeof(Out)>>
+      iterator;
 
-inline Extent extent_of(const Geometry& geometry, int width) {
-  Extent extent;
-  for (int d = 0; d < geometry.dims; ++d) {
-    const bool last = d == geometry.dims - 1;
-    extent.sizes[kWalkedDims - geometry.dims + d] = Divisor(last ? geometry.sizes[d] / width : geometry.sizes[d]);
+  // Takes the first `count` tensors as inputs, from number `first` on; the others do not exist. Outputs share the
+  // strides of the last tensor.
+  void set_tensors(const Tensors& tensors, int count, int first) {
+    const auto& [merged, operands, num_inputs] = tensors;
+    items = merged.numel / kWidth;
+    for (int k = 0; k < count; ++k) {
+      inputs[first + k] = operands[k].data;
+    }
+    if constexpr (kStrided) {
+      iterator.extent = Extent(merged, kWidth);
+      iterator.outputs = Steps(merged, operands.back(), kWidth);
+      for (int k = 0; k < count; ++k) {
+        iterator.inputs[first + k] = Steps(merged, operands[k], kWidth);
+      }
+    }
   }
-  return extent;
-}
 
-inline Steps steps_of(const Geometry& geometry, const Operand& operand, int width, std::int64_t element_size) {
-  Steps steps{};
-  for (int d = 0; d < geometry.dims; ++d) {
-    steps.bytes[kWalkedDims - geometry.dims + d] = operand.strides[d] * element_size;
+  __device__ Packed<T, kWidth> load_input(int k, const auto& position) const {
+    return load_packed<T, kWidth>(advance(inputs[k], iterator.input(k, position)));
   }
-  steps.bytes[kWalkedDims - 1] *= width;
-  return steps;
-}
-
-__host__ __device__ inline void* advance(void* data, std::int64_t bytes) {
-  return static_cast<std::byte*>(data) + bytes;
-}
-
-inline void check(cudaError_t error, const Target& target) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("lesa::") + target.op + ": CUDA error: " + cudaGetErrorString(error));
-  }
-}
-
-// Lets this thread load kernels and ask for facts while it captures a graph, which CUDA refuses by default: neither is
-// work for a stream. A kernel's code comes to a device when it is first asked for.
-class RelaxedCapture {
- public:
-  explicit RelaxedCapture(const Target& target) { check(cudaThreadExchangeStreamCaptureMode(&mode_), target); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
-
-// A number that belongs to a device, asked for once; it is never 0.
-template <typename Ask>
-int remembered(std::array<std::atomic<int>, 128>& known, const Target& target, const Ask& ask) {
-  auto& entry = known.at(target.device);
-  int value = entry.load(std::memory_order_relaxed);
-  if (value == 0) {
-    const RelaxedCapture relaxed(target);
-    value = ask();
-    entry.store(value, std::memory_order_relaxed);
-  }
-  return value;
-}
-
-inline int multiprocessors(const Target& target) {
-  static std::array<std::atomic<int>, 128> known{};
-  return remembered(known, target, [&] {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, target.device), target);
-    return count;
-  });
-}
-
-// How many blocks of kBlock threads of a kernel the device holds at a time.
-template <auto kKernel, int kBlock>
-int resident_blocks(const Target& target) {
-  static std::array<std::atomic<int>, 128> known{};
-  return remembered(known, target, [&] {
-    int each = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, kBlock, 0), target);
-    return multiprocessors(target) * each;
-  });
-}
-
-// Loads a kernel, unless the device has it: the launch may be captured, and would load it then.
-template <auto kKernel>
-void load_kernel(const Target& target) {
-  static std::array<std::atomic<int>, 128> known{};
-  remembered(known, target, [&] {
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kKernel), target);
-    return 1;
-  });
-}
-
-template <auto kKernel, int kBlock = kThreads, typename Task>
-void launch_blocks(const Task& task, std::int64_t blocks, const Target& target) {
-  static_assert(sizeof(Task) <= 4096, "every driver passes this much, only newer ones more");
-  if (blocks > std::numeric_limits<int>::max()) {
-    throw std::runtime_error(std::string("lesa::") + target.op + ": needs " + std::to_string(blocks) +
-                             " blocks, a grid has at most 2147483647");
-  }
-  load_kernel<kKernel>(target);
-  void* arguments[] = {const_cast<Task*>(&task)};
-  check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kBlock), arguments, 0, target.stream),
-        target);
-}
-
-// Threads loop over the items, so that any grid is right; this one fills the device once.
-template <auto kKernel, int kBlock = kThreads, typename Task>
-void launch(const Task& task, int items_per_thread, const Target& target) {
-  const std::int64_t items_per_block = std::int64_t{kBlock} * items_per_thread;
-  const std::int64_t wanted = (task.items + items_per_block - 1) / items_per_block;
-  launch_blocks<kKernel, kBlock>(task, std::min<std::int64_t>(wanted, resident_blocks<kKernel, kBlock>(target)),
-                                 target);
-}
 
 }  // namespace lesa::cuda

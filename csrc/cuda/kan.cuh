@@ -7,12 +7,92 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
-#include "cuda/device.cuh"
-#include "cuda/kan.h"
-#include "spline.h"
+#include "cuda/launch.cuh"
 
 namespace lesa::cuda {
+
+// B-spline bases at one point as lesa_kernels/reference.py defines them: Cox-de Boor on half-open intervals, with any
+// ascending knots. At a point only order + 1 bases are not zero, and only those are evaluated.
+//
+// kMost + 1 bases in a row, of an order up to kMost: values[r] is basis first + r. Bases that do not exist are zero,
+// and so are the first kMost - order ones.
+template <int kMost>
+struct LocalBases {
+  int first;
+  float values[kMost + 1];
+  float slopes[kMost + 1];  // derivatives in x
+};
+
+// Calls body with 0 .. kCount - 1 as compile-time constants, so that arrays stay in registers whatever the compiler.
+template <int kCount, typename Body>
+constexpr void unrolled(const Body& body) {
+  [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) {
+    (body(std::integral_constant<int, kIndices>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// Returns j with knots(j) <= x < knots(j + 1), or -1. Right at the first guess where the knots are uniform.
+template <typename Knots>
+constexpr int find_span(float x, const Knots& knots, int count) {
+  const float low = knots(0), high = knots(count - 1);
+  if (!(x >= low && x < high)) {
+    return -1;
+  }
+  const int guess = static_cast<int>((x - low) / (high - low) * static_cast<float>(count - 1));
+  int span = guess < 0 ? 0 : guess > count - 2 ? count - 2 : guess;
+  while (span > 0 && x < knots(span)) {
+    --span;
+  }
+  while (span < count - 2 && x >= knots(span + 1)) {
+    ++span;
+  }
+  return span;
+}
+
+// Evaluates the bases of an input that are not zero at x. Outside the knots, `first` is past the last. With the knots
+// t: B_i,d = (x - t_i) / (t_i+d - t_i) * B_i,d-1 + (t_i+d+1 - x) / (t_i+d+1 - t_i+1) * B_i+1,d-1.
+template <int kMost, typename T>
+__device__ LocalBases<kMost> bases_at(const KanLayer<T>& layer, float x, std::int64_t input) {
+  const int order = layer.order, count = layer.bases + order + 1;
+  const auto knots = [&layer, start = input * count](int j) { return layer.grid.at(0, start + j); };
+  LocalBases<kMost> result{count, {}, {}};
+  const int span = find_span(x, knots, count);
+  if (span < 0) {
+    return result;
+  }
+  result.first = span - kMost;
+  result.values[kMost] = 1.0f;
+  unrolled<kMost>([&](auto step) {
+    constexpr int kDegree = step + 1;
+    if (kDegree > order) {
+      return;
+    }
+    unrolled<kDegree + 1>([&](auto offset) {
+      constexpr int r = kMost - kDegree + offset;
+      const int i = result.first + r;
+      float rising = 0.0f, falling = 0.0f, slope = 0.0f;
+      if (i >= 0 && i + kDegree + 1 < count) {
+        if constexpr (offset > 0) {
+          const float share = result.values[r] / (knots(i + kDegree) - knots(i));
+          rising = (x - knots(i)) * share;
+          slope += share;
+        }
+        if constexpr (r < kMost) {
+          const float share = result.values[r + 1] / (knots(i + kDegree + 1) - knots(i + 1));
+          falling = (knots(i + kDegree + 1) - x) * share;
+          slope -= share;
+        }
+      }
+      result.values[r] = rising + falling;
+      if (kDegree == order) {
+        result.slopes[r] = kDegree * slope;
+      }
+    });
+  });
+  return result;
+}
 
 // Rows whose sums share the weights that a warp has read.
 inline constexpr int kRowTile = 4;
@@ -27,23 +107,12 @@ template <int kMost>
 inline constexpr int kKanBlocks = kMost <= 3 ? kResidentBlocks : 1;
 
 template <typename T>
-struct KanTask {
+struct KanParams {
   KanLayer<T> layer;
   const T* grad;
   T* out;  // the forward's result, or grad_x
   KanGradients gradients;
 };
-
-template <typename T>
-__device__ auto knots_of(const KanLayer<T>& layer, std::int64_t input) {
-  const std::int64_t first = input * (layer.bases + layer.order + 1);
-  return [&layer, first](int j) { return layer.grid.at(0, first + j); };
-}
-
-template <int kMost, typename T>
-__device__ LocalBases<kMost> bases_of(const KanLayer<T>& layer, float x, std::int64_t input) {
-  return bases_at<kMost>(x, knots_of(layer, input), layer.bases + layer.order + 1, layer.order);
-}
 
 // The recursion makes the bases of infinity and NaN no numbers; those of order 0 come from comparisons and are zero.
 template <typename T>
@@ -53,19 +122,15 @@ __device__ bool has_bases(const KanLayer<T>& layer, float x) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-template <typename T>
-__device__ T feature(const T* data, std::int64_t index) {
-  return load<T, 1>(data + index)[0];
-}
-
+// out[n, o] = sum_i base[o, i] * silu(x[n, i]) + scaler[o, i] * sum_b spline[o, i, b] * B_b(x[n, i]).
 // One warp an output, kRowTile rows a block. The block evaluates 256 inputs at a time for all its warps.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
-    kan_forward_kernel(const __grid_constant__ KanTask<T> task) {
+    kan_forward_kernel(const __grid_constant__ KanParams<T> params) {
   __shared__ float smooth[kRowTile][kThreads];
   __shared__ int first[kRowTile][kThreads];
   __shared__ float values[kRowTile][kMost + 1][kThreads];
-  const KanLayer<T>& layer = task.layer;
+  const KanLayer<T>& layer = params.layer;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpThreads;
   const std::int64_t output_blocks = (layer.outputs + kWarps - 1) / kWarps;
   const std::int64_t row = blockIdx.x / output_blocks * kRowTile;
@@ -75,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   for (std::int64_t start = 0; start < layer.inputs; start += kThreads) {
     if (start + thread < layer.inputs) {
       for (int r = 0; r < rows; ++r) {
-        const float x = widen(feature(task.layer.x, (row + r) * layer.inputs + start + thread));
-        const auto local = bases_of<kMost>(layer, x, start + thread);
+        const float x = widen(params.layer.x[(row + r) * layer.inputs + start + thread]);
+        const auto local = bases_at<kMost>(layer, x, start + thread);
         smooth[r][thread] = has_bases(layer, x) ? x * sigmoid(x) : x - x;  // enters every output, as those bases do
         first[r][thread] = local.first;
 #pragma unroll
@@ -114,29 +179,30 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
   for (int r = 0; r < kRowTile; ++r) {
     const float sum = sum_of_warp(sums[r]);
     if (lane == 0 && r < rows && output < layer.outputs) {
-      store<T, 1>(task.out + (row + r) * layer.outputs + output, {narrow<T>(sum)});
+      params.out[(row + r) * layer.outputs + output] = narrow<T>(sum);
     }
   }
 }
 
-// grad_x of 8 inputs in one row: 32 groups of threads take every 32nd output, and their sums are added in order.
+// grad_x[n, i] = sum_o grad[n, o] * (base[o, i] * silu'(x) + scaler[o, i] * sum_b spline[o, i, b] * B_b'(x)).
+// 8 inputs in one row: 32 groups of threads take every 32nd output, and their sums are added in order.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
-    kan_inputs_kernel(const __grid_constant__ KanTask<T> task) {
+    kan_inputs_kernel(const __grid_constant__ KanParams<T> params) {
   __shared__ float partial[kOutputGroups][kInputTile];
-  const KanLayer<T>& layer = task.layer;
+  const KanLayer<T>& layer = params.layer;
   const int thread = static_cast<int>(threadIdx.x), group = thread / kInputTile;
   const std::int64_t input_blocks = (layer.inputs + kInputTile - 1) / kInputTile;
   const std::int64_t row = blockIdx.x / input_blocks;
   const std::int64_t input = blockIdx.x % input_blocks * kInputTile + thread % kInputTile;
   float sum = 0.0f;
   if (input < layer.inputs) {
-    const float x = widen(feature(layer.x, row * layer.inputs + input));
-    const auto local = bases_of<kMost>(layer, x, input);
+    const float x = widen(layer.x[row * layer.inputs + input]);
+    const auto local = bases_at<kMost>(layer, x, input);
     float base = 0.0f, splines[kMost + 1] = {};
 #pragma unroll 2
     for (std::int64_t output = group; output < layer.outputs; output += kOutputGroups) {
-      const float grad = widen(feature(task.grad, row * layer.outputs + output));
+      const float grad = widen(params.grad[row * layer.outputs + output]);
       const std::int64_t weight = output * layer.inputs + input;
       const float scaled = grad * layer.scaler.at(0, weight);
       base += grad * layer.base.at(0, weight);
@@ -161,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     for (int g = 1; g < kOutputGroups; ++g) {
       sum += partial[g][thread];
     }
-    store<T, 1>(task.out + row * layer.inputs + input, {narrow<T>(sum)});
+    params.out[row * layer.inputs + input] = narrow<T>(sum);
   }
 }
 
@@ -184,16 +250,18 @@ struct HeldBases {
   }
 };
 
+// grad_base[o, i] = sum_n grad[n, o] * silu(x[n, i]); with G_b = sum_n grad[n, o] * B_b(x[n, i]),
+// grad_spline[o, i, b] = scaler[o, i] * G_b and grad_scaler[o, i] = sum_b spline[o, i, b] * G_b.
 // Gradients of the weights of 16 outputs and as many inputs as have their bases, and one thread more for silu, fit into
 // a block. Its threads evaluate the bases of some rows at a time, each once; then each sums one basis of one input over
 // these rows, in their order.
 template <typename T, int kMost>
 __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
-    kan_weights_kernel(const __grid_constant__ KanTask<T> task) {
+    kan_weights_kernel(const __grid_constant__ KanParams<T> params) {
   __shared__ HeldBases<kMost> held;
   alignas(16) __shared__ float grads[kHeldRows][kOutputTile];
   __shared__ float shares[kOutputTile][kThreads];
-  const KanLayer<T>& layer = task.layer;
+  const KanLayer<T>& layer = params.layer;
   const int channels = layer.bases + 1, tile = kThreads / channels;
   const int thread = static_cast<int>(threadIdx.x), channel = thread % channels;
   const std::int64_t input_blocks = (layer.inputs + tile - 1) / tile;
@@ -209,8 +277,8 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
 #pragma unroll 1
     for (int pair = thread; pair < rows * inputs; pair += kThreads) {
       const std::int64_t row = start + pair / inputs, column = first_input + pair % inputs;
-      const float x = widen(feature(layer.x, row * layer.inputs + column));
-      const auto local = bases_of<kMost>(layer, x, column);
+      const float x = widen(layer.x[row * layer.inputs + column]);
+      const auto local = bases_at<kMost>(layer, x, column);
       held.first[pair] = local.first;
       held.other[pair] = has_bases(layer, x) ? 0.0f : x - x;
       held.smooth[pair] = x * sigmoid(x);
@@ -222,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
 #pragma unroll 1
     for (int i = thread; i < rows * kOutputTile; i += kThreads) {
       const int row = i / kOutputTile, o = i % kOutputTile;
-      grads[row][o] = o < outputs ? widen(feature(task.grad, (start + row) * layer.outputs + first_output + o)) : 0.0f;
+      grads[row][o] = o < outputs ? widen(params.grad[(start + row) * layer.outputs + first_output + o]) : 0.0f;
     }
     __syncthreads();
     if (works) {
@@ -244,10 +312,10 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
         const std::int64_t weight = (first_output + o) * layer.inputs + input;
         const std::int64_t knot = weight * layer.bases + channel;
         if (smooth) {
-          write<T>(task.gradients.base, weight, sums[o]);
+          write<T>(params.gradients.base, weight, sums[o]);
         } else {
           shares[o][thread] = sums[o] * layer.spline.at(0, knot);
-          write<T>(task.gradients.spline, knot, sums[o] * layer.scaler.at(0, weight));
+          write<T>(params.gradients.spline, knot, sums[o] * layer.scaler.at(0, weight));
         }
       }
     }
@@ -259,39 +327,39 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
     for (int b = 0; b < layer.bases; ++b) {
       sum += shares[o][column * channels + b];
     }
-    write<T>(task.gradients.scaler, (first_output + o) * layer.inputs + first_input + column, sum);
+    write<T>(params.gradients.scaler, (first_output + o) * layer.inputs + first_input + column, sum);
   }
 }
 
-constexpr std::int64_t parts(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
-
 template <auto kKernel, typename T>
-void launch_if_any(const KanTask<T>& task, std::int64_t blocks, const Target& target) {
+void launch_if_any(const KanParams<T>& params, std::int64_t blocks, const Target& target) {
   if (blocks > 0) {
-    launch_blocks<kKernel>(task, blocks, target);
+    launch_blocks<kKernel>(params, blocks, target);
   }
 }
 
 template <typename T, int kMost>
-void launch_backward(const KanTask<T>& task, const Target& target) {
-  const KanLayer<T>& layer = task.layer;
-  launch_if_any<kan_inputs_kernel<T, kMost>>(task, layer.rows * parts(layer.inputs, kInputTile), target);
-  const std::int64_t blocks = parts(layer.inputs, kThreads / (layer.bases + 1)) * parts(layer.outputs, kOutputTile);
-  launch_if_any<kan_weights_kernel<T, kMost>>(task, blocks, target);
+void launch_backward(const KanParams<T>& params, const Target& target) {
+  const KanLayer<T>& layer = params.layer;
+  launch_if_any<kan_inputs_kernel<T, kMost>>(params, layer.rows * divide_up(layer.inputs, kInputTile), target);
+  const std::int64_t blocks =
+      divide_up(layer.inputs, kThreads / (layer.bases + 1)) * divide_up(layer.outputs, kOutputTile);
+  launch_if_any<kan_weights_kernel<T, kMost>>(params, blocks, target);
 }
 
 template <typename T>
-void kan_forward(const KanLayer<T>& layer, T* out, const Target& target) {
-  const KanTask<T> task{layer, nullptr, out, {}};
-  const std::int64_t blocks = parts(layer.rows, kRowTile) * parts(layer.outputs, kWarps);
-  layer.order <= 3 ? launch_if_any<kan_forward_kernel<T, 3>>(task, blocks, target)
-                   : launch_if_any<kan_forward_kernel<T, kMostOrder>>(task, blocks, target);
+void KanKernels<T>::forward(const KanLayer<T>& layer, T* out, const Target& target) {
+  const KanParams<T> params{layer, nullptr, out, {}};
+  const std::int64_t blocks = divide_up(layer.rows, kRowTile) * divide_up(layer.outputs, kWarps);
+  layer.order <= 3 ? launch_if_any<kan_forward_kernel<T, 3>>(params, blocks, target)
+                   : launch_if_any<kan_forward_kernel<T, kMostOrder>>(params, blocks, target);
 }
 
 template <typename T>
-void kan_backward(const KanLayer<T>& layer, const T* grad, const KanGradients& gradients, const Target& target) {
-  const KanTask<T> task{layer, grad, static_cast<T*>(gradients.x), gradients};
-  layer.order <= 3 ? launch_backward<T, 3>(task, target) : launch_backward<T, kMostOrder>(task, target);
+void KanKernels<T>::backward(const KanLayer<T>& layer, const T* grad, const KanGradients& gradients,
+                             const Target& target) {
+  const KanParams<T> params{layer, grad, static_cast<T*>(gradients.x), gradients};
+  layer.order <= 3 ? launch_backward<T, 3>(params, target) : launch_backward<T, kMostOrder>(params, target);
 }
 
 }  // namespace lesa::cuda

@@ -1,14 +1,14 @@
-// What the ops ask of the kernels. No torch; pointers are never dereferenced on the host.
+// The kernels that the ops on CUDA launch, one class for each family of ops; T is the features' type. No torch;
+// pointers are never dereferenced on the host.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "arithmetic.h"
-#include "geometry.h"
+#include "strides.h"
 
 namespace lesa::cuda {
 
@@ -19,39 +19,39 @@ struct Target {
   cudaStream_t stream;
 };
 
-// M outputs of K inputs. Without a gain, out[m] = sum_k coefficients[m, k] * in[k] + offsets[m]; with one, the formula
-// of predict. An output may be an input: each element is read from all inputs before it is written to any output.
-template <typename T>
-struct Combination {
-  Geometry geometry;
-  std::vector<Operand> operands;  // K inputs, newest last, then M outputs, which share their strides
+// Strided tensors of one shape: K inputs, newest last, then what else a kernel reads or writes.
+struct Tensors {
+  MergedShape merged;
+  std::vector<Operand> operands;
   int num_inputs;
+};
+
+// Coefficients [M, K] and offsets [M]: output m is sum_k coefficients[m, k] * in[k] + offsets[m]. With a gain (its data
+// is not null) M is 1 and the output is that of predict: in[K - 1] + gain * this sum.
+template <typename T>
+struct LinearMap {
   Parameter<T> coefficients;
   Parameter<T> offsets;
-  Parameter<T> gain;  // data is null for a forecast
-
-  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
-};
-
-template <typename T>
-void combine(const Combination<T>& combination, const Target& target);
-
-// The sums from which all gradients of the parameters follow, S_k = sum g * in[k] and S_b = sum g, with the gradient g
-// of the forecast given; or, for an L1 loss, g = sign(forecast - target) / N, and the loss itself.
-template <typename T>
-struct Reduction {
-  Geometry geometry;
-  std::vector<Operand> operands;  // K inputs, newest last, then the gradient or the target, then the output if any
-  int num_inputs;
-  Parameter<T> weight;
-  Parameter<T> bias;
   Parameter<T> gain;
-  bool is_loss;  // the operand after the inputs is the target of an L1 loss; the output receives the forecast
-
-  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
 };
 
-// Where a sum goes: fresh, contiguous memory of float32 or the features' type; null where nobody wants it.
+template <typename T>
+struct ForecastKernels {
+  // The M outputs are the tensors after the inputs and share their strides. An output may be an input: each element is
+  // read from all inputs before it is written to any output.
+  static void combine(const Tensors& tensors, const LinearMap<T>& map, const Target& target);
+};
+
+template <typename To>
+struct IdentityKernels {
+  // Copies one input into one output, rounded to nearest where the types differ; bits are kept where they do not. The
+  // value of the input's type only selects the overload.
+  static void copy(float, const Tensors& tensors, const Target& target);
+  static void copy(float16, const Tensors& tensors, const Target& target);
+  static void copy(bfloat16, const Tensors& tensors, const Target& target);
+};
+
+// Where a sum goes: fresh, contiguous memory of float32 or the features' type.
 struct Result {
   void* data;
   bool is_float;
@@ -61,36 +61,65 @@ struct Gradients {
   Result weight;
   Result bias;
   Result gain;
-  float* loss;     // null unless the reduction is a loss
+  float* loss;     // null for predict_backward
   float* factors;  // K + 1 floats or null: d forecast / d in[k], then a zero
 };
 
-// How many doubles `reduce` needs to work in.
-std::int64_t reduction_workspace(int num_inputs, const Target& target);
-
-// Runs the reduction and writes the gradients. Every sum has a fixed order: the same input gives the same bits.
 template <typename T>
-void reduce(const Reduction<T>& reduction, double* workspace, const Gradients& gradients, const Target& target);
+struct PredictKernels {
+  // How many doubles `reduce` needs to work in.
+  static std::int64_t workspace(int num_inputs, const Target& target);
 
-// Sums over all elements of the products of K inputs with each other and with the constant 1.
-template <typename T>
-struct Products {
-  Geometry geometry;
-  std::vector<Operand> operands;
-  int num_inputs;
-
-  static constexpr std::int64_t element_size(std::size_t) { return sizeof(T); }  // of an operand
+  // Writes the gradients of predict's parameters from the sums S_k = sum g * in[k] and S_K = sum g. The tensor after
+  // the inputs is the gradient g of the forecast; where a loss is wanted it is the target of an L1 loss, so that
+  // g = sign(forecast - target) / N, and a further tensor receives the forecast. Every sum has a fixed order: the same
+  // input gives the same bits.
+  static void reduce(const Tensors& tensors, const LinearMap<T>& map, double* workspace, const Gradients& gradients,
+                     const Target& target);
 };
 
-// How many doubles `sum_products` needs to work in.
-std::int64_t gram_workspace(const Target& target);
-
-// Writes result [K + 1, K + 1] = sum of in[i] * in[j], where in[K] is 1. Every sum has a fixed order, as in `reduce`.
 template <typename T>
-void sum_products(const Products<T>& products, double* workspace, double* result, const Target& target);
+struct GramKernels {
+  // How many doubles `sum_products` needs to work in.
+  static std::int64_t workspace(const Target& target);
 
-// to = from, rounded to nearest where the types differ; bits are kept where they do not.
-template <typename To, typename From>
-void copy(const Geometry& geometry, const Operand& to, const Operand& from, const Target& target);
+  // Writes result [K + 1, K + 1] = sum of in[i] * in[j], where in[K] is 1. Every sum has a fixed order.
+  static void sum_products(const Tensors& tensors, double* workspace, double* result, const Target& target);
+};
+
+// The order of the splines that the kernels of kan evaluate, and the bases that they hold at once, are bounded.
+inline constexpr int kMostOrder = 8;
+inline constexpr int kMostBases = 255;
+
+// N rows, I inputs, O outputs and B bases; all contiguous. Parameters are float or T, each on its own.
+template <typename T>
+struct KanLayer {
+  const T* x;           // [N, I]
+  Parameter<T> grid;    // [I, B + order + 1]
+  Parameter<T> base;    // [O, I]
+  Parameter<T> spline;  // [O, I, B]
+  Parameter<T> scaler;  // [O, I]
+  std::int64_t rows;
+  std::int64_t inputs;
+  std::int64_t outputs;
+  int bases;
+  int order;
+};
+
+struct KanGradients {
+  void* x;      // [N, I], of the features' type
+  Result base;  // as the parameters
+  Result spline;
+  Result scaler;
+};
+
+template <typename T>
+struct KanKernels {
+  // out [N, O].
+  static void forward(const KanLayer<T>& layer, T* out, const Target& target);
+
+  // grad [N, O]. Every sum has a fixed order.
+  static void backward(const KanLayer<T>& layer, const T* grad, const KanGradients& gradients, const Target& target);
+};
 
 }  // namespace lesa::cuda

@@ -90,7 +90,7 @@ def _label(library: Library) -> str:
     """Return the name of a library's kernels, with the instruction set that was chosen on this machine."""
     if library.name == "_cuda":
         return "CUDA C++"
-    chosen = library.facts.get("chosen", "(which one is unknown)")  # csrc/cpu/info.cpp; tests/native relies on it
+    chosen = library.facts.get("chosen", "(which one is unknown)")  # csrc/cpu/isa.cpp
     return f"C++ {_INSTRUCTION_SETS.get(chosen, chosen)}"
 
 

@@ -77,13 +77,12 @@ def test_inspection_module_agrees_with_status(inspection: ModuleType) -> None:
         inspection.facts("nowhere.so", "lesa_cpu_info")
 
 
-def test_walk_merges_what_lies_together(inspection: ModuleType) -> None:
-    dense = inspection.walk([2, 3, 4], [[12, 4, 1], [12, 4, 1]])
-    assert (dense.sizes, dense.strides, dense.contiguous) == ([24], [[1], [1]], True)
-    padded = inspection.walk([2, 3, 4], [[15, 5, 1], [12, 4, 1]])
-    assert (padded.sizes, padded.strides, padded.contiguous) == ([6, 4], [[5, 1], [4, 1]], False)
+def test_dimensions_that_lie_together_are_merged(inspection: ModuleType) -> None:
+    assert inspection.merge_dimensions([2, 3, 4], [[12, 4, 1], [12, 4, 1]]) == ([24], [[1], [1]], True)
+    padded = inspection.merge_dimensions([2, 3, 4], [[15, 5, 1], [12, 4, 1]])
+    assert padded == ([6, 4], [[5, 1], [4, 1]], False)
     with pytest.raises(ValueError, match="each of strides must have 2 entries like sizes, got 1"):
-        inspection.walk([2, 3], [[1]])
+        inspection.merge_dimensions([2, 3], [[1]])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])

@@ -57,8 +57,7 @@ SANITIZERS = {
         },
         threads={"OMP_NUM_THREADS": "2"},
         faults=("past_the_end", "overflow"),
-        tests=("tests/ops", "tests/native/test_cpu_kernels.py", "tests/native/test_cpu_token_kernels.py",
-               "tests/native/test_cpu_concurrency.py"),
+        tests=("tests/ops", "tests/cpu"),
     ),
     "thread": Sanitizer(
         flags=("-fsanitize=thread",),
@@ -66,8 +65,7 @@ SANITIZERS = {
         options={"TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0"},
         threads={"MKL_NUM_THREADS": "1"},
         faults=("race",),
-        tests=("tests/native/test_cpu_concurrency.py", "tests/native/test_cpu_kernels.py",
-               "tests/native/test_cpu_token_kernels.py"),
+        tests=("tests/cpu",),
         openmp=True,
     ),
 }  # fmt: skip
