@@ -30,23 +30,19 @@ def name_of(dtype: torch.dtype) -> str:
 
 def check_dense(op: str, name: str, tensors: Tensor | Sequence[Tensor] | None) -> None:
     """Check that an argument holds tensors that are there, strided and not quantized."""
-    listed = isinstance(tensors, list | tuple)
-    for k, tensor in enumerate(tensors if listed else [tensors]):  # type: ignore[arg-type]
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-            if not tensor.is_quantized and not tensor.is_nested:
-                continue
-            kind = "quantized" if tensor.is_quantized else "nested"
-        elif tensor is not None:
-            kind = str(tensor.layout)
-        place = f"{name}[{k}]" if listed else name
-        if tensor is None:
-            raise TypeError(f"lesa::{op}: {place} must be a tensor, got None")
-        raise TypeError(f"lesa::{op}: {place} must be a dense (strided) tensor, got a {kind} one")
+    listed = isinstance(tensors, (list, tuple))
+    for k, tensor in enumerate(tensors if listed else (tensors,)):  # type: ignore[arg-type]
+        if tensor is None or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            place = f"{name}[{k}]" if listed else name
+            if tensor is None:
+                raise TypeError(f"lesa::{op}: {place} must be a tensor, got None")
+            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+            raise TypeError(f"lesa::{op}: {place} must be a dense (strided) tensor, got a {kind} one")
 
 
 def check_feature(op: str, name: str, tensor: Tensor) -> None:
     """Check that a tensor is of a feature dtype."""
-    dtypes = FEATURE_DTYPES if tensor.device.type == "cpu" else FEATURE_DTYPES[:-1]
+    dtypes = FEATURE_DTYPES if tensor.is_cpu else FEATURE_DTYPES[:-1]
     if tensor.dtype not in dtypes:
         allowed = ", ".join(map(name_of, dtypes))
         raise TypeError(f"lesa::{op}: {name} must have a dtype of {allowed}, got {name_of(tensor.dtype)}")
@@ -75,9 +71,12 @@ def check_features(op: str, name: str, features: Sequence[Tensor]) -> None:
     """Check that an argument holds 1 to 64 features of one shape, dtype and device."""
     if not 1 <= len(features) <= MAX_HISTORY:
         raise ValueError(f"lesa::{op}: {name} must hold 1 to {MAX_HISTORY} tensors, got {len(features)}")
-    check_feature(op, f"{name}[0]", features[0])
-    for k in range(1, len(features)):
-        check_like(op, f"{name}[{k}]", features[k], f"{name}[0]", features[0])
+    first = features[0]
+    check_feature(op, f"{name}[0]", first)
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for k, feature in enumerate(features):
+        if feature.shape != shape or feature.dtype != dtype or feature.device != device:
+            check_like(op, f"{name}[{k}]", feature, f"{name}[0]", first)
 
 
 def check_parameter(
@@ -87,7 +86,7 @@ def check_parameter(
     if shape is None:
         if tensor.numel() != 1:
             raise ValueError(f"lesa::{op}: {name} must hold one element, got shape {shape_of(tensor)}")
-    elif tuple(tensor.shape) != shape:
+    elif tensor.shape != shape:
         raise ValueError(f"lesa::{op}: {name} must have shape {shape}, got {shape_of(tensor)}")
     if tensor.dtype not in (torch.float32, like.dtype):
         allowed = "float32" if like.dtype == torch.float32 else f"float32 or {name_of(like.dtype)}"

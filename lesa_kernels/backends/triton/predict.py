@@ -1,45 +1,40 @@
-"""Kernels of `predict_backward` and `predict_l1`: all sums in one pass over the features, then an ordered finish.
+"""`predict`, `predict_backward` and `predict_l1`: the forecast, its gradients, and its loss with gradients in one pass.
 
 S_k = sum g h_k, S_b = sum g, for a loss also sum |error|; g is the gradient of the forecast. Sums are float32: over a
-thread's vector, over its tiles (few, see the launchers), over the program's threads, and over programs in `finish`,
-always in the same order and without atomics.
+thread's vector, over its tiles, over the program's threads, and over programs in `finish`, always in the same order and
+without atomics. Tensors that share one dense layout are walked as they lie in memory; others are first made contiguous,
+and `out` is then written through a temporary.
 """
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
 # ruff: noqa: RUF005
-# Triton's language is not Python's: mypy does not know its types, and it has no starred tuples.
+# mypy does not know the types of Triton's language, which has no starred tuples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lesa_kernels.backends.triton.forecast import launch_combine
+from lesa_kernels.backends.triton.launch import (
+    OPTIONS,
+    contiguous,
+    launch,
+    on_device_of,
+    power_of_2,
+    share_dense_layout,
+    skew_of,
+    walkable,
+)
+from lesa_kernels.backends.triton.tiles import Pass, add, tile_of, write_partials, zeros
+from lesa_kernels.ops.register import fresh_like
 
-@triton.jit
-def add(a, b):
-    """Return a + b: what reductions combine with."""
-    return a + b
-
-
-@triton.jit
-def tile_of(tile, skew, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the positions of a tile's elements [ROWS, WIDTH]: a thread takes a row, so that it adds up alone.
-
-    `skew` is 0 or None, see `skew_of`.
-    """
-    rows = tl.arange(0, ROWS).to(tl.int64)[:, None] * WIDTH
-    position = tile * (ROWS * WIDTH) + rows + tl.arange(0, WIDTH)[None, :]
-    if skew is not None:
-        position += skew
-    return position
-
-
-@triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """Return COUNT sums for each of ROWS threads."""
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        sums = sums + (tl.full((ROWS,), 0.0, tl.float32),)
-    return sums
+# Some 20 run at a time: several times as many leave no long tail, and `finish` reads little.
+WARPS_PER_PROCESSOR = 64
+FINISH_TILE = 4096
 
 
 @triton.jit
@@ -49,14 +44,6 @@ def added(sums, slopes, held, K: tl.constexpr):
     for k in tl.static_range(K):
         total = total + (sums[k] + tl.reduce(slopes * held[k], 1, add),)
     return total + (sums[K] + tl.reduce(slopes, 1, add),)
-
-
-@triton.jit
-def write_partials(partials, sums, COUNT: tl.constexpr):
-    """Write a program's sums into its column of `partials` [COUNT, programs]."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    for i in tl.static_range(COUNT):
-        tl.store(partials + i * programs + program, tl.reduce(sums[i], 0, add))
 
 
 @triton.jit(do_not_specialize=["skew"])
@@ -180,3 +167,83 @@ def finish(
     tl.store(grad_gain, slope.to(grad_gain.dtype.element_ty))
     if loss is not None:
         tl.store(loss, tl.reduce(tl.where(row == inputs + 1, totals, 0.0), 0, add))
+
+
+def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
+    """`reference.predict`; a history that is not contiguous is copied."""
+    out = fresh_like(history[0])
+    launch_combine("predict", contiguous(history), [out], weight, bias, gain)
+    return out
+
+
+def _finish(
+    op: str, run: Pass, weight: Tensor, bias: Tensor, gain: Tensor, loss: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of weight, bias and gain, divided by a count; fills in the loss."""
+    gradients = fresh_like(weight), fresh_like(bias), fresh_like(gain)
+    sums = power_of_2(run.partials.shape[0])
+    parameters = (weight, weight.stride(0), bias, gain, loss)
+    sizes = (count, weight.numel(), sums, FINISH_TILE // sums)
+    launch(op, finish, 1, (run.partials, run.programs, *parameters, *gradients, *sizes), OPTIONS)
+    return gradients
+
+
+def predict_backward(
+    grad: Tensor, history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor, history_needs_grad: bool
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """`reference.predict_backward`; tensors that do not share a dense layout are copied."""
+    op = "predict_backward"
+    inputs = len(history)
+    grad_history = [fresh_like(feature) for feature in history] if history_needs_grad else []
+    # Gradients of the history are contiguous, whatever the history is.
+    grad, *history = contiguous([grad, *history]) if history_needs_grad else walkable([grad, *history])
+    with on_device_of(grad):
+        run = Pass(grad, inputs, inputs + 1, WARPS_PER_PROCESSOR)
+        run.launch(
+            op,
+            backward,
+            grad,
+            tuple(history),
+            tuple(grad_history) or None,
+            run.partials,
+            weight,
+            weight.stride(0),
+            gain,
+            grad.numel(),
+            skew_of(grad.numel(), (grad, *history, *grad_history)),
+        )
+        return (grad_history, *_finish(op, run, weight, bias, gain, None, 1))
+
+
+def predict_l1(
+    history: Sequence[Tensor], target: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.predict_l1`; tensors that do not share a dense layout are copied."""
+    op = "predict_l1"
+    inputs = len(history)
+    features: Sequence[Tensor] = [*history, target]
+    direct = out is None or share_dense_layout([*features, out])
+    features = walkable(features) if direct else contiguous(features)
+    *history, target = features
+    written = out if direct or out is None else fresh_like(out)
+    loss = target.new_empty((), dtype=torch.float32)
+    with on_device_of(target):
+        run = Pass(target, inputs, inputs + 2, WARPS_PER_PROCESSOR)
+        run.launch(
+            op,
+            l1,
+            tuple(history),
+            target,
+            written,
+            run.partials,
+            weight,
+            weight.stride(0),
+            bias,
+            gain,
+            target.numel(),
+            skew_of(target.numel(), features if written is None else (*features, written)),
+        )
+        gradients = _finish(op, run, weight, bias, gain, loss, max(target.numel(), 1))
+    if out is not None and written is not None and written is not out:
+        out.copy_(written)
+    return (loss, *gradients)
