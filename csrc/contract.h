@@ -392,7 +392,7 @@ inline Geometry lay_out(const char* op, Shape shape, std::span<const Source> sou
   return geometry;
 }
 
-// A copy may go onto itself but not onto a part of itself. Where strides interleave, the caller answers for it.
+// A copy may go onto itself but not onto a part of itself. Where strides interleave, nothing is checked.
 inline void check_overlap(const char* op, Name name, const Geometry& geometry, const Operand& written,
                           std::size_t written_bytes, const Operand& read, std::size_t read_bytes) {
   const auto* to = static_cast<const char*>(written.data);

@@ -83,7 +83,7 @@ def register(device: str) -> None:
 
 
 def _has_triton() -> bool:
-    """Return whether there is a package of that name; only a call of its kernels tells whether it works."""
+    """Return whether there is a package of that name; only a call of its kernels shows whether it works."""
     try:
         spec = importlib.util.find_spec("triton")
         return spec is not None and spec.origin is not None  # a mere folder of that name has none

@@ -30,14 +30,21 @@ def name_of(dtype: torch.dtype) -> str:
 
 def check_dense(op: str, name: str, tensors: Tensor | Sequence[Tensor] | None) -> None:
     """Check that an argument holds tensors that are there, strided and not quantized."""
-    listed = isinstance(tensors, (list, tuple))
-    for k, tensor in enumerate(tensors if listed else (tensors,)):  # type: ignore[arg-type]
-        if tensor is None or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            place = f"{name}[{k}]" if listed else name
-            if tensor is None:
-                raise TypeError(f"lesa::{op}: {place} must be a tensor, got None")
-            kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
-            raise TypeError(f"lesa::{op}: {place} must be a dense (strided) tensor, got a {kind} one")
+    if not isinstance(tensors, (list, tuple)):
+        if tensors is None or tensors.layout is not torch.strided or tensors.is_quantized:  # type: ignore[union-attr]
+            _refuse_layout(op, name, tensors)  # type: ignore[arg-type]
+        return
+    for k, tensor in enumerate(tensors):
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            _refuse_layout(op, f"{name}[{k}]", tensor)
+
+
+def _refuse_layout(op: str, name: str, tensor: Tensor | None) -> None:
+    """Refuse what `check_dense` found."""
+    if tensor is None:
+        raise TypeError(f"lesa::{op}: {name} must be a tensor, got None")
+    kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+    raise TypeError(f"lesa::{op}: {name} must be a dense (strided) tensor, got a {kind} one")
 
 
 def check_feature(op: str, name: str, tensor: Tensor) -> None:
@@ -115,25 +122,24 @@ def check_apart(op: str, name: str, written: Tensor, others: Mapping[str, Tensor
     """
     if written.numel() == 0:
         return
-    start, end, dense = span(written)
+    start = written.data_ptr()
+    end = start + written.numel() * written.element_size()
     for other_name, other in others.items():
-        if other.numel() == 0:
-            continue
-        at, other_end, other_dense = span(other)
-        if start == at or (start < other_end and at < end and dense and other_dense):
+        at, count = other.data_ptr(), other.numel()
+        meets = count > 0 and start < at + count * other.element_size() and at < end
+        if meets and (start == at or (is_dense(written) and is_dense(other))):
             raise ValueError(
                 f"lesa::{op}: {name} must not share memory with {other_name}, "
                 f"got memory that starts {start - at} bytes after its start"
             )
 
 
-def span(tensor: Tensor) -> tuple[int, int, bool]:
-    """Return where the memory of a tensor starts, where it ends, and whether it has no gaps."""
-    start, count = tensor.data_ptr(), tensor.numel()
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the memory of a tensor has no gaps."""
     if tensor.is_contiguous():
-        return start, start + count * tensor.element_size(), True
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + extent * tensor.element_size(), extent == count
+        return True
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach == tensor.numel()
 
 
 def numbered(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:

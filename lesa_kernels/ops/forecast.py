@@ -18,8 +18,8 @@ from lesa_kernels.ops.contract import (
     check_feature,
     check_features,
     check_parameter,
+    is_dense,
     shape_of,
-    span,
 )
 from lesa_kernels.ops.register import Op, declare, fresh_like
 
@@ -137,16 +137,22 @@ def _check_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
 
 
 def _check_memory_of_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
-    """Check that the feature is the slot or lies elsewhere; where strides interleave, the caller answers for it."""
+    """Check that the feature is the slot or lies elsewhere; where strides interleave, nothing is checked."""
     check_distinct_elements(op, "ring", ring)
-    written = ring[slot]
-    (start, end, dense), (at, other_end, other_dense) = span(written), span(feature)
-    alike = (written.is_contiguous() and feature.is_contiguous()) or written.stride() == feature.stride()
-    if (dense and other_dense and alike) and (start < other_end and at < end) and (start, end) != (at, other_end):
+    written, count = ring[slot], feature.numel()
+    start, at = written.data_ptr(), feature.data_ptr()
+    end, other_end = start + count * written.element_size(), at + count * feature.element_size()
+    if start < other_end and at < end and (start, end) != (at, other_end) and _is_walked_alike(written, feature):
         raise ValueError(
             f"lesa::{op}: feature must not overlap a part of the slot that it is written to, "
             f"got memory {at - start} bytes after the slot's"
         )
+
+
+def _is_walked_alike(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have no gaps and their elements lie in the same order."""
+    both_contiguous = a.is_contiguous() and b.is_contiguous()
+    return both_contiguous or (a.stride() == b.stride() and is_dense(a))
 
 
 def _fake_forecast(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:

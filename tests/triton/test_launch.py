@@ -16,7 +16,7 @@ from triton_engines import driver, kernels, simulator
 from lesa_kernels.ops import OPS
 
 N = 64
-# A kernel that is deleted asks for the driver, which is gone after a test.
+# Kept, because the deletion of a kernel needs the driver, which is gone after a test.
 _packages: list[ModuleType] = []
 
 

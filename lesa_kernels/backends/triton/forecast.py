@@ -132,7 +132,7 @@ def launch_combine(
     """Launch out[m] = sum_k coefficients[m, k] * in[k] + offsets[m]; with a gain, `predict`.
 
     Args:
-        op: the op that asks for it.
+        op: whose launch it is, for error messages.
         inputs: K tensors that are walked flat, or the ring alone.
         outputs: M tensors, likewise.
         coefficients: [M, K] or [K].

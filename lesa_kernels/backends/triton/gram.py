@@ -77,7 +77,7 @@ def total_of(partials, programs, row, column, CHUNK: tl.constexpr):
 
 @triton.jit
 def fits_float(squares):
-    """Return whether float32 kept the products with a feature, told by the sum of its squares (csrc/arithmetic.h)."""
+    """Return whether float32 kept the products with a feature, judged by the sum of its squares (csrc/arithmetic.h)."""
     return (squares >= 2.0**-96) & (squares <= 2.0**127)
 
 

@@ -40,7 +40,7 @@ def launch(
     """Launch a kernel on the current device.
 
     Args:
-        op: the op that asks for it, for the error message.
+        op: whose launch it is, for the error message.
         kernel: what `triton.jit` made.
         programs: how many run.
         arguments: all that the kernel takes, in order.
@@ -112,7 +112,7 @@ def is_wide(number: int) -> bool:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which Triton launches on a tensor's device; it asks torch for the current one."""
+    """Return a context in which a tensor's device is torch's current one, on which Triton launches."""
     return torch.accelerator.device_index(tensor.device.index)
 
 

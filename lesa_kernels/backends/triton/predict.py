@@ -145,7 +145,7 @@ def finish(
     SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Add up `partials` in order and write the gradients, divided by `count`; the loss too where it is asked for.
+    """Add up `partials` in order and write the gradients, divided by `count`; the loss too where one is given.
 
     SUMS, a power of two, is no less than the rows of `partials`: one for each input, S_b, and the loss where there is.
     """
