@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 MAX_HISTORY = 64
 MAX_FORECASTS = 64
@@ -101,9 +102,14 @@ def check_parameter(
     check_device(op, name, tensor, like_name, like)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is real, so that its memory can be compared with another's."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
     """Check that no two elements of a tensor that is written share memory, as those of `expand` and `unfold` do."""
-    if tensor.is_contiguous() or tensor.numel() == 0:
+    if not has_memory(tensor) or tensor.is_contiguous() or tensor.numel() == 0:
         return
     dims = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     for a, (_, stride_a) in enumerate(dims):
@@ -120,7 +126,7 @@ def check_apart(op: str, name: str, written: Tensor, others: Mapping[str, Tensor
 
     Where both have gaps, only a common first element is found: they may interleave.
     """
-    if written.numel() == 0:
+    if not has_memory(written) or written.numel() == 0:
         return
     start = written.data_ptr()
     end = start + written.numel() * written.element_size()

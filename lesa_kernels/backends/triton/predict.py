@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lesa_kernels.backends.triton.forecast import launch_combine
+from lesa_kernels.backends.triton.forecast import launch_combine, mixed
 from lesa_kernels.backends.triton.launch import (
     OPTIONS,
     contiguous,
@@ -103,7 +103,6 @@ def l1(
 ):
     """Partial sums of `predict_l1` over `tiles` tiles a program; writes the rounded forecast where `out` is given."""
     scale = tl.load(gain).to(tl.float32)
-    shift = tl.load(bias).to(tl.float32)
     sums = zeros(K + 1, ROWS)
     loss = tl.full((ROWS,), 0.0, tl.float32)
     first = tl.program_id(0).to(tl.int64) * tiles
@@ -114,10 +113,7 @@ def l1(
         for k in tl.static_range(K):
             held = held + (tl.load(history[k] + position, mask=inside, other=0.0).to(tl.float32),)
         wanted = tl.load(target + position, mask=inside, other=0.0).to(tl.float32)
-        mix = held[0] * tl.load(weight).to(tl.float32)
-        for k in tl.static_range(1, K):
-            mix += held[k] * tl.load(weight + k * weight_stride).to(tl.float32)
-        forecast = held[K - 1] + scale * (mix + shift)
+        forecast = held[K - 1] + scale * mixed(held, weight, weight_stride, bias, K)
         if out is not None:
             tl.store(out + position, forecast.to(out.dtype.element_ty), mask=inside)
         error = tl.where(inside, forecast - wanted, 0.0)
