@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from cases import (
-    kan_layer,
-    make_parameters,
-    random,
-    valid_arguments,
-)
+from cases import kan_layer, make_parameters, random, valid_arguments
 from torch import Tensor
 
 from lesa_kernels.ops import OPS, predict_l1_loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ops = torch.ops.lesa
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = (
+    "lesa_kernels/ops/{}.py",
+    "lesa_kernels/backends/triton/{}.py",
+    "tests/ops/test_{}.py",
+    "tests/triton/test_{}.py",
+)
+
+
+@pytest.mark.parametrize("family", sorted({Path(op.reference.__code__.co_filename).stem for op in OPS.values()}))
+def test_a_family_of_ops_has_one_name_on_every_floor(family: str) -> None:
+    assert [floor for floor in FLOORS if not (ROOT / floor.format(family)).exists()] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -26,7 +34,7 @@ def test_opcheck(op: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(getattr(ops, op), valid_arguments(dtype, grad=True)[op])
 
 
-def test_predict_backward_computes_only_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predict_backward_computes_only_the_gradients_that_are_needed() -> None:
     history = [random(3, 4, grad=False) for _ in range(3)]
     weight, bias, gain = random(3), random(1), random(1)
     ops.predict(history, weight, bias, gain).sum().backward()

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
-    assert_close,
-    kan_layer,
-    wide,
-)
+from cases import assert_close, kan_layer, wide
 from torch import Tensor
 
 from lesa_kernels.ops import reference
@@ -94,21 +90,21 @@ def test_orders_and_grids(order: int, uniform: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "bases"),
+    ("leading", "inputs", "outputs", "bases"),
     [((), 1, 1, 8), ((1,), 51, 3, 8), ((2, 3), 2, 5, 1), ((4,), 33, 1, 3), ((2,), 3, 130, 9), ((2,), 130, 2, 33)],
 )
-def test_sizes(rows: tuple[int, ...], inputs: int, outputs: int, bases: int) -> None:
-    _check(_layer(rows, inputs, outputs, 3, bases))
+def test_sizes(leading: tuple[int, ...], inputs: int, outputs: int, bases: int) -> None:
+    _check(_layer(leading, inputs, outputs, 3, bases))
 
 
-@pytest.mark.parametrize("rows", [(0,), (2,)])
+@pytest.mark.parametrize("leading", [(0,), (2,)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0), (3, 2)])
-def test_empty_sizes(rows: tuple[int, ...], inputs: int, outputs: int) -> None:
-    layer = _layer(rows, inputs, outputs, 3)
+def test_empty_sizes(leading: tuple[int, ...], inputs: int, outputs: int) -> None:
+    layer = _layer(leading, inputs, outputs, 3)
     _assert_like_largest(ops.kan_linear(*layer), reference.kan_linear(*wide(layer)))
-    gradients = ops.kan_linear_backward(torch.randn(*rows, outputs), *layer)
+    gradients = ops.kan_linear_backward(torch.randn(*leading, outputs), *layer)
     assert [gradient.shape for gradient in gradients] == [layer[at].shape for at in (0, 2, 3, 4)]
-    if 0 in (*rows, inputs, outputs):
+    if 0 in (*leading, inputs, outputs):
         assert not any(gradient.any() for gradient in gradients)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from triton_engines import shared_tests
 
@@ -11,8 +9,3 @@ from tests.ops import test_forecast as of_ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 globals().update(shared_tests(of_ops))
-
-
-@pytest.fixture(autouse=True)
-def _triton_serves(lesa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_ops, "ops", lesa)

@@ -17,11 +17,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 globals().update(shared_tests(of_ops))
 
 
-@pytest.fixture(autouse=True)
-def _triton_serves(lesa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(of_ops, "ops", lesa)
-
-
 def test_gram_of_features_permuted_alike_copies_nothing(lesa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     features = [transposed((9, 14), torch.bfloat16) for _ in range(3)]
     want = reference.gram(wide(features))

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import ptxsim
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -63,8 +64,14 @@ def mend_interpreter() -> None:
 
 
 def shared_tests(of_ops: ModuleType) -> dict[str, Any]:
-    """Return the tests of a file of tests/ops; its `ops` are to be replaced while they run."""
-    return {name: each for name, each in vars(of_ops).items() if name.startswith("test_")}
+    """Return the tests of a file of tests/ops, and a fixture that puts Triton's launchers in the place of its `ops`."""
+
+    @pytest.fixture(autouse=True)
+    def _triton_serves(lesa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(of_ops, "ops", lesa)
+
+    tests = {name: each for name, each in vars(of_ops).items() if name.startswith("test_")}
+    return {**tests, "_triton_serves": _triton_serves}
 
 
 @contextmanager
