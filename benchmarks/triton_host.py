@@ -1,4 +1,4 @@
-"""`python -m benchmarks.triton_host`: what Triton's kernels cost the host, launches left out; needs no GPU.
+"""`python -m benchmarks.triton_host`: what checks and launchers of Triton's kernels cost the host; needs no GPU.
 
 Kernels are compiled for sm_90 in an empty cache. Times are of the process and its children, not of the clock: other
 programs on the machine do not count.
@@ -13,15 +13,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
-import triton  # type: ignore[import-untyped]
+import triton
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+from triton.backends.compiler import GPUTarget
+
+from lesa_kernels.ops import OPS
 
 COUNTS = (4, 8, 16, 32, 64)
 CALLS = 15  # timed together: the clock of a process ticks in microseconds
@@ -79,6 +82,7 @@ def calls(ops: Any, count: int) -> dict[str, Callable[[], Any]]:
         "predict_l1": lambda: ops.predict_l1(history, target, weight, bias, gain, None),
         "predict_backward": lambda: ops.predict_backward(target, history, weight, bias, gain, False),
         "gram": lambda: ops.gram(history),
+        "identity": lambda: ops.identity(target),
     }
 
 
@@ -106,7 +110,8 @@ def main(
 ) -> None:
     """Print the seconds to compile the kernels of K features, and the microseconds of a call of K = 8."""
     torch.set_num_threads(1)
-    ops = importlib.import_module("lesa_kernels.backends.triton")
+    launchers = importlib.import_module("lesa_kernels.backends.triton")
+    ops = SimpleNamespace(**{name: op.checked(getattr(launchers, name)) for name, op in OPS.items()})
     before, triton.runtime.driver._active = triton.runtime.driver._active, NoGpu()
     compiling = Table("op", *[f"K = {each}, s" for each in count])
     calling = Table("op, K = 8", "least, us", "median, us")

@@ -1,6 +1,6 @@
-// What every kernel requires of its arguments, checked once, at the op's boundary (lesa_kernels/contract.py is the
-// Python twin). A refusal says the op, the argument, what is required and what came. Letters: K history length, M
-// forecasts.
+// Checks of the ops' arguments, once, at the op's boundary: the same contract in the same words as in lesa_kernels/ops,
+// which tests/ops/test_refusals.py compares. A refusal says the op, the argument, what is required and what came.
+// Letters: K history length, M forecasts.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -64,28 +65,30 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+// A dtype as Python names it.
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return "float32";
     case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Double: return "float64";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Char: return "int8";
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::ComplexHalf: return "complex32";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
-    default: return torch::headeronly::toString(dtype);
+    default: break;  // Python's name is torch's own in small letters, as in float8_e4m3fn
   }
+  std::string name = torch::headeronly::toString(dtype);
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+  return name;
 }
 
 inline std::string device_name(const Tensor& tensor) {
-  if (tensor.is_cpu()) {
-    return "cpu";
+  if (tensor.is_cpu() || tensor.device().type() == torch::headeronly::DeviceType::Meta) {
+    return tensor.is_cpu() ? "cpu" : "meta";
   }
   const auto index = std::to_string(tensor.get_device_index());
   return tensor.is_cuda() ? "cuda:" + index
@@ -390,7 +393,7 @@ inline MergedShape lay_out(const char* op, Shape shape, std::span<const TensorVi
   return merged;
 }
 
-// A copy may go onto itself but not onto a part of itself. Where strides interleave, the caller answers for it.
+// A copy may go onto itself but not onto a part of itself. Where strides interleave, nothing is checked.
 inline void check_overlap(const char* op, Name name, const MergedShape& merged, const Operand& written,
                           const Operand& read) {
   const auto* to = static_cast<const char*>(written.data);

@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 NEEDED = {
     "integrations": "diffusers",
     "demo": "diffusers",
-    "triton_kernels": "triton",
+    "triton": "triton",
     "benchmarks/test_history.py": "diffusers",
     "benchmarks/test_hooks.py": "diffusers",
     "benchmarks/test_quality.py": "diffusers",
@@ -58,7 +58,8 @@ class _Unimportable(pytest.Module):
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Skip what needs a package that is not there, with the reason."""
     package = _needed(module_path)
-    if package is None or importlib.util.find_spec(package) is not None:
+    spec = None if package is None else importlib.util.find_spec(package)
+    if package is None or (spec is not None and spec.origin is not None):  # a folder of that name, as here, has none
         return None
     return _Unimportable.from_parent(parent, path=module_path)
 

@@ -1,4 +1,4 @@
-// gram on the CPU: check, allocate, iterate. What the op means stands in lesa_kernels/reference.py.
+// gram on the CPU: check, allocate, iterate. What the op means stands in lesa_kernels/ops/gram.py.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>

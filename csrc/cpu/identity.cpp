@@ -1,5 +1,5 @@
 // identity on the CPU, the smallest op: check, allocate, iterate, register. What it means stands in
-// lesa_kernels/reference.py.
+// lesa_kernels/ops/identity.py.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/cpu_common.h"

@@ -1,5 +1,5 @@
 // predict, predict_backward and predict_l1 on the CPU: check, allocate, iterate. What each op means stands in
-// lesa_kernels/reference.py.
+// lesa_kernels/ops/predict.py.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -1,5 +1,5 @@
 // forecast, forecast_into and push on CUDA: check, allocate, launch. What each op means stands in
-// lesa_kernels/reference.py.
+// lesa_kernels/ops/forecast.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>

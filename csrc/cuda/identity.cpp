@@ -1,5 +1,5 @@
 // identity on CUDA, the smallest op: check, allocate, launch, register. What it means stands in
-// lesa_kernels/reference.py.
+// lesa_kernels/ops/identity.py.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/cuda_common.h"

@@ -1,4 +1,4 @@
-// kan_linear and its backward on CUDA: check, allocate, launch. What each op means stands in lesa_kernels/reference.py.
+// kan_linear and its backward on CUDA: check, allocate, launch. What each op means stands in lesa_kernels/ops/kan.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>

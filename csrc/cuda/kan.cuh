@@ -13,7 +13,7 @@
 
 namespace lesa::cuda {
 
-// B-spline bases at one point as lesa_kernels/reference.py defines them: Cox-de Boor on half-open intervals, with any
+// B-spline bases at one point as lesa_kernels/ops/kan.py defines them: Cox-de Boor on half-open intervals, with any
 // ascending knots. At a point only order + 1 bases are not zero, and only those are evaluated.
 //
 // kMost + 1 bases in a row, of an order up to kMost: values[r] is basis first + r. Bases that do not exist are zero,

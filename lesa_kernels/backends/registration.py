@@ -67,6 +67,8 @@ def decide(device: str, present: bool, library: Library | None, triton: bool) ->
 
 
 def _kernel(op: str) -> Callable[..., Any]:
+    """Return a function that imports Triton's launcher of an op and calls it."""
+
     def call(*arguments: Any) -> Any:
         # Triton takes a second to import: not before a kernel is needed.
         return getattr(importlib.import_module(TRITON_KERNELS), op)(*arguments)
@@ -76,14 +78,15 @@ def _kernel(op: str) -> Callable[..., Any]:
 
 def register(device: str) -> None:
     """Put Triton's kernels into torch's dispatcher for a kind of device."""
-    for op in ops.OPS:
-        _library.impl(op, ops.OPS[op].checked(_kernel(op)), device)
+    for name, op in ops.OPS.items():
+        _library.impl(name, op.checked(_kernel(name)), device)
 
 
 def _has_triton() -> bool:
     """Return whether there is a package of that name; only a call of its kernels shows whether it works."""
     try:
-        return importlib.util.find_spec("triton") is not None
+        spec = importlib.util.find_spec("triton")
+        return spec is not None and spec.origin is not None  # a mere folder of that name has none
     except ValueError:  # something without a spec was put into sys.modules by hand
         return False
 

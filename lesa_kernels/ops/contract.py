@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 MAX_HISTORY = 64
 MAX_FORECASTS = 64
@@ -30,23 +31,26 @@ def name_of(dtype: torch.dtype) -> str:
 
 def check_dense(op: str, name: str, tensors: Tensor | Sequence[Tensor] | None) -> None:
     """Check that an argument holds tensors that are there, strided and not quantized."""
-    listed = isinstance(tensors, list | tuple)
-    for k, tensor in enumerate(tensors if listed else [tensors]):  # type: ignore[arg-type]
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-            if not tensor.is_quantized and not tensor.is_nested:
-                continue
-            kind = "quantized" if tensor.is_quantized else "nested"
-        elif tensor is not None:
-            kind = str(tensor.layout)
-        place = f"{name}[{k}]" if listed else name
-        if tensor is None:
-            raise TypeError(f"lesa::{op}: {place} must be a tensor, got None")
-        raise TypeError(f"lesa::{op}: {place} must be a dense (strided) tensor, got a {kind} one")
+    if not isinstance(tensors, (list, tuple)):
+        if tensors is None or tensors.layout is not torch.strided or tensors.is_quantized:  # type: ignore[union-attr]
+            _refuse_layout(op, name, tensors)  # type: ignore[arg-type]
+        return
+    for k, tensor in enumerate(tensors):
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            _refuse_layout(op, f"{name}[{k}]", tensor)
+
+
+def _refuse_layout(op: str, name: str, tensor: Tensor | None) -> None:
+    """Refuse what `check_dense` found."""
+    if tensor is None:
+        raise TypeError(f"lesa::{op}: {name} must be a tensor, got None")
+    kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+    raise TypeError(f"lesa::{op}: {name} must be a dense (strided) tensor, got a {kind} one")
 
 
 def check_feature(op: str, name: str, tensor: Tensor) -> None:
     """Check that a tensor is of a feature dtype."""
-    dtypes = FEATURE_DTYPES if tensor.device.type == "cpu" else FEATURE_DTYPES[:-1]
+    dtypes = FEATURE_DTYPES if tensor.is_cpu else FEATURE_DTYPES[:-1]
     if tensor.dtype not in dtypes:
         allowed = ", ".join(map(name_of, dtypes))
         raise TypeError(f"lesa::{op}: {name} must have a dtype of {allowed}, got {name_of(tensor.dtype)}")
@@ -75,9 +79,12 @@ def check_features(op: str, name: str, features: Sequence[Tensor]) -> None:
     """Check that an argument holds 1 to 64 features of one shape, dtype and device."""
     if not 1 <= len(features) <= MAX_HISTORY:
         raise ValueError(f"lesa::{op}: {name} must hold 1 to {MAX_HISTORY} tensors, got {len(features)}")
-    check_feature(op, f"{name}[0]", features[0])
-    for k in range(1, len(features)):
-        check_like(op, f"{name}[{k}]", features[k], f"{name}[0]", features[0])
+    first = features[0]
+    check_feature(op, f"{name}[0]", first)
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for k, feature in enumerate(features):
+        if feature.shape != shape or feature.dtype != dtype or feature.device != device:
+            check_like(op, f"{name}[{k}]", feature, f"{name}[0]", first)
 
 
 def check_parameter(
@@ -87,7 +94,7 @@ def check_parameter(
     if shape is None:
         if tensor.numel() != 1:
             raise ValueError(f"lesa::{op}: {name} must hold one element, got shape {shape_of(tensor)}")
-    elif tuple(tensor.shape) != shape:
+    elif tensor.shape != shape:
         raise ValueError(f"lesa::{op}: {name} must have shape {shape}, got {shape_of(tensor)}")
     if tensor.dtype not in (torch.float32, like.dtype):
         allowed = "float32" if like.dtype == torch.float32 else f"float32 or {name_of(like.dtype)}"
@@ -95,9 +102,14 @@ def check_parameter(
     check_device(op, name, tensor, like_name, like)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is real, so that its memory can be compared with another's."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
     """Check that no two elements of a tensor that is written share memory, as those of `expand` and `unfold` do."""
-    if tensor.is_contiguous() or tensor.numel() == 0:
+    if not has_memory(tensor) or tensor.is_contiguous() or tensor.numel() == 0:
         return
     dims = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     for a, (_, stride_a) in enumerate(dims):
@@ -114,27 +126,26 @@ def check_apart(op: str, name: str, written: Tensor, others: Mapping[str, Tensor
 
     Where both have gaps, only a common first element is found: they may interleave.
     """
-    if written.numel() == 0:
+    if not has_memory(written) or written.numel() == 0:
         return
-    start, end, dense = span(written)
+    start = written.data_ptr()
+    end = start + written.numel() * written.element_size()
     for other_name, other in others.items():
-        if other.numel() == 0:
-            continue
-        at, other_end, other_dense = span(other)
-        if start == at or (start < other_end and at < end and dense and other_dense):
+        at, count = other.data_ptr(), other.numel()
+        meets = count > 0 and start < at + count * other.element_size() and at < end
+        if meets and (start == at or (is_dense(written) and is_dense(other))):
             raise ValueError(
                 f"lesa::{op}: {name} must not share memory with {other_name}, "
                 f"got memory that starts {start - at} bytes after its start"
             )
 
 
-def span(tensor: Tensor) -> tuple[int, int, bool]:
-    """Return where the memory of a tensor starts, where it ends, and whether it has no gaps."""
-    start, count = tensor.data_ptr(), tensor.numel()
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the memory of a tensor has no gaps."""
     if tensor.is_contiguous():
-        return start, start + count * tensor.element_size(), True
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + extent * tensor.element_size(), extent == count
+        return True
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach == tensor.numel()
 
 
 def numbered(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:

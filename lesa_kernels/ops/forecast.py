@@ -18,10 +18,11 @@ from lesa_kernels.ops.contract import (
     check_feature,
     check_features,
     check_parameter,
+    has_memory,
+    is_dense,
     shape_of,
-    span,
 )
-from lesa_kernels.ops.register import Op, declare, fresh_like
+from lesa_kernels.ops.register import Op, declare, fresh_like, save_arguments
 
 
 def forecast(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:
@@ -84,6 +85,7 @@ def _check_ring(op: str, ring: Tensor) -> None:
     if ring.dim() < 1:
         raise ValueError(f"lesa::{op}: ring must have shape (slots, *feature), got {shape_of(ring)}")
     check_feature(op, "ring", ring)
+    check_distinct_elements(op, "ring", ring)
 
 
 def _check_slot(op: str, name: str, slot: int, ring: Tensor) -> None:
@@ -115,18 +117,11 @@ def _check_forecast_into(
         _check_slot(op, f"write[{position}]", slot, ring)
         if slot in write[:position]:
             raise ValueError(f"lesa::{op}: write must name distinct slots, got slot {slot} twice")
-
-
-def _check_memory_of_forecast_into(
-    op: str, ring: Tensor, coefficients: Tensor, offsets: Tensor, read: Sequence[int], write: Sequence[int]
-) -> None:
-    """Check that nothing overlaps the ring."""
-    check_distinct_elements(op, "ring", ring)
     check_apart(op, "ring", ring, {"coefficients": coefficients, "offsets": offsets})
 
 
 def _check_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
-    """Check the arguments of `push`."""
+    """Check the arguments of `push`: the feature is the slot or lies elsewhere, unless their strides interleave."""
     _check_ring(op, ring)
     check_feature(op, "feature", feature)
     if feature.shape != ring.shape[1:]:
@@ -134,33 +129,30 @@ def _check_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
         raise ValueError(f"lesa::{op}: feature must have shape {wanted} like a slot of ring, got {shape_of(feature)}")
     check_device(op, "feature", feature, "ring", ring)
     _check_slot(op, "slot", slot, ring)
-
-
-def _check_memory_of_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
-    """Check that the feature is the slot or lies elsewhere; where strides interleave, the caller answers for it."""
-    check_distinct_elements(op, "ring", ring)
-    written = ring[slot]
-    (start, end, dense), (at, other_end, other_dense) = span(written), span(feature)
-    alike = (written.is_contiguous() and feature.is_contiguous()) or written.stride() == feature.stride()
-    if (dense and other_dense and alike) and (start < other_end and at < end) and (start, end) != (at, other_end):
+    if not has_memory(ring):
+        return
+    written, count = ring[slot], feature.numel()
+    start, at = written.data_ptr(), feature.data_ptr()
+    end, other_end = start + count * written.element_size(), at + count * feature.element_size()
+    if start < other_end and at < end and (start, end) != (at, other_end) and _is_walked_alike(written, feature):
         raise ValueError(
             f"lesa::{op}: feature must not overlap a part of the slot that it is written to, "
             f"got memory {at - start} bytes after the slot's"
         )
 
 
-def _fake_forecast(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:
+def _is_walked_alike(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have no gaps and their elements lie in the same order."""
+    both_contiguous = a.is_contiguous() and b.is_contiguous()
+    return both_contiguous or (a.stride() == b.stride() and is_dense(a))
+
+
+def _fake(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:
     """Return M features."""
     return [fresh_like(history[0]) for _ in range(coefficients.shape[0])]
 
 
-def _save_forecast(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    """Save all arguments for the backward."""
-    history, coefficients, offsets = inputs
-    ctx.save_for_backward(*history, coefficients, offsets)
-
-
-def _forecast_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Return the transpose of a linear map: the history's gradients are a forecast of the outputs' gradients."""
     *history, coefficients, offsets = ctx.saved_tensors
     history_wanted, coefficients_wanted, offsets_wanted = ctx.needs_input_grad
@@ -183,26 +175,18 @@ def _forecast_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
 declare(
     Op(
         "forecast(Tensor[] history, Tensor coefficients, Tensor offsets) -> Tensor[]",
-        _check_forecast,
         forecast,
-        _fake_forecast,
-        backward=_forecast_backward,
-        setup_context=_save_forecast,
+        _check_forecast,
+        _fake,
+        _backward,
+        save_arguments,
     )
 )
 declare(
     Op(
         "forecast_into(Tensor(a!) ring, Tensor coefficients, Tensor offsets, int[] read, int[] write) -> ()",
-        _check_forecast_into,
         forecast_into,
-        check_memory=_check_memory_of_forecast_into,
+        _check_forecast_into,
     )
 )
-declare(
-    Op(
-        "push(Tensor(a!) ring, Tensor feature, int slot) -> ()",
-        _check_push,
-        push,
-        check_memory=_check_memory_of_push,
-    )
-)
+declare(Op("push(Tensor(a!) ring, Tensor feature, int slot) -> ()", push, _check_push))

@@ -40,4 +40,4 @@ def _fake(features: Sequence[Tensor]) -> Tensor:
     return features[0].new_empty((len(features) + 1, len(features) + 1), dtype=torch.float64)
 
 
-declare(Op("gram(Tensor[] features) -> Tensor", _check, gram, _fake))
+declare(Op("gram(Tensor[] features) -> Tensor", gram, _check, _fake))

@@ -33,4 +33,4 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
     return grad
 
 
-declare(Op("identity(Tensor feature) -> Tensor", _check, identity, fresh_like, backward=_backward))
+declare(Op("identity(Tensor feature) -> Tensor", identity, _check, fresh_like, _backward))

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lesa_kernels.ops.arithmetic import arithmetic_dtype
 from lesa_kernels.ops.contract import check_device, check_feature, check_parameter, name_of, shape_of
-from lesa_kernels.ops.register import Op, declare, fresh_like, refuse_second_derivative
+from lesa_kernels.ops.register import Op, declare, fresh_like, refuse_second_derivative, save_arguments
 
 
 def spline_order(grid: Tensor, spline_weight: Tensor) -> int:
@@ -162,11 +162,6 @@ def _fake_backward(grad: Tensor, x: Tensor, grid: Tensor, *weights: Tensor) -> t
     return fresh_like(x), *map(fresh_like, weights)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save all arguments for the backward."""
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients; None for the grid."""
     grad_x, *grad_weights = torch.ops.lesa.kan_linear_backward(grad, *ctx.saved_tensors)
@@ -176,20 +171,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 declare(
     Op(
         "kan_linear(Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight, Tensor spline_scaler) -> Tensor",
-        _check,
         kan_linear,
+        _check,
         _fake,
-        backward=_backward,
-        setup_context=_save,
+        _backward,
+        save_arguments,
     )
 )
 declare(
     Op(
         "kan_linear_backward(Tensor grad, Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight,"
         " Tensor spline_scaler) -> (Tensor, Tensor, Tensor, Tensor)",
-        _check_backward,
         kan_linear_backward,
+        _check_backward,
         _fake_backward,
-        backward=refuse_second_derivative,
+        refuse_second_derivative,
     )
 )

@@ -17,7 +17,7 @@ from lesa_kernels.ops.contract import (
     check_parameter,
     numbered,
 )
-from lesa_kernels.ops.register import Op, declare, fresh_like, refuse_second_derivative
+from lesa_kernels.ops.register import Op, declare, fresh_like, refuse_second_derivative, save_arguments
 
 
 def _parameters(weight: Tensor, bias: Tensor, gain: Tensor, features: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,38 +149,19 @@ def _check_backward(
 
 
 def _check_l1(
-    op: str,
-    history: Sequence[Tensor],
-    target: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    out: Tensor | None,
+    op: str, history: Sequence[Tensor], target: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, out: Tensor | None
 ) -> None:
-    """Check the arguments of `predict_l1`."""
+    """Check the arguments of `predict_l1`: nothing overlaps `out`."""
     check_predict(op, history, weight, bias, gain)
     check_like(op, "target", target, "history[0]", history[0])
     if out is not None:
         check_like(op, "out", out, "history[0]", history[0])
-
-
-def _check_memory_of_l1(
-    op: str,
-    history: Sequence[Tensor],
-    target: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    out: Tensor | None,
-) -> None:
-    """Check that nothing overlaps `out`."""
-    if out is not None:
         check_distinct_elements(op, "out", out)
         read = {"target": target, "weight": weight, "bias": bias, "gain": gain, **numbered("history", history)}
         check_apart(op, "out", out, read)
 
 
-def _fake(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
+def _fake(history: Sequence[Tensor], *parameters: Tensor) -> Tensor:
     """Return a forecast."""
     return fresh_like(history[0])
 
@@ -189,7 +170,7 @@ def _fake_backward(
     grad: Tensor, history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor, history_needs_grad: bool
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Return the gradients."""
-    grad_history = [fresh_like(feature) for feature in history] if history_needs_grad else []
+    grad_history = list(map(fresh_like, history)) if history_needs_grad else []
     return grad_history, fresh_like(weight), fresh_like(bias), fresh_like(gain)
 
 
@@ -199,12 +180,6 @@ def _fake_l1(
     """Return the loss and the gradients."""
     loss = target.new_empty((), dtype=arithmetic_dtype(target.dtype))
     return loss, fresh_like(weight), fresh_like(bias), fresh_like(gain)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save all arguments for the backward."""
-    history, weight, bias, gain = inputs
-    ctx.save_for_backward(*history, weight, bias, gain)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -218,31 +193,30 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 declare(
     Op(
         "predict(Tensor[] history, Tensor weight, Tensor bias, Tensor gain) -> Tensor",
-        check_predict,
         predict,
+        check_predict,
         _fake,
-        backward=_backward,
-        setup_context=_save,
+        _backward,
+        save_arguments,
     )
 )
 declare(
     Op(
         "predict_backward(Tensor grad, Tensor[] history, Tensor weight, Tensor bias, Tensor gain,"
         " bool history_needs_grad) -> (Tensor[], Tensor, Tensor, Tensor)",
-        _check_backward,
         predict_backward,
+        _check_backward,
         _fake_backward,
-        backward=refuse_second_derivative,
+        refuse_second_derivative,
     )
 )
 declare(
     Op(
         "predict_l1(Tensor[] history, Tensor target, Tensor weight, Tensor bias, Tensor gain, Tensor(a!)? out)"
         " -> (Tensor loss, Tensor grad_weight, Tensor grad_bias, Tensor grad_gain)",
-        _check_l1,
         predict_l1,
+        _check_l1,
         _fake_l1,
-        check_memory=_check_memory_of_l1,
     )
 )
 

@@ -21,23 +21,21 @@ _library = torch.library.Library("lesa", "DEF")
 
 @dataclass(frozen=True)
 class Op:
-    """What one op is. All functions but `backward` and `setup_context` take the op's arguments, in order.
+    """What one op is. All functions but the last two take the op's arguments, in order.
 
     Args:
         schema: str, its name, arguments and results in torch's notation.
+        reference: computes the results in plain torch; what it gets has passed the check.
         check: takes the op's name first; raises TypeError or ValueError for a wrong argument.
-        reference: computes the results in plain torch; what it gets has passed the checks.
         fake: returns tensors like the results without computing them; None where the op returns nothing.
-        check_memory: like `check`, for what may not overlap; fake tensors have no memory and pass without.
         backward: what autograd calls, see `torch.library.register_autograd`; None refuses gradients.
         setup_context: saves what `backward` needs.
     """
 
     schema: str
-    check: Callable[..., None]
     reference: Callable[..., Any]
+    check: Callable[..., None]
     fake: Callable[..., Any] | None = None
-    check_memory: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
 
@@ -51,14 +49,9 @@ class Op:
         """The arguments of the schema, as torch parses it."""
         return list(torch._C.parse_schema(f"lesa::{self.schema}").arguments)
 
-    def checked(self, function: Callable[..., Any], has_memory: bool = True) -> Callable[..., Any]:
-        """Return a function that checks the op's arguments, once, and then calls another with them.
-
-        Args:
-            function: takes the op's arguments.
-            has_memory: bool, whether the arguments are real tensors.
-        """
-        name, check, check_memory = self.name, self.check, self.check_memory if has_memory else None
+    def checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that checks the op's arguments, once, and then calls another with them."""
+        name, check = self.name, self.check
         tensors = [(k, argument.name) for k, argument in enumerate(self.arguments) if "Tensor" in str(argument.type)]
         optional = {k for k, argument in enumerate(self.arguments) if isinstance(argument.type, torch.OptionalType)}
 
@@ -69,8 +62,6 @@ class Op:
                     if k not in optional or arguments[k] is not None:
                         contract.check_dense(name, argument, arguments[k])
                 check(name, *arguments)
-                if check_memory is not None:
-                    check_memory(name, *arguments)
             except (TypeError, ValueError) as error:
                 raise RuntimeError(str(error)) from None
             return function(*arguments)
@@ -86,12 +77,15 @@ def declare(op: Op) -> None:
     OPS[op.name] = op
     _library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op.name, op.checked(op.reference), "CompositeExplicitAutograd")
-    fake = op.checked(op.fake or _returns_nothing, has_memory=False)
-    torch.library.register_fake(f"lesa::{op.name}", fake, lib=_library)
+    torch.library.register_fake(f"lesa::{op.name}", op.checked(op.fake or _returns_nothing), lib=_library)
     if op.backward is None:
         _refuse_gradients(op)
     else:
         torch.library.register_autograd(f"lesa::{op.name}", op.backward, setup_context=op.setup_context, lib=_library)
+
+
+def _returns_nothing(*arguments: Any) -> None:
+    """Serve as the fake of an op that only writes to its arguments."""
 
 
 def fresh_like(tensor: Tensor) -> Tensor:
@@ -99,17 +93,17 @@ def fresh_like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape)
 
 
+def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save all arguments for the backward, those in lists one by one."""
+    flat: list[Tensor] = []
+    for value in inputs:
+        flat += value if isinstance(value, (list, tuple)) else [value]
+    ctx.save_for_backward(*flat)
+
+
 def refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    """Serve as the `backward` of an op that computes gradients.
-
-    Raises:
-        RuntimeError: always.
-    """
+    """Serve as the backward of an op that computes gradients."""
     raise RuntimeError("lesa: predict and kan_linear are differentiable once, got a gradient of their gradients")
-
-
-def _returns_nothing(*arguments: Any) -> None:
-    """Serve as the fake of an op that only writes to its arguments."""
 
 
 def _refuse_gradients(op: Op) -> None:

@@ -225,7 +225,7 @@ class LesaPredictor(
             raise ValueError(f"history must hold at least {window} features at t = {t}, got {len(history)}")
         features = list(history[-window:])
         for k, feature in enumerate(features):
-            check_type(f"history[{k - window}]", feature, Tensor, "a tensor")
+            check_type(f"history[{k}]", feature, Tensor, "a tensor")
         parameters = self.parameters_at(sigmas, t)
         check_dense("predict", "history", features)
         check_predict("predict", features, *parameters)

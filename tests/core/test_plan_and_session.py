@@ -251,6 +251,15 @@ def test_order_and_shape_are_watched() -> None:
         session.forecast(2)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_what_is_no_feature_is_a_type_error(dtype: torch.dtype) -> None:
+    session = Session(Reuse().plan(SIGMAS, Schedule.explicit(20, [0])))
+    with pytest.raises(TypeError, match="feature must have a dtype of float32, float16, bfloat16, float64, got"):
+        session.push(0, torch.ones(3).to(dtype))
+    with pytest.raises(TypeError, match=r"feature must be a dense \(strided\) tensor, got a torch.sparse_coo one"):
+        session.push(0, torch.ones(3).to_sparse())
+
+
 def test_chunks_run_in_order() -> None:
     session = Session(Reuse().plan(SIGMAS, Schedule.explicit(20, [0]), chunk=2))
     session.push(0, torch.randn(3))

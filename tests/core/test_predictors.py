@@ -68,6 +68,14 @@ def test_forward_is_the_formula_and_takes_the_last_k() -> None:
         predictor(history[:7], SIGMAS, 0.3)
     with pytest.raises(ValueError, match=r"sigmas must hold num_steps \+ 1 = 11 values.*got 10"):
         predictor(history, SIGMAS[:-1], 0.3)
+    with pytest.raises(ValueError, match=r"history\[7\] must have shape \(3, 4\) like history\[0\], got \(4,\)"):
+        predictor([*history, history[0][0]], SIGMAS, 0.3)
+    with pytest.raises(TypeError, match=r"history\[7\] must have dtype float32 like history\[0\], got float64"):
+        predictor([*history, history[0].double()], SIGMAS, 0.3)
+    with pytest.raises(TypeError, match=r"history\[6\] must be a dense \(strided\) tensor, got a torch\.sparse"):
+        predictor([*history, history[0].to_sparse(), history[0]], SIGMAS, 0.3)
+    with pytest.raises(TypeError, match=r"history\[7\] must be a tensor, got None"):
+        predictor([*history, None], SIGMAS, 0.3)
 
 
 def test_half_precision_features_with_float32_parameters() -> None:

@@ -6,6 +6,7 @@ Tensors are made on torch's default device, which the caller sets (`with torch.d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,3 +100,50 @@ def assert_close_gram(got: Tensor, features: list[Tensor]) -> None:
     assert want.isfinite().all() and torch.equal(got, got.T)
     size = want.diagonal().sqrt()
     assert bool(((got - want).abs() <= TOLERANCES[torch.float32].relative * size[:, None] * size).all())
+
+
+def finest() -> torch.dtype:
+    """The widest dtype of features on the test's device."""
+    return torch.float64 if torch.get_default_device().type == "cpu" else torch.float32
+
+
+def random(*shape: int, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
+    return torch.randn(shape, dtype=dtype or finest(), requires_grad=grad)
+
+
+def make_parameters(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, bias and gain of `predict`."""
+    return contiguous((count,), dtype), contiguous((1,), dtype), contiguous((), dtype)
+
+
+def kan_layer(dtype: torch.dtype | None = None, grad: bool = True) -> tuple[Tensor, ...]:
+    dtype = dtype or finest()
+    grid = (torch.arange(-3, 9) * 1.2 - 3).to(dtype).expand(3, 12).contiguous()
+    # Kept off the knots: bases of low order have kinks there.
+    x = (torch.rand(4, 3, dtype=dtype) * 8 - 4).requires_grad_(grad)
+    return (x, grid, *(random(*shape, dtype=dtype, grad=grad) for shape in [(2, 3), (2, 3, 8), (2, 3)]))
+
+
+def valid_arguments(dtype: torch.dtype, grad: bool, feature: tuple[int, ...] = (3, 5)) -> dict[str, tuple[Any, ...]]:
+    """One set of valid arguments for each op, of float dtypes alike; with gradients where the op has them."""
+
+    def wanted(*shape: int) -> Tensor:
+        return random(*shape, dtype=dtype, grad=grad)
+
+    def constant(*shape: int) -> Tensor:
+        return random(*shape, dtype=dtype, grad=False)
+
+    history = [wanted(*feature) for _ in range(4)]
+    flat = [constant(*feature) for _ in range(4)]
+    return {
+        "predict": (history, wanted(4), wanted(1), wanted()),
+        "predict_backward": (constant(*feature), flat, constant(4), constant(1), constant(), True),
+        "predict_l1": (flat, constant(*feature), constant(4), constant(1), constant(1), constant(*feature)),
+        "forecast": (history, wanted(3, 4), wanted(3)),
+        "forecast_into": (constant(5, *feature), constant(2, 3), constant(2), [0, 1, 2], [2, 4]),
+        "push": (constant(5, *feature), constant(*feature), 2),
+        "gram": (flat,),
+        "identity": (wanted(*feature),),
+        "kan_linear": kan_layer(dtype, grad),
+        "kan_linear_backward": (constant(4, 2), *kan_layer(dtype, False)),
+    }

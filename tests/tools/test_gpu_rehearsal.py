@@ -91,7 +91,7 @@ def test_the_report_holds_what_was_found_and_is_published(
     assert len(added) == len(results.load(report / RESULTS)) > 0 and {row.commit for row in added} == {"abc1234"}
     assert publish.new_rows([report], results.load(table)) == []
     assert "| `predict` | lesa | passed |" in (checkout / "docs/gpu.md").read_text()
-    assert "9 of 9 ops right on CUDA, 0 of 9 ops right on Triton" in (checkout / "README.md").read_text()
+    assert "10 of 10 ops right on CUDA, 0 of 10 ops right on Triton" in (checkout / "README.md").read_text()
 
 
 def test_the_second_call_runs_what_was_carried(checkout: Path, first: dict[str, list[Record]]) -> None:

@@ -15,9 +15,11 @@ TESTS = (
     "tests/gpu/test_kernels.py",
     "tests/gpu/test_autograd.py",
     "tests/gpu/test_execution.py",
-    "tests/triton_kernels/test_triton_launches.py",
-    "tests/triton_kernels/test_triton_kan.py",
-    "tests/triton_kernels/test_triton_match_reference.py",
+    "tests/triton/test_kan.py",
+    "tests/triton/test_predict.py",
+    "tests/triton/test_forecast.py",
+    "tests/triton/test_gram.py",
+    "tests/triton/test_identity.py",
     "tests/gpu/test_large.py",
 )
 DIFFUSERS = (

@@ -7,11 +7,11 @@ float32, float16 or bfloat16. They check nothing: `lesa_kernels.backends` regist
 
 from __future__ import annotations
 
-from lesa_kernels.backends.triton.features import forecast, forecast_into, predict, push
-from lesa_kernels.backends.triton.gradients import predict_backward, predict_l1
+from lesa_kernels.backends.triton.forecast import forecast, forecast_into, push
+from lesa_kernels.backends.triton.gram import gram
 from lesa_kernels.backends.triton.identity import identity
-from lesa_kernels.backends.triton.layers import kan_linear, kan_linear_backward
-from lesa_kernels.backends.triton.products import gram
+from lesa_kernels.backends.triton.kan import kan_linear, kan_linear_backward
+from lesa_kernels.backends.triton.predict import predict, predict_backward, predict_l1
 
 __all__ = [
     "forecast",

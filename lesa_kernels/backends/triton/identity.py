@@ -1,27 +1,31 @@
 """`identity`: the least that an op of this package needs in Triton. A new op starts as a copy of this file."""
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
+# mypy does not know the types of Triton's language.
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from lesa_kernels.backends.triton.arguments import blocks_of, fresh_like, is_wide, on_device_of, skew_of
-from lesa_kernels.backends.triton.launch import launch
-
-WARPS = 4
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-BYTES_IN_FLIGHT = 64  # of a thread: four loads of 16 bytes saturate memory
+from lesa_kernels.backends.triton.launch import (
+    BYTES_IN_FLIGHT,
+    OPTIONS,
+    THREADS,
+    blocks_of,
+    is_wide,
+    launch,
+    on_device_of,
+    skew_of,
+)
+from lesa_kernels.backends.triton.tiles import positions
+from lesa_kernels.ops.register import fresh_like
 
 
 @triton.jit(do_not_specialize=["skew"])
 def copy_feature(feature, out, numel, skew, BLOCK: tl.constexpr):
     """Copy BLOCK elements of a feature; `skew` is 0 or None, see `skew_of`."""
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if skew is not None:
-        position += skew
-    inside = position < numel
+    position, inside = positions(numel, skew, BLOCK)
     tl.store(out + position, tl.load(feature + position, mask=inside), mask=inside)
 
 
@@ -33,7 +37,7 @@ def identity(feature: Tensor) -> Tensor:
     if numel > 0:
         skew = skew_of(numel, (feature, out))
         key = ("identity", feature.device, feature.dtype, is_wide(numel)) if skew is None else None
-        block = 32 * WARPS * BYTES_IN_FLIGHT // feature.element_size()
+        block = THREADS * BYTES_IN_FLIGHT // feature.element_size()
         with on_device_of(feature):
             launch("identity", copy_feature, blocks_of(numel, block), (feature, out, numel, skew, block), OPTIONS, key)
     return out

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from cases import offset
+from cases import offset, valid_arguments
 from torch import Tensor
 from triton_engines import driver, kernels, simulator
 
+from lesa_kernels.ops import OPS
+
 N = 64
-# A kernel that is deleted asks for the driver, which is gone after a test.
+# Kept, because the deletion of a kernel needs the driver, which is gone after a test.
 _packages: list[ModuleType] = []
 
 
@@ -25,30 +28,9 @@ def lesa() -> Iterator[ModuleType]:
         yield _packages[-1]
 
 
-def _calls(lesa: ModuleType) -> dict[str, Callable[[], Any]]:
-    h, one = [torch.randn(N) for _ in range(2)], torch.ones(1)
-    layer = [torch.randn(2, 3), torch.randn(3, 6).sort(1).values, *map(torch.randn, [(1, 3), (1, 3, 2), (1, 3)])]
-    return {
-        "predict": lambda: lesa.predict(h, torch.ones(2), one, one),
-        "predict_backward": lambda: lesa.predict_backward(h[0], h, torch.ones(2), one, one, False),
-        "predict_l1": lambda: lesa.predict_l1(h, h[0], torch.ones(2), one, one, None),
-        "forecast": lambda: lesa.forecast(h, torch.ones(3, 2), torch.ones(3)),
-        "forecast_into": lambda: lesa.forecast_into(torch.ones(3, N), torch.ones(1, 2), one, [0, 1], [2]),
-        "push": lambda: lesa.push(torch.ones(3, N), h[0], 1),
-        "gram": lambda: lesa.gram(h),
-        "identity": lambda: lesa.identity(h[0]),
-        "kan_linear": lambda: lesa.kan_linear(*layer),
-        "kan_linear_backward": lambda: lesa.kan_linear_backward(torch.ones(2, 1), *layer),
-    }
-
-
-def test_all_ops_are_called_here(lesa: ModuleType) -> None:
-    assert sorted(_calls(lesa)) == lesa.__all__
-
-
-@pytest.mark.parametrize("op", [*_calls(ModuleType("any"))])
+@pytest.mark.parametrize("op", OPS)
 def test_a_first_call_in_a_capture_says_what_to_do(lesa: ModuleType, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = _calls(lesa)[op]
+    call = partial(getattr(lesa, op), *valid_arguments(torch.float32, grad=False, feature=(N,))[op])
     monkeypatch.setattr(lesa.launch, "is_capturing", lambda: True)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"^lesa::{op}: .* call the op once with the same arguments first$"):
@@ -97,7 +79,7 @@ def test_a_known_launch_takes_the_kernel_that_triton_would_choose(
             assert known is kernel.warmup(*arguments, grid=(programs,), **options)
         launch(op, kernel, programs, arguments, options, key)
 
-    monkeypatch.setattr(lesa.features, "launch", compare)
+    monkeypatch.setitem(lesa.forecast.__globals__, "launch", compare)
     monkeypatch.setattr(driver(), "launcher_cls", lambda source, metadata: lambda *arguments: None)
     for dtype, kind in (
         (torch.bfloat16, torch.float32),

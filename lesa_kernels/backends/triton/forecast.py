@@ -1,41 +1,113 @@
-"""The ops that forecast and move features: check, lay out, launch. What each means stands in `lesa_kernels.reference`.
+"""`forecast`, `forecast_into` and `push`: elementwise, out[m] = sum_k c[m, k] * in[k] + d[m] in one pass, and a copy.
 
 Tensors that share one dense layout are walked as they lie in memory. Of others, inputs are first made contiguous and
 slots of a ring are written through a temporary.
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
+# ruff: noqa: RUF005
+# mypy does not know the types of Triton's language, which has no starred tuples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from lesa_kernels.backends.triton.arguments import (
+from lesa_kernels.backends.triton.launch import (
+    BYTES_IN_FLIGHT,
+    HELD_FLOATS,
+    OPTIONS,
+    THREADS,
     blocks_of,
-    codes_of,
     contiguous,
-    fresh_like,
     is_wide,
+    launch,
     on_device_of,
     power_of_2,
     share_dense_layout,
     skew_of,
 )
-from lesa_kernels.backends.triton.kernels.combine import combine, copy
-from lesa_kernels.backends.triton.launch import launch
-from lesa_kernels.ops import contract
+from lesa_kernels.backends.triton.tiles import chosen, positions
+from lesa_kernels.ops.contract import MAX_FORECASTS
+from lesa_kernels.ops.register import fresh_like
 
 T = TypeVar("T")
-WARPS = 4
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
-THREADS = 32 * WARPS
-# A thread holds its part of all inputs as floats; beyond this they would not stay in registers.
-HELD_FLOATS = 64
-# Four loads of 16 bytes in flight saturate memory at the occupancy that the registers allow.
-BYTES_IN_FLIGHT = 64
 # How many outputs a kernel has room for: one serves every M up to that, and picks each in two instructions a place.
-PLACES = (1, 8, 16, contract.MAX_FORECASTS)
+PLACES = (1, 8, 16, MAX_FORECASTS)
+
+
+@triton.jit
+def slot_of(tensor, code, slot_stride):
+    """Return the address of a slot of a ring; `code` is 2 * slot + 3.
+
+    Triton compiles integers anew that are 1 or divisible by 16. Odd ones from 3 on are neither, so no slot number does.
+    """
+    return tensor + ((code >> 1) - 1).to(tl.int64) * slot_stride
+
+
+@triton.jit
+def mixed(held, row, column_stride, offset, K: tl.constexpr):
+    """Return sum_k row[k] * held[k] + offset. Fused, whether or not the compiler may fuse by itself."""
+    total = held[0] * tl.load(row).to(tl.float32)
+    for k in tl.static_range(1, K):
+        total = tl.fma(held[k], tl.load(row + k * column_stride).to(tl.float32), total)
+    return total + tl.load(offset).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["coefficients", "offsets", "gain", "rows", "skew"])
+def combine(
+    inputs,
+    input_codes,
+    outputs,
+    output_codes,
+    slot_stride,
+    coefficients,
+    row_stride,
+    column_stride,
+    offsets,
+    offset_stride,
+    gain,
+    rows,
+    numel,
+    skew,
+    K: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write forecasts of K features, as many as rows; with a gain, `predict`. What is read is read before all writes.
+
+    One program takes BLOCK elements. Its threads hold their part of all inputs in registers. Outputs, or the codes of
+    slots to write, are PLACES; those after the last row stand for nothing.
+    """
+    position, inside = positions(numel, skew, BLOCK)
+    held = ()
+    for k in tl.static_range(K):
+        source = inputs[k] if input_codes is None else slot_of(inputs[0], input_codes[k], slot_stride)
+        held = held + (tl.load(source + position, mask=inside).to(tl.float32),)
+    count = 1 if PLACES == 1 else rows
+    for m in range(count):
+        total = mixed(held, coefficients + m * row_stride, column_stride, offsets + m * offset_stride, K)
+        if gain is not None:
+            total = held[K - 1] + tl.load(gain).to(tl.float32) * total
+        place = chosen(outputs if output_codes is None else output_codes, m, PLACES)
+        target = place if output_codes is None else slot_of(outputs[0], place, slot_stride)
+        tl.store(target + position, total.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["skew"])
+def copy(ring, code, slot_stride, feature, numel, skew, BLOCK: tl.constexpr):
+    """Copy a feature into a slot of a ring, converting its dtype."""
+    position, inside = positions(numel, skew, BLOCK)
+    value = tl.load(feature + position, mask=inside)
+    tl.store(slot_of(ring, code, slot_stride) + position, value.to(ring.dtype.element_ty), mask=inside)
+
+
+def codes_of(slots: Iterable[int]) -> tuple[int, ...]:
+    """Return slot numbers as `slot_of` takes them."""
+    return tuple([2 * slot + 3 for slot in slots])
 
 
 def _block(inputs: int, element_size: int) -> int:
@@ -48,7 +120,7 @@ def _filled(values: Sequence[T], count: int) -> tuple[T, ...]:
     return (*values, *[values[0]] * (count - len(values)))
 
 
-def _combine(
+def launch_combine(
     op: str,
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
@@ -60,7 +132,7 @@ def _combine(
     """Launch out[m] = sum_k coefficients[m, k] * in[k] + offsets[m]; with a gain, `predict`.
 
     Args:
-        op: the op that asks for it.
+        op: whose launch it is, for error messages.
         inputs: K tensors that are walked flat, or the ring alone.
         outputs: M tensors, likewise.
         coefficients: [M, K] or [K].
@@ -99,17 +171,10 @@ def _combine(
         launch(op, combine, blocks_of(numel, block), arguments, OPTIONS, key)
 
 
-def predict(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
-    """`reference.predict`; a history that is not contiguous is copied."""
-    out = fresh_like(history[0])
-    _combine("predict", contiguous(history), [out], weight, bias, gain)
-    return out
-
-
 def forecast(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:
     """`reference.forecast`; a history that is not contiguous is copied."""
     outputs = [fresh_like(history[0]) for _ in range(coefficients.shape[0])]
-    _combine("forecast", contiguous(history), outputs, coefficients, offsets)
+    launch_combine("forecast", contiguous(history), outputs, coefficients, offsets)
     return outputs
 
 
@@ -118,7 +183,7 @@ def forecast_into(
 ) -> None:
     """`reference.forecast_into`; allocates nothing where the slots of the ring are dense."""
     if ring.is_contiguous() or share_dense_layout([ring[0]]):
-        _combine("forecast_into", (ring,), (ring,), coefficients, offsets, ring_slots=(read, write))
+        launch_combine("forecast_into", (ring,), (ring,), coefficients, offsets, ring_slots=(read, write))
         return
     for slot, row in zip(write, forecast([ring[slot] for slot in read], coefficients, offsets), strict=True):
         ring[slot].copy_(row)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import ptxsim
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -62,12 +63,23 @@ def mend_interpreter() -> None:
     triton_interpreter._patch_lang_tensor = patched
 
 
+def shared_tests(of_ops: ModuleType) -> dict[str, Any]:
+    """Return the tests of a file of tests/ops, and a fixture that puts Triton's launchers in the place of its `ops`."""
+
+    @pytest.fixture(autouse=True)
+    def _triton_serves(lesa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(of_ops, "ops", lesa)
+
+    tests = {name: each for name, each in vars(of_ops).items() if name.startswith("test_")}
+    return {**tests, "_triton_serves": _triton_serves}
+
+
 @contextmanager
 def interpreter() -> Iterator[ModuleType]:
     """Run kernels in Triton's interpreter, whose reductions are quick only for the functions that it knows."""
     mend_interpreter()
     package = kernels(interpreted=True)
-    before, tl.standard._sum_combine = tl.standard._sum_combine, package.kernels.reduce.add
+    before, tl.standard._sum_combine = tl.standard._sum_combine, package.tiles.add
     try:
         with np.errstate(all="ignore"):
             yield package

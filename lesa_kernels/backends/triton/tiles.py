@@ -1,7 +1,11 @@
-"""A pass over features in tiles, each program with sums of its own: `predict_backward`, `predict_l1` and `gram`.
+"""Shared parts of kernels: positions in a feature, and passes in tiles whose programs have sums of their own.
 
-The number of programs follows from N and the device, so that the same input gives the same bits.
+The number of programs follows from N and the device, so that the same input gives the same bits. Of Triton, kernels use
+builtins only: whether they are compiled or interpreted is then decided in this package alone.
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
+# ruff: noqa: RUF005
+# mypy does not know the types of Triton's language, which has no starred tuples.
 
 from __future__ import annotations
 
@@ -9,16 +13,13 @@ import functools
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from lesa_kernels.backends.triton.arguments import blocks_of, power_of_2
-from lesa_kernels.backends.triton.launch import launch
+from lesa_kernels.backends.triton.launch import HELD_FLOATS, OPTIONS, WARPS, blocks_of, launch, power_of_2
 
-WARPS = 4
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 VECTOR_BYTES = 16
-HELD_FLOATS = 64
 # A float32 sum of one thread never has more terms than these tiles: 2^31 elements stay as exact as 2^20.
 MOST_TILES = 64
 
@@ -72,3 +73,57 @@ class Pass:
         if self.programs > 0:
             sizes = (self.tiles_each, self.inputs, 32 * self.warps, self.width)
             launch(op, kernel, self.programs, (*arguments, *sizes), {**OPTIONS, "num_warps": self.warps})
+
+
+@triton.jit
+def add(a, b):
+    """Return a + b: what reductions combine with."""
+    return a + b
+
+
+@triton.jit
+def tile_of(tile, skew, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the positions of a tile's elements [ROWS, WIDTH]: a thread takes a row, so that it adds up alone.
+
+    `skew` is 0 or None, see `skew_of`.
+    """
+    rows = tl.arange(0, ROWS).to(tl.int64)[:, None] * WIDTH
+    position = tile * (ROWS * WIDTH) + rows + tl.arange(0, WIDTH)[None, :]
+    if skew is not None:
+        position += skew
+    return position
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """Return COUNT sums for each of ROWS threads."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.full((ROWS,), 0.0, tl.float32),)
+    return sums
+
+
+@triton.jit
+def write_partials(partials, sums, COUNT: tl.constexpr):
+    """Write a program's sums into its column of `partials` [COUNT, programs]."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for i in tl.static_range(COUNT):
+        tl.store(partials + i * programs + program, tl.reduce(sums[i], 0, add))
+
+
+@triton.jit
+def positions(numel, skew, BLOCK: tl.constexpr):
+    """Return the positions of a program's elements and which of them exist; `skew` is 0 or None, see `skew_of`."""
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if skew is not None:
+        position += skew
+    return position, position < numel
+
+
+@triton.jit
+def chosen(values, which, COUNT: tl.constexpr):
+    """Return one of a tuple's values by a number that only the running kernel knows; the first for no such number."""
+    value = values[0]
+    for i in tl.static_range(1, COUNT):
+        value = tl.where(which == i, values[i], value)
+    return value

@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from cases import valid_arguments
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lesa_kernels import ops
 from lesa_kernels.backends import libraries, registration, status_report
@@ -107,6 +113,19 @@ assert "lesa_kernels.backends.triton" not in sys.modules
     )
 
 
+def test_what_is_registered_checks_before_it_calls_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Callable[..., Any]] = {}
+    monkeypatch.setattr(
+        registration, "_library", SimpleNamespace(impl=lambda op, call, device: found.update({op: call}))
+    )
+    monkeypatch.setattr(registration, "_kernel", lambda op: lambda *_: pytest.fail("a launcher is called"))
+    registration.register("CUDA")
+    assert list(found) == list(ops.OPS)
+    for op, arguments in tree_map_only(Tensor, Tensor.long, valid_arguments(torch.float32, grad=False)).items():
+        with pytest.raises(RuntimeError, match=f"^lesa::{op}: .* must have a dtype of float32, .* got int64$"):
+            found[op](*arguments)
+
+
 def test_registered_launchers_pass_opcheck() -> None:
     """On the CPU's key and interpreted, in a process of its own: the dispatcher then calls it as it would on CUDA."""
     _run(
@@ -114,25 +133,12 @@ def test_registered_launchers_pass_opcheck() -> None:
 import sys
 import lesa_kernels
 import torch
+from cases import valid_arguments
 from lesa_kernels.backends import registration
 from triton_engines import mend_interpreter
 mend_interpreter()
 registration.register("CPU")
-h, w, one = [torch.randn(2, 3) for _ in range(2)], torch.randn(2, requires_grad=True), torch.randn(1)
-grid, weights = torch.randn(3, 6).sort(1).values, [torch.randn(shape) for shape in ((1, 3), (1, 3, 2), (1, 3))]
-layer = [torch.randn(2, 3), grid, *weights]
-arguments = dict(
-    predict=(h, w, one, one),
-    predict_backward=(h[0], h, w.detach(), one, one, True),
-    predict_l1=(h, torch.randn(2, 3), w.detach(), one, one, torch.empty(2, 3)),
-    forecast=(h, torch.randn(3, 2, requires_grad=True), torch.randn(3)),
-    forecast_into=(torch.randn(4, 3), torch.randn(2, 2), torch.randn(2), [0, 1], [2, 0]),
-    push=(torch.randn(3, 4), torch.randn(4), 2),
-    gram=(h,),
-    identity=(h[0],),
-    kan_linear=tuple(layer),
-    kan_linear_backward=(torch.randn(2, 1), *layer),
-)
+arguments = valid_arguments(torch.float32, grad=True)
 for op in lesa_kernels.ops.OPS:
     torch.library.opcheck(getattr(torch.ops.lesa, op), arguments[op])
 assert "lesa_kernels.backends.triton" in sys.modules

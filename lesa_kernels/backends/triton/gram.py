@@ -1,20 +1,35 @@
-"""Kernels of `gram`: all products of K features with each other and with 1, summed in one pass; then the matrix.
+"""`gram`: all products of up to 16 features and the constant 1 in one pass, then a launch that writes the matrix.
+
+More features are taken two groups of 8 at a time: 24 are read twice each, 64 seven times. Features that share one dense
+layout are walked as they lie in memory, others are first made contiguous.
 
 Sums are float32 over a thread's vector, over its tiles and over the program's threads, float64 over programs, always in
 the same order and without atomics; products that leave float32's range are summed again in float64. The sums stand as
 an upper triangle, column by column; row and column 0 are the constant 1, feature k is k + 1.
 """
-# mypy: ignore-errors
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
 # ruff: noqa: RUF005
-# Triton's language is not Python's: mypy does not know its types, and it has no starred tuples.
+# mypy does not know the types of Triton's language, which has no starred tuples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lesa_kernels.backends.triton.kernels.combine import chosen
-from lesa_kernels.backends.triton.kernels.reduce import add, tile_of, write_partials, zeros
+from lesa_kernels.backends.triton.launch import OPTIONS, launch, on_device_of, skew_of, walkable
+from lesa_kernels.backends.triton.tiles import Pass, add, chosen, tile_of, write_partials, zeros
+
+GROUP = 8
+# Sums and features fill the registers: no more run at a time, and each has many sums to add up over its threads.
+WARPS_PER_PROCESSOR = 16
+# One warp adds up its threads' sums without shared memory: 153 sums compile in half the time.
+WARPS = 1
+MATRIX_CHUNK = 256
+DOUBLE_CHUNK = 2048  # elements of a turn where a program sums products again in float64
 
 
 @triton.jit
@@ -62,7 +77,7 @@ def total_of(partials, programs, row, column, CHUNK: tl.constexpr):
 
 @triton.jit
 def fits_float(squares):
-    """Return whether float32 kept the products with a feature, told by the sum of its squares (csrc/arithmetic.h)."""
+    """Return whether float32 kept the products with a feature, judged by the sum of its squares (csrc/arithmetic.h)."""
     return (squares >= 2.0**-96) & (squares <= 2.0**127)
 
 
@@ -105,3 +120,28 @@ def matrix(
             total = total_in_double(features, numel, low, high, K, WIDTH)
     place = index_of(row, first, second, inputs, GROUP) * (inputs + 1) + index_of(column, first, second, inputs, GROUP)
     tl.store(result + place, total)
+
+
+def gram(features: Sequence[Tensor]) -> Tensor:
+    """`reference.gram`; features that do not share a dense layout are copied."""
+    inputs = len(features)
+    flat = walkable(features)
+    result = features[0].new_empty((inputs + 1, inputs + 1), dtype=torch.float64)
+    with on_device_of(flat[0]):
+        for second in range(GROUP, max(inputs, GROUP + 1), GROUP):
+            for first in range(0, second, GROUP):
+                _write(result, flat, first, second)
+    return result
+
+
+def _write(result: Tensor, features: tuple[Tensor, ...], first: int, second: int) -> None:
+    """Write the entries of the matrix for the features of two groups."""
+    group = features[first : first + GROUP] + features[second : second + GROUP]
+    count, numel = len(group), group[0].numel()
+    skew = skew_of(numel, group)
+    # Single elements of 16 features and all sums do not fit into registers several at a time.
+    run = Pass(group[0], count, (count + 1) * (count + 2) // 2, WARPS_PER_PROCESSOR, WARPS, vectors=skew is None)
+    run.launch("gram", products, group, run.partials, numel, skew)
+    sums = (run.partials, run.programs, result, first, second, len(features), numel)
+    constants = (count, GROUP, MATRIX_CHUNK, DOUBLE_CHUNK)
+    launch("gram", matrix, (count + 1) ** 2, (group, *sums, *constants), OPTIONS)

@@ -90,6 +90,7 @@ _QUICK_OF_TEST: dict[tuple[str, str], dict[str, list[Any]]] = {
     ("interpreter", "test_gram_takes_1_to_64_features"): {"count": [1, 3, 8]},
     ("interpreter", "test_gram_takes_any_shape_and_layout"): {"shape": [(), (0,), (7,), (3, 0, 2), (1030,)]},
     ("interpreter", "test_gram_of_features_whose_products_leave_the_range_of_float32"): {"size": [67]},
+    ("interpreter", "test_sizes"): {"inputs": [1, 51, 2], "outputs": [1, 3, 5]},
     ("ptx", "test_gram_takes_1_to_64_features"): {"count": [8]},
     ("ptx", "test_gram_of_features_whose_products_leave_the_range_of_float32"): {"size": [67, 9001]},
 }
