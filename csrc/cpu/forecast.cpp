@@ -1,4 +1,5 @@
-// forecast, forecast_into and push on the CPU: check, iterate. What each op means stands in lesa_kernels/ops/forecast.py.
+// forecast, forecast_into and push on the CPU: check, iterate. What each op means stands in
+// lesa_kernels/ops/forecast.py.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
