@@ -8,20 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.quality.least_squares import fit_features
 from benchmarks.quality.setting import Setting
 from lesa_kernels.predictors import HiCache, LesaPredictor, LinearPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import (
     Judge,
     TrainingConfig,
-    fit_features,
     fit_lesa,
     fit_through_tail,
     search_placement,
     segment_stages,
     train,
 )
-from lesa_kernels.trajectories import ONLY_BRANCH
 
 PUBLISHED, UNIFORM = "published rule", "uniform in sigma"
 TAYLORS, OWN = "best for TaylorSeer", "best for coefficients"
@@ -128,6 +127,5 @@ def _by_features_or_output(setting: Setting, schedule: Schedule) -> Iterator[tup
     """Yield what is fitted step by step."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
     for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
-        found = fit_features(source, schedule, window=window, over_all=over_all, batch=batch, progress=False)
-        yield name, found[ONLY_BRANCH]
+        yield name, fit_features(setting.features, setting.sigmas, schedule, window=window, over_all=over_all)
     yield "coefficients by output", fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)

@@ -29,7 +29,7 @@ from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.policies import Following, reference_run
-from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
+from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy, watch
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -124,20 +124,24 @@ class Setting:
             tokens = tokens + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
     @cached_property
-    def trajectories(self) -> RecordedSource:
-        """The features of the runs to learn from, two samples a run."""
-        kept: list[list[Tensor]] = []
+    def features(self) -> list[Tensor]:
+        """The features of the runs to learn from, [runs, T, width] of each step."""
+        kept: list[Tensor] = []
 
         def policy(call: ModelCall) -> Tensor | None:
-            feature = call.blocks()
-            kept[-1].append(feature)
-            return None if call.tail is None else call.tail(feature)
+            feature, output = watch(call)
+            kept.append(feature)
+            return output
 
         with torch.no_grad():
-            for start in range(0, len(self.learnt_from), 2):
-                kept.append([])
-                self.learnt_from.run(range(start, min(start + 2, len(self.learnt_from))), policy)
-        return RecordedSource(kept, self.sigmas)
+            self.learnt_from.run(range(len(self.learnt_from)), policy)
+        return kept
+
+    @cached_property
+    def trajectories(self) -> RecordedSource:
+        """The same, two samples a run."""
+        parts = zip(*(feature.split(2) for feature in self.features), strict=True)
+        return RecordedSource([list(part) for part in parts], self.sigmas)
 
     @cached_property
     def reference(self) -> Tensor:

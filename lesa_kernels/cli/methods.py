@@ -19,7 +19,6 @@ from lesa_kernels.training import (
     Judge,
     TrainingConfig,
     checkpoint,
-    fit_features,
     fit_lesa,
     fit_through_tail,
     plan_for_budget,
@@ -52,7 +51,6 @@ class Method(str, Enum):
     published = "published"
     tail = "tail"
     lesa_tail = "lesa-tail"
-    features = "features"
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def _train_lesa(preset: Callable[[], TrainingConfig], job: Job) -> str:
     """Train LESA's own predictor, one a branch."""
     if job.seeks:
         raise ValueError(
-            "--search, --refine, --seconds and --decibels are for the methods that fit: tail, lesa-tail, features"
+            "--search, --refine, --seconds and --decibels are for the methods that fit: tail and lesa-tail"
         )
     config = replace(preset(), batch_size=job.batch, seed=job.seed)
     if job.epochs is not None:
@@ -202,31 +200,19 @@ def _fit(method: Method, job: Job) -> str:
 
 
 def _fitted(method: Method, job: Job) -> dict[str, LinearPredictor | LesaPredictor]:
-    """Fit a predictor for each branch."""
+    """Fit a predictor."""
     show = not job.console.quiet
-    predictors: dict[str, LinearPredictor | LesaPredictor] = {}
-    if method is Method.features:
-
-        def of_features(schedule: Schedule, progress: bool = False) -> dict[str, LinearPredictor]:
-            return fit_features(job.source, schedule, batch=job.batch, progress=progress)
-
-        schedule = _found_schedule(job, lambda tried: next(iter(of_features(tried).values())))
-        job.console.print(_placement(schedule, schedule), soft_wrap=True)
-        found = of_features(schedule, show)
-        predictors.update({branch: found[branch] for branch in job.branches})
-    else:
-        through_tail = partial(fit_through_tail, job.source, batch=job.batch)
-        schedule = _found_schedule(job, lambda tried: through_tail(tried, rounds=_ROUNDS_TO_TRY, progress=False))
-        job.console.print(_placement(schedule, schedule), soft_wrap=True)
-        fitted = through_tail(schedule, progress=show)
-        predictors[ONLY_BRANCH] = fitted
-        if method is Method.lesa_tail:
-            torch.manual_seed(job.seed)
-            sigmas = job.source.sigmas
-            own = LesaPredictor(len(sigmas) - 1, segment_stages(sigmas, schedule), hidden_dim=_HIDDEN)
-            fit_lesa(own, fitted, job.source, batch=job.batch, progress=show)
-            predictors[ONLY_BRANCH] = own
-    return predictors
+    through_tail = partial(fit_through_tail, job.source, batch=job.batch)
+    schedule = _found_schedule(job, lambda tried: through_tail(tried, rounds=_ROUNDS_TO_TRY, progress=False))
+    job.console.print(_placement(schedule, schedule), soft_wrap=True)
+    fitted = through_tail(schedule, progress=show)
+    if method is Method.tail:
+        return {ONLY_BRANCH: fitted}
+    torch.manual_seed(job.seed)
+    sigmas = job.source.sigmas
+    own = LesaPredictor(len(sigmas) - 1, segment_stages(sigmas, schedule), hidden_dim=_HIDDEN)
+    fit_lesa(own, fitted, job.source, batch=job.batch, progress=show)
+    return {ONLY_BRANCH: own}
 
 
 METHODS: dict[Method, Callable[[Job], str]] = {
@@ -234,6 +220,5 @@ METHODS: dict[Method, Callable[[Job], str]] = {
     Method.published: partial(_train_lesa, TrainingConfig.published),
     Method.tail: partial(_fit, Method.tail),
     Method.lesa_tail: partial(_fit, Method.lesa_tail),
-    Method.features: partial(_fit, Method.features),
 }
 """Learns, writes the predictors to the job's folder (several: in folders of their branches), returns what to tell."""

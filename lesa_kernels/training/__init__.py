@@ -1,6 +1,5 @@
 """Learning predictors from runs of a model: the published training, fits of coefficients, and where full steps lie."""
 
-from lesa_kernels.training.closed_form import fit_features
 from lesa_kernels.training.config import TrainingConfig, TrainingResult
 from lesa_kernels.training.lesa_form import fit_lesa, segment_stages
 from lesa_kernels.training.placement import Judge, Judged, Placement, plan_for_budget, search_placement
@@ -19,7 +18,6 @@ __all__ = [
     "RecordedSource",
     "TrainingConfig",
     "TrainingResult",
-    "fit_features",
     "fit_lesa",
     "fit_through_tail",
     "plan_for_budget",

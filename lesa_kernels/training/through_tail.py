@@ -22,7 +22,6 @@ from lesa_kernels.checks import check_int, check_type
 from lesa_kernels.plan import Row
 from lesa_kernels.predictors import LinearPredictor, Predictor, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.training.closed_form import resolved
 from lesa_kernels.training.damped import DampedFit
 from lesa_kernels.training.policies import Reference, batches, euler, reference_run, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
@@ -73,6 +72,25 @@ def _load_rules() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+def resolved(sigmas: Sequence[float], schedule: Schedule | ScheduleRule) -> Schedule:
+    """Return a schedule for these sigmas.
+
+    Raises:
+        TypeError: when it is neither a schedule nor a rule that makes one.
+        ValueError: when it is for another number of steps, or leaves nothing to forecast.
+    """
+    if not isinstance(schedule, Schedule) and not callable(schedule):
+        raise TypeError(f"schedule must be a Schedule or a rule that makes one, got {type(schedule).__name__}")
+    found = schedule if isinstance(schedule, Schedule) else schedule(sigmas)
+    if not isinstance(found, Schedule):
+        raise TypeError(f"schedule must make a Schedule from the sigmas, got {type(found).__name__}")
+    if found.num_steps != len(sigmas) - 1:
+        raise ValueError(f"schedule must have {len(sigmas) - 1} steps, got {found.num_steps}")
+    if len(found.full_steps) == found.num_steps:
+        raise ValueError("schedule must leave a step to forecast, got full steps only")
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 from benchmarks import pages
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import methods, results
+from benchmarks.quality.least_squares import fit_features
 from benchmarks.quality.setting import DATA, Setting
 from lesa_kernels.demo.model import SMALL_DIGITS, build_model, sample
-from lesa_kernels.predictors import Reuse
+from lesa_kernels.predictors import Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
 
 EFFORT = methods.Effort(taylor=2, coefficients=3, runs=2)
@@ -50,6 +51,39 @@ def test_every_method_yields_rows_with_the_calls_that_were_asked_for() -> None:
     for row in rows:
         if row.placement != methods.PUBLISHED:
             assert len(row.full_steps.split()) == 5, row
+
+
+STEPS = 12
+SIGMAS = [1 - (step / STEPS) ** 1.3 for step in range(STEPS)] + [0.0]
+SCHEDULE = Schedule.explicit(STEPS, (0, 3, 6, 9))
+
+
+def _features() -> list[torch.Tensor]:
+    return list(torch.randn(STEPS, 40, generator=torch.Generator().manual_seed(2)).cumsum(0))
+
+
+@pytest.mark.parametrize("over_all", [False, True])
+def test_least_squares_goes_on_from_its_own_forecasts(over_all: bool) -> None:
+    found = fit_features(_features(), SIGMAS, SCHEDULE, window=2, over_all=over_all, ridge=0.0)
+    known: dict[int, torch.Tensor] = {}
+    for step, feature in enumerate(_features()):
+        known[step] = feature.double()
+        if step in SCHEDULE.full_steps:
+            continue
+        sources = found.sources(step)
+        columns = torch.stack([*(known[source] for source in sources), torch.ones(40).double()], dim=1)
+        best = torch.linalg.lstsq(columns, known[step][:, None], driver="gelsd").solution
+        known[step] = (columns @ best)[:, 0]
+        used = torch.cat([found.coefficients[step][-len(sources) :], found.offsets[step][None]])
+        assert torch.allclose(columns @ used, known[step], atol=1e-4), step
+
+
+def test_a_strong_ridge_gives_taylor() -> None:
+    found = fit_features(_features(), SIGMAS, SCHEDULE, window=3, ridge=1e12)
+    fitted, taylor = found.plan(SIGMAS), TaylorSeer(2).plan(SIGMAS, SCHEDULE)
+    for got, want in zip(fitted.segments, taylor.segments, strict=True):
+        for row, other in zip(got.launches[0].coefficients, want.launches[0].coefficients, strict=True):
+            assert row == pytest.approx(other, abs=1e-6)
 
 
 def _row(method: str, seed: int, psnr: float, placement: str = methods.UNIFORM) -> results.Row:

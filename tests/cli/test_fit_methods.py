@@ -27,7 +27,7 @@ def run(out: Path, *arguments: str) -> Any:
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("features", lesa.LinearPredictor), ("tail", lesa.LinearPredictor), ("lesa-tail", lesa.LesaPredictor)],
+    [("tail", lesa.LinearPredictor), ("lesa-tail", lesa.LesaPredictor)],
 )
 def test_a_fit_serves_the_pipeline_with_its_own_schedule(method: str, kind: type, tmp_path: Path) -> None:
     result = run(tmp_path, "--method", method, "--calls", "4")
@@ -44,7 +44,7 @@ def test_a_fit_serves_the_pipeline_with_its_own_schedule(method: str, kind: type
 
 
 def test_without_a_budget_a_fit_takes_a_fifth_of_the_steps(tmp_path: Path) -> None:
-    result = run(tmp_path, "--method", "features")
+    result = run(tmp_path, "--method", "tail")
     assert result.exit_code == 0, result.output
     schedule = lesa.load_predictor(tmp_path).schedule
     assert schedule is not None
@@ -52,13 +52,13 @@ def test_without_a_budget_a_fit_takes_a_fifth_of_the_steps(tmp_path: Path) -> No
 
 
 def test_budgets_choose_the_calls(tmp_path: Path) -> None:
-    by_bound = run(tmp_path, "--method", "features", "--decibels", "20", "--search", "3")
+    by_bound = run(tmp_path, "--method", "tail", "--decibels", "20", "--search", "3")
     assert by_bound.exit_code == 0, by_bound.output
     assert "TaylorSeer there:" in by_bound.output
     schedule = lesa.load_predictor(tmp_path).schedule
     assert schedule is not None
     assert len(schedule.full_steps) < 12
-    too_short = run(tmp_path, "--method", "features", "--seconds", "0.000001")
+    too_short = run(tmp_path, "--method", "tail", "--seconds", "0.000001")
     assert too_short.exit_code == 2
     assert "seconds must allow one full call" in " ".join(too_short.output.replace("│", " ").split())
 
@@ -79,7 +79,7 @@ def test_a_placement_is_refined_by_fits(tmp_path: Path) -> None:
 
 def test_a_fit_does_not_take_the_place_of_a_training(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"")
-    refused = run(tmp_path, "--method", "features", "--calls", "4")
+    refused = run(tmp_path, "--method", "tail", "--calls", "4")
     assert refused.exit_code == 2
     assert "holds a training; take another folder" in " ".join(refused.output.replace("│", " ").split())
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
@@ -87,7 +87,7 @@ def test_a_fit_does_not_take_the_place_of_a_training(tmp_path: Path) -> None:
 
 def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
     for name in ("first", "second"):
-        assert run(tmp_path / name, "--method", "features", "--calls", "4").exit_code == 0
+        assert run(tmp_path / name, "--method", "tail", "--calls", "4").exit_code == 0
     first, second = (lesa.load_predictor(tmp_path / name) for name in ("first", "second"))
     assert torch.equal(first.coefficients.nan_to_num(), second.coefficients.nan_to_num())  # type: ignore[union-attr]
 
@@ -106,7 +106,7 @@ def test_what_does_not_fit_together_is_refused(arguments: list[str], message: st
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("method", ["tuned", "features", "tail"])
+@pytest.mark.parametrize("method", ["tuned", "tail"])
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

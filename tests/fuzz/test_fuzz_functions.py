@@ -101,8 +101,6 @@ def _trained(**arguments: Any) -> object:
 LESA = {"num_steps": STEPS, "stages": ((0.5, 2), (0.0, 2)), "hidden_dim": 2, "grid_size": 3, "spline_order": 2,
         "trained_sigmas": SIGMAS, "full_steps": [0, 1, 4]}  # fmt: skip
 LINEAR = {"sigmas": SIGMAS, "full_steps": [0, 1, 4], "window": 2, "over_all": False}
-FIT = {"source": _recorded(), "schedule": SCHEDULE, "window": 2, "over_all": False, "ridge": 1e-3, "batch": 1,
-       "progress": False}  # fmt: skip
 STAGES = training.segment_stages(SIGMAS, SCHEDULE, window=2)
 SEARCH = {"judge": training.Judge(_tailed(), progress=False), "make": _taylor, "evaluations": 3, "progress": False}
 PREDICTOR = lesa.LesaPredictor(**LESA)
@@ -133,7 +131,6 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "train": (_trained, {"schedule": SCHEDULE, "source": _recorded(), "config": training.TrainingConfig(1, 1),
                          "predictor": lesa.LesaPredictor(**LESA), "progress": False}),
     "Sampled": (training.LoopSource, {"loop": _loop, "count": 2, "sigmas": SIGMAS}),
-    "fit_features": (training.fit_features, FIT),
     "fit_through_tail": (training.fit_through_tail, {
         "source": _tailed(), "schedule": SCHEDULE, "objective": "latents", "window": 2, "start": lesa.TaylorSeer(1),
         "rounds": 2, "batch": 1, "progress": False}),

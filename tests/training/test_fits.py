@@ -1,4 +1,4 @@
-"""Coefficients that are fitted: in closed form, through the tail, and LESA's own form."""
+"""Coefficients that are fitted: through the tail, and LESA's own form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lesa_kernels as lesa
-from lesa_kernels.training import fit_features, fit_lesa, fit_through_tail, segment_stages
+from lesa_kernels.training import fit_lesa, fit_through_tail, segment_stages
 from lesa_kernels.training.damped import DampedFit, gram_of
 from lesa_kernels.training.expert import Expert
 from lesa_kernels.training.kan_gains import set_gains
@@ -88,65 +88,6 @@ def _features(seed: int = 0) -> list[list[Tensor]]:
     for run in range(RUNS):
         _source(seed=seed).run([run], partial(policy, run))
     return features
-
-
-def test_closed_form_finds_the_coefficients_that_made_the_features() -> None:
-    generator = torch.Generator().manual_seed(2)
-    wanted = {step: torch.randn(3, generator=generator) for step in range(7, STEPS) if step != 9}
-    trajectories = []
-    for _ in range(3):
-        run = [torch.randn(40, generator=generator) for _ in range(STEPS)]
-        for step, values in wanted.items():
-            sources = [full for full in SCHEDULE.full_steps if full < step][-2:]
-            run[step] = sum(c * run[k] for c, k in zip(values[:2], sources, strict=True)) + values[2]  # type: ignore[assignment]
-        trajectories.append(run)
-    found = fit_features(RecordedSource(trajectories, SIGMAS), SCHEDULE, window=2, ridge=0.0, progress=False)[
-        ONLY_BRANCH
-    ]
-    for step, values in wanted.items():
-        assert torch.allclose(found.coefficients[step].float(), values[:2], atol=1e-5), step
-        assert found.offsets[step].item() == pytest.approx(values[2].item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("over_all", [False, True])
-def test_closed_form_is_the_least_squares_fit_on_the_rolled_out_history(over_all: bool) -> None:
-    trajectories = _features()
-    found = fit_features(
-        RecordedSource(trajectories, SIGMAS), SCHEDULE, window=2, over_all=over_all, ridge=0.0, progress=False
-    )[ONLY_BRANCH]
-    # Step by step on stacked, rolled-out histories, in float64.
-    history: dict[int, Tensor] = {}
-    for step in range(STEPS):
-        target = torch.cat([run[step].double().flatten() for run in trajectories])
-        if step in SCHEDULE.full_steps:
-            history[step] = target
-            continue
-        columns = torch.stack([*(history[source] for source in found.sources(step)), torch.ones_like(target)], dim=1)
-        best = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution
-        history[step] = (columns @ best)[:, 0]
-        used = torch.cat([found.coefficients[step][-len(found.sources(step)) :], found.offsets[step][None]])
-        assert torch.allclose(columns @ used, history[step], atol=1e-4), step
-
-
-def test_a_strong_ridge_gives_taylor() -> None:
-    found = fit_features(RecordedSource(_features(), SIGMAS), SCHEDULE, ridge=1e12, progress=False)[ONLY_BRANCH]
-    fitted, taylor = found.plan(SIGMAS), lesa.TaylorSeer(2).plan(SIGMAS, SCHEDULE)
-    for got, want in zip(fitted.segments, taylor.segments, strict=True):
-        for row, other in zip(got.launches[0].coefficients, want.launches[0].coefficients, strict=True):
-            assert row == pytest.approx(other, abs=1e-6)
-
-
-def test_closed_form_reads_each_run_once() -> None:
-    calls: list[int] = []
-    fit_features(_source(calls=calls), SCHEDULE, batch=4, progress=False)
-    assert calls == [*range(STEPS)] * 2
-
-
-def test_fits_refuse_features_that_are_not_finite() -> None:
-    trajectories = _features()
-    trajectories[2][4] = trajectories[2][4] * torch.inf
-    with pytest.raises(FloatingPointError, match="not at step 4"):
-        fit_features(RecordedSource(trajectories, SIGMAS), SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
@@ -392,24 +333,12 @@ def test_wrong_arguments_are_named() -> None:
         fit_through_tail(_source(), SCHEDULE, objective="feature", progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rounds must be at least 2"):
         fit_through_tail(_source(), SCHEDULE, rounds=1, progress=False)
-    with pytest.raises(ValueError, match="ridge must be at least 0"):
-        fit_features(recorded, SCHEDULE, ridge=-1.0)
     with pytest.raises(ValueError, match="leave a step to forecast"):
-        fit_features(recorded, lesa.Schedule(STEPS, tuple(range(STEPS))))
+        fit_through_tail(_source(), lesa.Schedule(STEPS, tuple(range(STEPS))))
     with pytest.raises(ValueError, match="start must forecast step"):
         fit_through_tail(_source(), SCHEDULE, window=1, start=lesa.TaylorSeer(2), progress=False)
     with pytest.raises(ValueError, match="batch must be at least 1"):
         batches(recorded, 0)
-
-
-def test_a_branch_that_comes_late_is_refused() -> None:
-    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
-        for step in range(STEPS):
-            for branch in ("cond", "uncond")[: 1 + (step > 4)]:
-                policy(ModelCall(step, lambda: torch.ones(1, WIDTH), branch=branch))
-
-    with pytest.raises(ValueError, match="branch 'uncond' at every step, it came late to step 5"):
-        fit_features(LoopSource(loop, 1, SIGMAS), SCHEDULE, progress=False)
 
 
 def test_two_calls_a_step_are_refused() -> None:
