@@ -94,7 +94,7 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
         for name, predictor in through_tail(setting, schedule):
             yield by(name, placement, predictor, schedule)
         if placement in (PUBLISHED, TAYLORS):
-            for name, predictor in _by_features_or_output(setting, schedule):
+            for name, predictor in _by_features(setting, schedule):
                 yield by(name, placement, predictor, schedule)
     for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
         predictor = LesaPredictor(setting.steps)
@@ -123,9 +123,7 @@ def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Pr
     yield LESA_TAIL, form
 
 
-def _by_features_or_output(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
-    """Yield what is fitted step by step."""
-    source, batch = setting.learnt_from, len(setting.learnt_from)
+def _by_features(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
+    """Yield what is fitted to the features, step by step."""
     for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
         yield name, fit_features(setting.features, setting.sigmas, schedule, window=window, over_all=over_all)
-    yield "coefficients by output", fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)

@@ -1,4 +1,4 @@
-"""Fits through the model's tail: coefficients are judged by what the model's output or latents become.
+"""Fits through the model's tail: coefficients are judged by what the latents become.
 
 The error of a feature is not quality: what counts is the output that the tail makes of it, and of that the sum along
 the steps, since between two full steps the model sees no latents. The derivatives go through the tail alone (forward
@@ -11,8 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Literal
+from functools import cache
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -26,8 +25,6 @@ from lesa_kernels.training.damped import DampedFit
 from lesa_kernels.training.policies import Reference, batches, euler, reference_run, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
-
-Objective = Literal["latents", "output"]
 
 
 def combine(features: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
@@ -214,7 +211,6 @@ def fit_through_tail(
     source: TrajectorySource,
     schedule: Schedule | ScheduleRule,
     *,
-    objective: Objective = "latents",
     window: int = 3,
     start: Predictor | None = None,
     rounds: int = 4,
@@ -223,18 +219,16 @@ def fit_through_tail(
 ) -> LinearPredictor:
     """Fit per-step coefficients over full features through the model's tail, by damped Gauss-Newton.
 
-    "latents" goes from segment to segment in closed loop: the runs follow the coefficients found so far, full steps see
-    the latents that came of it, and the segment's coefficients are moved so that it ends where the unaccelerated run
-    passes; what earlier segments left is corrected as far as the features allow. "output" compares the outputs of
-    single steps along unaccelerated runs.
+    Goes from segment to segment in closed loop: the runs follow the coefficients found so far, full steps see the
+    latents that came of it, and the segment's coefficients are moved so that it ends where the unaccelerated run
+    passes; what earlier segments left is corrected as far as the features allow.
 
     Args:
         source: runs a model that is called once a step and steps as Euler does (a rectified flow).
         schedule: where the full steps lie.
-        objective: what is compared.
         window: K, full features that a forecast reads.
         start: where the search starts, a predictor over full features; None takes TaylorSeer in sigma.
-        rounds: passes over the runs for each segment ("latents") or for all steps ("output"), at least 2.
+        rounds: passes over the runs for each segment, at least 2.
         batch: runs sampled as one batch.
         progress: show a bar.
 
@@ -244,10 +238,8 @@ def fit_through_tail(
     Raises:
         ValueError: when an argument is out of range, or the source has no runs, no tail, several calls a step, or
             other steps than Euler's.
-        FloatingPointError: when latents or outputs are not finite; names the steps.
+        FloatingPointError: when latents are not finite; names the steps.
     """
-    if objective not in ("latents", "output"):
-        raise ValueError(f'objective must be "latents" or "output", got {objective!r}')
     # One to measure, one to judge a change.
     rounds = check_int("rounds", rounds, 2)
     check_source(source)
@@ -257,15 +249,12 @@ def fit_through_tail(
         start = TaylorSeer(min(2, window - 1))
     check_type("start", start, Predictor, "a Predictor or None")
     rows = _start(source.sigmas, predictor, placement, start)
-    fit = _fit_latents if objective == "latents" else _fit_outputs
-    fit(source, placement, rows, rounds, batch, progress)
+    _fit(source, placement, rows, rounds, batch, progress)
     found = {step: Row(dict(values)) for step, values in rows.values.items()}
     return LinearPredictor.from_rows(source.sigmas, placement, found, window)
 
 
-def _fit_latents(
-    source: TrajectorySource, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool
-) -> None:
+def _fit(source: TrajectorySource, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool) -> None:
     parts = batches(source, batch)
     todo = [segment for segment in segments(schedule) if segment.steps]
     with progress_bar(progress) as bar:
@@ -314,40 +303,3 @@ def collect_segment(
             lambda columns, residual, key=key: fit.add(key, columns, residual),  # type: ignore[misc]
         )
         run_until_stopped(source, runs, walk)
-
-
-def _fit_outputs(
-    source: TrajectorySource, schedule: Schedule, rows: _Rows, rounds: int, batch: int, progress: bool
-) -> None:
-    parts = batches(source, batch)
-    fits = {step: DampedFit(rows.vector(rows.keys([step])), name=f"step {step}") for step in rows.values}
-    full: dict[int, Tensor] = {}
-    latest = -1
-
-    def policy(key: int, call: ModelCall) -> Tensor | None:
-        nonlocal latest
-        feature, output = watch(call)
-        if output is None or call.tail is None:
-            raise ValueError("source must run a model with its tail; this one holds features only")
-        if call.step == latest:
-            raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
-        latest = call.step
-        if call.step in schedule.full_steps:
-            full[call.step] = feature
-        elif not fits[call.step].finished:
-            history = [full[source] for source in rows.values[call.step]]
-            made, slopes = derivatives(call.tail, combine(history, fits[call.step].candidate.tolist()), history)
-            fits[call.step].add(key, slopes, made - output)
-        return output
-
-    with progress_bar(progress) as bar:
-        task = bar.add_task("fitting all steps", total=rounds * len(parts))
-        for _ in range(rounds):
-            for key, runs in enumerate(parts):
-                source.run(runs, partial(policy, key))
-                bar.advance(task)
-            for fit in fits.values():
-                if not fit.finished:
-                    fit.close_round()
-    for step, fit in fits.items():
-        rows.assign(rows.keys([step]), fit.best)

@@ -132,7 +132,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
                          "predictor": lesa.LesaPredictor(**LESA), "progress": False}),
     "Sampled": (training.LoopSource, {"loop": _loop, "count": 2, "sigmas": SIGMAS}),
     "fit_through_tail": (training.fit_through_tail, {
-        "source": _tailed(), "schedule": SCHEDULE, "objective": "latents", "window": 2, "start": lesa.TaylorSeer(1),
+        "source": _tailed(), "schedule": SCHEDULE, "window": 2, "start": lesa.TaylorSeer(1),
         "rounds": 2, "batch": 1, "progress": False}),
     "fit_lesa": (training.fit_lesa, {"predictor": lesa.LesaPredictor(STEPS, STAGES, 2), "fitted": _fitted(),
                                      "source": _tailed(), "rounds": 2, "batch": 1, "progress": False}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -139,18 +138,15 @@ def test_damped_fit_drops_what_made_things_worse() -> None:
     assert abs(fit.candidate.item()) < abs(first.item())
 
 
-@pytest.mark.parametrize("objective", ["latents", "output"])
-def test_fits_through_the_tail_beat_their_start_on_other_noise(objective: str) -> None:
-    found = fit_through_tail(_source(), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
+def test_fits_through_the_tail_beat_their_start_on_other_noise() -> None:
+    found = fit_through_tail(_source(), SCHEDULE, batch=RUNS, progress=False)
     assert found.schedule == SCHEDULE
-    assert _error(found) < 0.95 * _error(lesa.TaylorSeer(2)), objective
+    assert _error(found) < 0.95 * _error(lesa.TaylorSeer(2))
 
 
-@pytest.mark.parametrize("objective", ["latents", "output"])
-def test_a_pipeline_that_takes_the_negative_of_the_output_is_fitted_alike(objective: Any) -> None:
+def test_a_pipeline_that_takes_the_negative_of_the_output_is_fitted_alike() -> None:
     plain, negative = (
-        fit_through_tail(_source(sign=sign), SCHEDULE, objective=objective, batch=RUNS, progress=False)
-        for sign in (1.0, -1.0)
+        fit_through_tail(_source(sign=sign), SCHEDULE, batch=RUNS, progress=False) for sign in (1.0, -1.0)
     )
     assert torch.allclose(plain.coefficients, negative.coefficients, atol=1e-4, equal_nan=True)
 
@@ -194,7 +190,7 @@ def test_a_compiled_tail_keeps_its_derivative() -> None:
     torch.testing.assert_close((output, slope), (feature.square(), 2 * feature * direction))
 
 
-def test_guidance_with_several_calls_a_step_is_refused_by_both_objectives() -> None:
+def test_guidance_with_several_calls_a_step_is_refused() -> None:
     single = _source()
 
     def loop(runs: Sequence[int], policy: StepPolicy) -> None:
@@ -204,9 +200,8 @@ def test_guidance_with_several_calls_a_step_is_refused_by_both_objectives() -> N
 
         single.run(runs, twice)
 
-    for objective in ("latents", "output"):
-        with pytest.raises(ValueError, match="source must call its model once a step"):
-            fit_through_tail(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="source must call its model once a step"):
+        fit_through_tail(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, batch=RUNS, progress=False)
 
 
 def test_batches_do_not_change_the_fit() -> None:
@@ -327,10 +322,6 @@ def test_wrong_arguments_are_named() -> None:
     recorded = RecordedSource(_features(), SIGMAS)
     with pytest.raises(ValueError, match="this one holds features only"):
         fit_through_tail(recorded, SCHEDULE, progress=False)
-    with pytest.raises(ValueError, match="this one holds features only"):
-        fit_through_tail(recorded, SCHEDULE, objective="output", progress=False)
-    with pytest.raises(ValueError, match='objective must be "latents" or "output"'):
-        fit_through_tail(_source(), SCHEDULE, objective="feature", progress=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rounds must be at least 2"):
         fit_through_tail(_source(), SCHEDULE, rounds=1, progress=False)
     with pytest.raises(ValueError, match="leave a step to forecast"):
