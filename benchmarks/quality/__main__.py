@@ -16,8 +16,8 @@ from benchmarks.quality import results
 from benchmarks.quality.methods import INTERVALS, Effort, sampled
 from benchmarks.quality.setting import DATA, Data, Setting
 from benchmarks.results import origin
-from lesa_kernels.demo import train_model
-from lesa_kernels.demo.methods import psnr
+from examples.digits import train_model
+from examples.digits.comparison import psnr
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

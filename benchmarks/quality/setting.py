@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from lesa_kernels.demo.model import (
+from examples.digits.model import (
     MNIST,
     NUM_CLASSES,
     SMALL_DIGITS,
@@ -24,7 +24,7 @@ from lesa_kernels.demo.model import (
     set_up,
     unpatchify,
 )
-from lesa_kernels.demo.solvers import solve
+from examples.digits.solvers import solve
 from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule

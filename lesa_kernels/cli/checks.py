@@ -12,7 +12,7 @@ def check_modules(what: str, *modules: str) -> None:
     """Refuse to start where a module is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise typer.BadParameter(f"{what} needs {module}: pip install -e .[demo]")
+            raise typer.BadParameter(f"{what} needs {module}: pip install -e .[train]")
 
 
 def check_device(device: str) -> None:

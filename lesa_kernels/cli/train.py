@@ -20,11 +20,6 @@ from lesa_kernels.integrations import PipelineSource
 from lesa_kernels.training import FeatureStore
 from lesa_kernels.trajectories import ONLY_BRANCH, TrajectorySource
 
-DIGITS = "digits"
-# A minute on a CPU.
-_DIGITS_RUNS = 80
-_DIGITS_BATCH = 20
-
 
 class Precision(str, Enum):
     """Of a pipeline."""
@@ -43,7 +38,7 @@ class StorePrecision(str, Enum):
 
 
 def train(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a diffusers pipeline; digits: the demo's model.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id of a diffusers pipeline.")],
     out: Annotated[Path, typer.Option(help="Folder for the predictor, its losses and checkpoints.", file_okay=False)],
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with a prompt a line.", exists=True, dir_okay=False)
@@ -75,7 +70,7 @@ def train(
         tuple[int, int] | None, typer.Option(help="With true history, then in closed loop; else as the method says.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Else as the method says.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Runs at once; 1, for digits 20.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Runs at once.", min=1)] = 1,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline's call.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="More of the pipeline's call: height=1024, true_cfg_scale=4.")
@@ -98,7 +93,7 @@ def train(
     place = _device(device)
     console = Console(quiet=_rank() > 0)
     with _processes(), _one_line():
-        texts = _texts(model, prompts, runs)
+        texts = _texts(prompts, runs)
         arguments = _arguments(settings or []) | ({} if guidance is None else {"guidance_scale": guidance})
         pipe = _load(model, place, dtype, offload)
         source = PipelineSource(pipe, texts, steps=steps, seed=seed, capture=capture, **arguments)
@@ -116,7 +111,7 @@ def train(
             decibels=decibels,
             search=search,
             refine=refine,
-            batch=batch or (_DIGITS_BATCH if model == DIGITS else 1),
+            batch=batch,
             epochs=epochs,
             learning_rate=learning_rate,
             seed=seed,
@@ -129,7 +124,7 @@ def train(
     console.print(told, soft_wrap=True)
     files = sorted(str(path) for path in out.iterdir() if not path.name.startswith("."))
     console.print(f"files: {', '.join(files)}", soft_wrap=True)
-    console.print("\n" + _how_to_use(model, out, branches), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n" + _how_to_use(out, branches), markup=False, highlight=False, soft_wrap=True)
 
 
 def _rank() -> int:
@@ -176,26 +171,19 @@ def _device(device: str | None) -> str:
 
 def _load(model: str, device: str, dtype: Precision | None, offload: bool) -> Any:
     """Load a pipeline."""
-    usual = "bfloat16" if device.startswith("cuda") and model != DIGITS else "float32"
+    usual = "bfloat16" if device.startswith("cuda") else "float32"
     kind: torch.dtype = getattr(torch, usual if dtype is None else dtype.value)
-    if model == DIGITS:
-        from lesa_kernels.demo.pipeline import DigitsPipeline
-
-        return DigitsPipeline.load(device, kind)
     from lesa_kernels.integrations.sampling import load_pipeline
 
     return load_pipeline(model, device=device, dtype=kind, offload=offload)
 
 
-def _texts(model: str, prompts: Path | None, runs: int | None) -> list[str]:
+def _texts(prompts: Path | None, runs: int | None) -> list[str]:
     """Return the prompt of each run."""
     if prompts is not None:
         texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not texts:
             raise typer.BadParameter(f"--prompts {prompts} must hold a prompt a line, it holds none")
-    elif model == DIGITS:
-        texts = [str(digit) for digit in range(10)]
-        runs = runs or _DIGITS_RUNS
     else:
         raise typer.BadParameter("--prompts must name a text file with a prompt a line")
     return [texts[run % len(texts)] for run in range(runs or len(texts))]
@@ -230,14 +218,13 @@ def _intention(source: PipelineSource, branches: tuple[str, ...], method: Method
     return f"{source.model}: {len(source)} runs of {steps} steps{guided}; method {method.value}"
 
 
-def _how_to_use(model: str, out: Path, branches: tuple[str, ...]) -> str:
+def _how_to_use(out: Path, branches: tuple[str, ...]) -> str:
     """Return the lines of Python that use what was trained."""
     predictor = f'lesa.load_predictor("{out}")'
     if len(branches) > 1:
         predictor = "{" + ", ".join(f'"{branch}": lesa.load_predictor("{out / branch}")' for branch in branches) + "}"
-    pipe = "lesa_kernels.demo.pipeline.DigitsPipeline.load()" if model == DIGITS else "the pipeline"
     return (
-        f"To use it, where pipe is {pipe}:\n\n"
+        "To use it, where pipe is the pipeline:\n\n"
         "import lesa_kernels as lesa\n"
         f"predictor = {predictor}\n"
         "lesa.enable(pipe, predictor)"

@@ -13,7 +13,7 @@ from benchmarks.quality import __main__ as quality
 from benchmarks.quality import methods, results
 from benchmarks.quality.least_squares import fit_features
 from benchmarks.quality.setting import DATA, Setting
-from lesa_kernels.demo.model import SMALL_DIGITS, build_model, sample
+from examples.digits.model import SMALL_DIGITS, build_model, sample
 from lesa_kernels.predictors import Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
 

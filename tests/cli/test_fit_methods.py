@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason="diffusers is not installed (extra: demo)")
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
+pytest.importorskip("diffusers", reason="diffusers is not installed (extra: train)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
 
+from digits_command import load, write_prompts
 from typer.testing import CliRunner
 
 import lesa_kernels as lesa
+from examples.digits.pipeline import DigitsPipeline
 from lesa_kernels.cli import app
-from lesa_kernels.demo.pipeline import DigitsPipeline
 from lesa_kernels.training.checkpoint import FILE
 
-DIGITS = ["--model", "digits", "--steps", "12", "--runs", "4", "--batch", "4"]
+DIGITS = ["--model", "digits", "--steps", "12", "--batch", "4"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lesa_kernels.integrations.sampling.load_pipeline", load)
 
 
 def run(out: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(app, ["train", *DIGITS, "--out", str(out), *arguments])
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = write_prompts(Path(folder), 4)
+        return CliRunner().invoke(app, ["train", *DIGITS, "--prompts", prompts, "--out", str(out), *arguments])
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,28 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason="diffusers is not installed (extra: demo)")
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
+pytest.importorskip("diffusers", reason="diffusers is not installed (extra: train)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
 
+from digits_command import load, write_prompts
 from torch.cuda._utils import _get_device_index
 from typer.testing import CliRunner
 
 import lesa_kernels as lesa
+from examples.digits.model import conditioning
+from examples.digits.pipeline import DigitsPipeline
 from lesa_kernels.cli import app
-from lesa_kernels.demo.model import conditioning
-from lesa_kernels.demo.pipeline import DigitsPipeline
 from lesa_kernels.integrations import sampling
 
-SMALL = ["--steps", "14", "--interval", "4", "--runs", "4", "--batch", "2", "--epochs", "1", "1"]
+SMALL = ["--steps", "14", "--interval", "4", "--batch", "2", "--epochs", "1", "1"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "load_pipeline", load)
 
 
 def run(*arguments: str | Path) -> Any:
@@ -41,7 +47,7 @@ def message(result: Any) -> str:
 
 
 def train_digits(out: Path, *more: str | Path) -> str:
-    result = run("--model", "digits", "--out", out, *SMALL, *more)
+    result = run("--model", "digits", "--prompts", write_prompts(out.parent, 4), "--out", out, *SMALL, *more)
     assert result.exit_code == 0, result.output
     return str(result.output)
 
@@ -107,12 +113,14 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path, monkeypatch: pyte
 
 def test_another_training_does_not_overwrite_it(tmp_path: Path) -> None:
     train_digits(tmp_path)
-    result = run("--model", "digits", "--out", tmp_path, *SMALL, "--learning-rate", "0.1")
+    prompts = write_prompts(tmp_path.parent, 4)
+    result = run("--model", "digits", "--prompts", prompts, "--out", tmp_path, *SMALL, "--learning-rate", "0.1")
     assert "holds another training: config.learning_rate was 0.001, now 0.1" in message(result)
 
 
 def test_calls_lie_uniformly_in_sigma(tmp_path: Path) -> None:
-    arguments = ["--steps", "14", "--calls", "6", "--runs", "2", "--epochs", "1", "0", "--method", "published"]
+    arguments = ["--steps", "14", "--calls", "6", "--epochs", "1", "0", "--method", "published"]
+    arguments += ["--prompts", write_prompts(tmp_path.parent, 2)]
     result = run("--model", "digits", "--out", tmp_path, *arguments)
     assert result.exit_code == 0, result.output
     pipe = DigitsPipeline.load()
@@ -131,20 +139,20 @@ def test_a_store_is_filled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     train_digits(tmp_path / "two", "--store", tmp_path / "store")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
-    result = run(
-        "--model", "digits", "--out", tmp_path / "three", *SMALL, "--store", tmp_path / "store", "--steps", "9"
-    )
+    prompts = write_prompts(tmp_path, 4)
+    more = ["--store", tmp_path / "store", "--steps", "9"]
+    result = run("--model", "digits", "--prompts", prompts, "--out", tmp_path / "three", *SMALL, *more)
     assert "store" in message(result)
 
 
 def test_a_pipeline_with_branches_gets_a_predictor_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def load(model: str, **options: Any) -> Guided:
+    def load_guided(model: str, **options: Any) -> Guided:
         asked.update(options, model=model)
         return Guided(*DigitsPipeline.load().components.values())
 
-    monkeypatch.setattr(sampling, "load_pipeline", load)
+    monkeypatch.setattr(sampling, "load_pipeline", load_guided)
     (tmp_path / "prompts.txt").write_text("3\n\n 7 \n")
     arguments = ["--guidance", "2.0", "--set", "size=14", "--dtype", "float16", "--offload", "--device", "cpu"]
     result = run(
@@ -153,7 +161,7 @@ def test_a_pipeline_with_branches_gets_a_predictor_for_each(tmp_path: Path, monk
     assert result.exit_code == 0, result.output
     assert asked == {"model": "some/model", "device": "cpu", "dtype": torch.float16, "offload": True}
     assert "branches cond and uncond" in result.output
-    pipe = load("")
+    pipe = load_guided("")
     use(result.output, pipe)
     pipe(["3"], 14, size=14)
     summary = lesa.summary(pipe)
@@ -164,8 +172,9 @@ def test_a_pipeline_with_branches_gets_a_predictor_for_each(tmp_path: Path, monk
 
 def test_two_processes_train_together(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "lesa_kernels.cli", "train", "--model", "digits", "--device", "cpu", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script = [str(Path(__file__).with_name("digits_command.py")), "train", "--prompts", write_prompts(tmp_path, 4)]
+    arguments = [*script, "--model", "digits", "--device", "cpu", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
         [*command, *arguments, *SMALL], env=environment, capture_output=True, text=True, check=False
     )
@@ -197,6 +206,11 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("cats.txt").write_text("a cat\n")
     Path("empty.txt").write_text(" \n")
+    if "--prompts" not in arguments and arguments[1] == "digits":
+        arguments = [*arguments, "--prompts", write_prompts(tmp_path, 4)]
+    if arguments[1] == ".":
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
     assert expected in message(run("--out", "out", *arguments))
 
 
@@ -232,5 +246,5 @@ def test_what_ends_a_training_early_is_told(
     source = sampling.PipelineSource
     monkeypatch.setattr(source, "branches", ("cond",))
     monkeypatch.setattr(source, "run", fail)
-    result = run("--model", "digits", "--out", tmp_path, *SMALL)
+    result = run("--model", "digits", "--prompts", write_prompts(tmp_path, 4), "--out", tmp_path, *SMALL)
     assert result.exit_code == code and expected in result.output
