@@ -28,7 +28,7 @@ from examples.digits.solvers import solve
 from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.policies import Following, reference_run
+from lesa_kernels.training.policies import PlanPolicy, reference_run
 from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy, watch
 
 STEPS = 50
@@ -159,11 +159,11 @@ class Setting:
     def images(self, predictor: Predictor, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
         """Sample the unseen noise with forecasts; return images and the steps that were full."""
         plan = predictor.plan(self.sigmas, schedule)
-        following = Following({ONLY_BRANCH: plan}, self.sigmas)
-        self.source(self.noise, self.labels).run(range(len(self.noise)), following)
-        if following.final is None:
+        policy = PlanPolicy({ONLY_BRANCH: plan}, self.sigmas)
+        self.source(self.noise, self.labels).run(range(len(self.noise)), policy)
+        if policy.final is None:
             raise RuntimeError("the run did not reach its end")
-        return unpatchify(following.final, self.design), plan.full_steps
+        return unpatchify(policy.final, self.design), plan.full_steps
 
     def solved(self, schedule: Schedule, order: int) -> Tensor:
         """Sample the unseen noise by a solver that takes the full steps only."""

@@ -27,7 +27,7 @@ def main(
     console = Console()
     with console.status("loading torch and diffusers"):
         from examples.digits.demo import DemoConfig, run_demo
-        from lesa_kernels.cli.checks import check_device
+        from lesa_kernels.cli.common import check_device
     check_device(device)
     run_demo(DemoConfig(out, device, samples, trajectories=trajectories, seed=seed), console)
 

@@ -21,8 +21,8 @@ from lesa_kernels.machine import one_thread
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import RecordedSource, TrainingConfig, TrainingResult, plot_losses, train
-from lesa_kernels.training.files import reserved
 from lesa_kernels.training.progress import progress_bar, waiting
+from lesa_kernels.training.ranks import lock_folder
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -76,7 +76,7 @@ def run_demo(config: DemoConfig, console: Console) -> list[figures.Row]:
     """
     if config.samples < NUM_CLASSES:
         raise ValueError(f"samples must be at least {NUM_CLASSES} (one of each class is shown), got {config.samples}")
-    with reserved(config.out), one_thread():
+    with lock_folder(config.out), one_thread():
         return _run(config, console)
 
 

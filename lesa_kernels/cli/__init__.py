@@ -6,9 +6,11 @@ import typer
 
 from lesa_kernels.backends import status as kernel_status
 from lesa_kernels.cli.bench import bench
+from lesa_kernels.cli.calibrate import calibrate
 from lesa_kernels.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Forecast a diffusion transformer's features.")
+app.command()(calibrate)
 app.command()(train)
 # Its options are those of the benchmarks, which are not part of the package.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(bench)
@@ -16,5 +18,5 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 
 @app.command()
 def status() -> None:
-    """Tell which kernel serves which device, and why."""
+    """Show which kernel serves which device, and why."""
     typer.echo(str(kernel_status()))

@@ -1,4 +1,4 @@
-"""Policies that fits and searches share: one that follows plans, one that remembers where unaccelerated runs went."""
+"""Policies that fits and searches share: one follows plans, one records the latents of unaccelerated runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EULER_TOLERANCE = 0.05
 
 
 def run_until_stopped(source: TrajectorySource, runs: Sequence[int], policy: StepPolicy) -> None:
-    """Run runs until their end, or until the policy has seen enough."""
+    """Sample runs until their end, or until the policy stops them."""
     try:
         source.run(runs, policy)
     except StopRun:
@@ -48,11 +48,11 @@ def euler(call: ModelCall, output: Tensor, sigmas: Sequence[float], sign: float 
 
 
 @dataclass
-class Following:
-    """Runs runs by plans: blocks on full steps, forecasts on the others. Times what each kind of step takes.
+class PlanPolicy:
+    """Answers calls by plans: with the blocks on full steps, with forecasts on the others. Measures their times.
 
     Args:
-        plans: of each branch; branches without one run in full.
+        plans: of each branch; branches without a plan run in full.
         sigmas: S+1 noise levels.
         sign: of the output, see `Reference`.
         final: latents at the end of the run, by Euler's last step.
@@ -90,13 +90,14 @@ class Following:
 
 
 def _wait(tensor: Tensor | None) -> None:
+    """Wait for the device of a tensor, so that times are those of the work."""
     if tensor is not None and tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a batch of unaccelerated runs went.
+    """The latents of a batch of unaccelerated runs.
 
     Args:
         latents: before some steps, S standing for the end of the run; [B, ...] by step.
@@ -111,7 +112,7 @@ class Reference:
 
 @torch.no_grad()
 def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence[int]) -> Reference:
-    """Run runs in full and keep their latents.
+    """Sample runs in full and keep their latents.
 
     Args:
         source: must run a model that is called once a step, and step as Euler does.
@@ -125,13 +126,13 @@ def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence
         ValueError: when the source holds features only, calls its model more than once a step, or does not step as
             Euler does: another solver, guidance within a batch, tokens that stay as they are.
     """
-    recorder = _Recorder(source.sigmas, steps)
+    recorder = _ReferencePolicy(source.sigmas, steps)
     source.run(runs, recorder)
     return recorder.reference()
 
 
-class _Recorder:
-    """Watches unaccelerated runs; adds up where Euler's steps would lead."""
+class _ReferencePolicy:
+    """Answers calls in full and keeps latents; adds up where Euler's steps would lead."""
 
     def __init__(self, sigmas: Sequence[float], steps: Sequence[int]) -> None:
         self._sigmas = sigmas
@@ -162,7 +163,7 @@ class _Recorder:
         return output
 
     def reference(self) -> Reference:
-        """Return what was seen, once the runs are over."""
+        """Return the latents, once the runs are over."""
         if self._last is None or self._first is None or self._before_last is None:
             raise ValueError("source must call its model, it did not")
         (last, output), sign = self._last, 1.0

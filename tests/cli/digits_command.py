@@ -24,6 +24,19 @@ def write_prompts(folder: Path, count: int) -> str:
     return str(file)
 
 
+def message(result: Any) -> str:
+    """Return the text of an error without the box around it."""
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def use(output: str, pipe: Any) -> None:
+    """Run the lines that a command ends with."""
+    code = output[output.index("import lesa_kernels as lesa") :]
+    assert len(code.strip().splitlines()) == 3
+    exec(code, {"pipe": pipe})
+
+
 if __name__ == "__main__":
     sampling.load_pipeline = load
     app(prog_name="lesa")
