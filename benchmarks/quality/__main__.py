@@ -18,6 +18,7 @@ from benchmarks.quality.setting import DATA, Data, Setting
 from benchmarks.results import origin
 from examples.digits import train_model
 from examples.digits.comparison import psnr
+from lesa_kernels.machine import one_thread
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -60,6 +61,7 @@ def compare(
     return rows
 
 
+@one_thread()
 def main(
     data: Annotated[list[str] | None, typer.Option(help="Only this data set: digits or mnist.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only the model of this seed; else 0, 1, 2.")] = None,
