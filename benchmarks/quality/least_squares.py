@@ -1,6 +1,6 @@
-"""A baseline: per-step coefficients by least squares on features, in plain torch.
+"""Fits per-step coefficients by least squares on features, in plain torch: a baseline.
 
-It minimises the error of each feature, which is not what the images depend on: see docs/quality.md.
+It minimizes the error of each feature, which is not what the images depend on: see docs/quality.md.
 """
 
 from __future__ import annotations

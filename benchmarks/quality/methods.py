@@ -1,4 +1,4 @@
-"""All methods at one number of block calls: each yields images of the unseen noise."""
+"""Runs every method at one number of block calls on the unseen noise."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Effort:
 
 
 def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iterator[Sampled]:
-    """Yield every method at a number of calls.
+    """Yield the images of every method at a number of calls.
 
     Args:
         setting: the model and its noise.

@@ -1,4 +1,4 @@
-"""What methods are compared on: a trained model, runs to learn from, and unseen noise with what it becomes."""
+"""Provides what methods are compared on: a trained model, runs to learn from, unseen noise and its samples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, Record
 
 STEPS = 50
 CONVERGED_STEPS = 200
-# What is learned from must not be judged on.
+# The noise to learn from and the noise to compare on must differ.
 TRAINING_NOISE, UNSEEN_NOISE = 1_000, 0
 
 
@@ -46,7 +46,7 @@ class Data:
         design: sizes of its model.
         iterations: of the model's training.
         batch: images in each of them.
-        samples: unseen ones to judge on.
+        samples: unseen ones to compare on.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Setting:
         model: in evaluation mode.
         design: its sizes.
         learn: how many runs there are to learn from.
-        samples: how many unseen ones to judge on.
+        samples: how many unseen ones to compare on.
         steps: S.
     """
 

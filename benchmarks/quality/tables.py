@@ -1,4 +1,4 @@
-"""The rows of the comparison, how they are kept, and what is drawn and decided from them."""
+"""Reads and writes the rows of the comparison, and makes tables, verdicts and the plot from them."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ def table(found: Sequence[Line], data: str, calls: int) -> Table:
 
 @dataclass(frozen=True)
 class Target:
-    """A difference that was asked for, model by model: our best against a rival.
+    """A difference that is wanted, model by model: our best against another method.
 
     Args:
         name: what is compared.
         ours: methods, of which the best counts.
         rival: the other method.
         required_db: the difference that is wanted, dB.
-        schedule: the rival's; None for the best of all that were tried.
+        schedule: the other method's; None for the best of all that were tried.
     """
 
     name: str

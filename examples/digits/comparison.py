@@ -46,7 +46,7 @@ class Method:
 
     @property
     def calls(self) -> int:
-        """Calls of the blocks that the method asks for."""
+        """Number of full steps."""
         return len(self.schedule.full_steps)
 
 

@@ -87,7 +87,7 @@ def train(
         more = len(schedule.full_steps) - len(wanted.full_steps)
         console.print(
             f"branches {' and '.join(branches)}; {common.full_steps(schedule)}"
-            + (f"; {more} more than the interval asks for, until the predictor's windows are full" if more else ""),
+            + (f"; {more} more than the interval needs, until the predictor's windows are full" if more else ""),
             soft_wrap=True,
         )
         preset = TrainingConfig.tuned() if recipe is Recipe.tuned else TrainingConfig.published()

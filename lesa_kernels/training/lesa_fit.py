@@ -67,7 +67,7 @@ def fit_lesa(
     """
     check_source(source)
     check_type("fitted", fitted, LinearPredictor, "a LinearPredictor")
-    # One to measure, one to judge a change.
+    # One to measure, one to try a change.
     rounds = check_int("rounds", rounds, 2)
     sigmas, schedule = fitted.trained_sigmas, fitted.schedule
     predictor = LesaPredictor(len(sigmas) - 1, segment_stages(sigmas, schedule, window), hidden_dim)

@@ -73,7 +73,7 @@ class LevenbergMarquardt:
 
         Args:
             key: of the batch, the same in every round. The residuals of its first round set the scale of its samples:
-                each counts alike, as in a mean of decibels.
+                each counts alike, as in a mean of ratios in dB.
             columns: C derivatives [B, ...] of the residual.
             residual: [B, ...].
         """

@@ -126,57 +126,42 @@ def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence
         ValueError: when the source holds features only, calls its model more than once a step, or does not step as
             Euler does: another solver, guidance within a batch, tokens that stay as they are.
     """
-    recorder = _ReferencePolicy(source.sigmas, steps)
-    source.run(runs, recorder)
-    return recorder.reference()
+    sigmas, end = source.sigmas, len(source.sigmas) - 1
+    kept: dict[int, Tensor] = {}
+    calls: list[tuple[ModelCall, Tensor]] = []  # the first call and the latest one, with their outputs
+    moved: Tensor | None = None  # sum over steps of (sigma_{s+1} - sigma_s) * output, but for the last step
 
-
-class _ReferencePolicy:
-    """Answers calls in full and keeps latents; adds up where Euler's steps would lead."""
-
-    def __init__(self, sigmas: Sequence[float], steps: Sequence[int]) -> None:
-        self._sigmas = sigmas
-        self._steps = steps
-        self._latents: dict[int, Tensor] = {}
-        self._last: tuple[ModelCall, Tensor] | None = None
-        self._first: Tensor | None = None
-        self._before_last: Tensor | None = None
-        self._moved: Tensor | float = 0.0
-
-    def __call__(self, call: ModelCall) -> Tensor:
+    def policy(call: ModelCall) -> Tensor:
+        nonlocal moved
         _, output = watch(call)
         if output is None or call.latents is None:
             raise ValueError("source must run a model with its tail and latents; this one holds features only")
-        # A loop may write to its latents.
-        latents = call.latents.detach().clone()
-        if self._last is None:
-            self._first = latents.float()
-        else:
-            last, its_output = self._last
+        if calls:
+            last, its_output = calls[-1]
             if call.step == last.step:
                 raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
-            self._moved = self._moved + (self._sigmas[call.step] - self._sigmas[last.step]) * its_output.float()
-        if call.step in self._steps:
-            self._latents[call.step] = latents
-        self._before_last = latents.float()
-        self._last = replace(call, latents=latents), output.detach().clone()
+            step = (sigmas[call.step] - sigmas[last.step]) * its_output.float()
+            moved = step if moved is None else moved + step
+        # A loop may write to its latents.
+        call = replace(call, latents=call.latents.detach().clone())
+        if call.step in steps and call.latents is not None:
+            kept[call.step] = call.latents
+        calls[1:] = [(call, output.detach().clone())]
         return output
 
-    def reference(self) -> Reference:
-        """Return the latents, once the runs are over."""
-        if self._last is None or self._first is None or self._before_last is None:
-            raise ValueError("source must call its model, it did not")
-        (last, output), sign = self._last, 1.0
-        if isinstance(self._moved, Tensor):
-            walked = self._before_last - self._first
-            sign = -1.0 if (walked * self._moved).sum() < 0 else 1.0
-            error = (walked - sign * self._moved).norm() / walked.norm().clamp_min(1e-20)
-            if error > _EULER_TOLERANCE:
-                raise ValueError(
-                    "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
-                    f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
-                )
-        end = len(self._sigmas) - 1
-        if end in self._steps:
-            self._latents[end] = euler(last, output, self._sigmas, sign).detach()
-        return Reference(self._latents, last.branch, sign)
+    source.run(runs, policy)
+    if not calls:
+        raise ValueError("source must call its model, it did not")
+    (first, _), (last, output), sign = calls[0], calls[-1], 1.0
+    if moved is not None and first.latents is not None and last.latents is not None:
+        walked = last.latents.float() - first.latents.float()
+        sign = -1.0 if (walked * moved).sum() < 0 else 1.0
+        error = (walked - sign * moved).norm() / walked.norm().clamp_min(1e-20)
+        if error > _EULER_TOLERANCE:
+            raise ValueError(
+                "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
+                f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
+            )
+    if end in steps:
+        kept[end] = euler(last, output, sigmas, sign).detach()
+    return Reference(kept, last.branch, sign)

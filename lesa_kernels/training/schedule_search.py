@@ -107,7 +107,6 @@ def search_schedule(
     make: MakePredictor,
     *,
     evaluations: int = 100,
-    moves: Sequence[int] = _MOVES,
     progress: bool = True,
 ) -> FoundSchedule:
     """Search for the full steps that serve best, at the number of calls of a start, by moving one at a time.
@@ -118,7 +117,6 @@ def search_schedule(
             near one is rarely best of all.
         make: makes the predictor of a schedule.
         evaluations: most schedules to try.
-        moves: distances in steps, large ones first.
         progress: show a bar.
 
     Returns:
@@ -126,7 +124,7 @@ def search_schedule(
 
     Raises:
         TypeError: when an argument is of another type, or evaluator or make returns something else.
-        ValueError: when there are no moves, or fewer evaluations than starts.
+        ValueError: when there is no start, or fewer evaluations than starts.
     """
     starts = [start] if isinstance(start, Schedule) else check_list("start", start, "a Schedule or several")
     for index, each in enumerate(starts):
@@ -134,13 +132,10 @@ def search_schedule(
     check_type("evaluator", evaluator, Callable, "an Evaluator")  # type: ignore[arg-type]
     check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
     evaluations = check_int("evaluations", evaluations, 1)
-    moves = [
-        check_int(f"moves[{index}]", move, 1) for index, move in enumerate(check_list("moves", moves, "distances"))
-    ]
-    if not 1 <= len(starts) <= evaluations or not moves:
+    if not 1 <= len(starts) <= evaluations:
         raise ValueError(
-            f"evaluations must be at least 1 a start and moves not empty, got {evaluations} evaluations for "
-            f"{len(starts)} starts and moves {list(moves)}"
+            f"evaluations must be at least 1 a start and start not empty, got {evaluations} evaluations for "
+            f"{len(starts)} starts"
         )
     seen: dict[tuple[int, ...], Score] = {}
     with progress_bar(progress) as bar:
@@ -158,7 +153,7 @@ def search_schedule(
             best = each.full_steps
             quality(best)
             share = evaluations * (number + 1) // len(starts)
-            for distance in moves:
+            for distance in _MOVES:
                 best = _climb(best, distance, each.num_steps, quality, lambda share=share: len(seen) < share)  # type: ignore[misc]
             ends.append(best)
         best = max(ends, key=quality)

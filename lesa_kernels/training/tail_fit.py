@@ -19,14 +19,16 @@ import torch.autograd.forward_ad as forward_ad
 from rich.progress import Progress
 from torch import Tensor
 
-from lesa_kernels.checks import check_int, check_type
+from lesa_kernels.checks import check_int
 from lesa_kernels.plan import Row
-from lesa_kernels.predictors import LinearPredictor, Predictor, Reuse, TaylorSeer
+from lesa_kernels.predictors import LinearPredictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt
 from lesa_kernels.training.policies import Reference, batches, euler, reference_run, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
+
+_TAYLOR_ORDER = 2
 
 Coefficients: TypeAlias = dict[int, dict[int, float]]
 """Of each forecast step: the coefficient of each full step that it is made from."""
@@ -38,7 +40,6 @@ def fit(
     schedule: Schedule | ScheduleRule,
     *,
     window: int = 3,
-    start: Predictor | None = None,
     rounds: int = 4,
     batch: int = 1,
     progress: bool = True,
@@ -53,7 +54,6 @@ def fit(
         source: runs a model that is called once a step and steps as Euler does (a rectified flow).
         schedule: its full steps.
         window: K, full features that a forecast reads.
-        start: where the search starts, a predictor over full features; None takes TaylorSeer in sigma.
         rounds: passes over the runs for each segment, at least 2.
         batch: runs sampled as one batch.
         progress: show a bar.
@@ -67,7 +67,7 @@ def fit(
             runs, no tail, several calls a step, or other steps than Euler's.
         FloatingPointError: when latents are not finite; names the steps.
     """
-    # One to measure, one to judge a change.
+    # One to measure, one to try a change.
     rounds = check_int("rounds", rounds, 2)
     check_source(source)
     sigmas = source.sigmas
@@ -75,10 +75,15 @@ def fit(
     if len(resolved.full_steps) == resolved.num_steps:
         raise ValueError("schedule must leave a step to forecast, got full steps only")
     predictor = LinearPredictor(sigmas, resolved.full_steps, window)
-    if start is None:
-        start = TaylorSeer(min(2, window - 1))
-    check_type("start", start, Predictor, "a Predictor or None")
-    coefficients = _first_coefficients(sigmas, predictor, start)
+    # The search starts at TaylorSeer's coefficients.
+    taylor = TaylorSeer(min(_TAYLOR_ORDER, predictor.window - 1)).rows(sigmas)
+    coefficients: Coefficients = {}
+    for segment in segments(resolved):
+        before = [full for full in resolved.full_steps if full <= segment.full_step]
+        for step in segment.steps:
+            row = taylor(step, before)
+            terms = {} if row is None else row.terms
+            coefficients[step] = {full: terms.get(full, 0.0) for full in predictor.sources(step)}
     with progress_bar(progress) as bar:
         runs = ClosedLoopRuns(source, resolved, batch, bar)
         for segment in runs.track("fitting segment by segment", rounds):
@@ -86,23 +91,6 @@ def fit(
             runs.minimize(search, coefficients, segment, rounds)
     rows = {step: Row(terms) for step, terms in coefficients.items()}
     return LinearPredictor.from_rows(sigmas, resolved, rows, window)
-
-
-def _first_coefficients(sigmas: Sequence[float], predictor: LinearPredictor, start: Predictor) -> Coefficients:
-    """Return the coefficients of another predictor, as far as they lie within the predictor's windows."""
-    rule = start.rows(sigmas)
-    found: Coefficients = {}
-    for segment in segments(predictor.schedule):
-        before = [full for full in predictor.schedule.full_steps if full <= segment.full_step]
-        for step in segment.steps:
-            row = rule(step, before)
-            allowed = predictor.sources(step)
-            if row is None or not set(row.terms) <= set(allowed) or row.offset:
-                raise ValueError(
-                    f"start must forecast step {step} from full steps within the window, {allowed}, got {row}"
-                )
-            found[step] = {full: row.terms.get(full, 0.0) for full in allowed}
-    return found
 
 
 @dataclass(frozen=True)

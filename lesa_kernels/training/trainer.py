@@ -80,7 +80,7 @@ def train(
         TypeError: when the parameters are not float32.
         FloatingPointError: when a loss is not finite; names the tensor, step, branch, phase and run.
         ModuleNotFoundError: when a package for what is to be written is missing.
-        RuntimeError: when torchrun started this process and torch.distributed is not initialised.
+        RuntimeError: when torchrun started this process and torch.distributed is not initialized.
     """
     config = TrainingConfig() if config is None else config
     ranks = Ranks()

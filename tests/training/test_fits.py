@@ -320,8 +320,6 @@ def test_wrong_arguments_are_named() -> None:
         fit(_source(), SCHEDULE, rounds=1, progress=False)
     with pytest.raises(ValueError, match="leave a step to forecast"):
         fit(_source(), lesa.Schedule(STEPS, tuple(range(STEPS))))
-    with pytest.raises(ValueError, match="start must forecast step"):
-        fit(_source(), SCHEDULE, window=1, start=lesa.TaylorSeer(2), progress=False)
     with pytest.raises(ValueError, match="batch must be at least 1"):
         batches(recorded, 0)
 
