@@ -19,7 +19,7 @@ from lesa_kernels.predictors.kan import GRID_RANGE, KAN, KANLinear
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, minimize
 from lesa_kernels.training.progress import progress_bar
-from lesa_kernels.training.tail_fit import ClosedLoopRuns, Coefficients, Segment, assign, segments, vector
+from lesa_kernels.training.tail_fit import ClosedLoopRuns, Coefficients, FitSegment, assign, segments, vector
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
 # A search from the best of many starts finds what one from a single start misses.
@@ -44,7 +44,7 @@ def fit_lesa(
 ) -> LesaPredictor:
     """Fit a predictor of LESA's form through the model's tail, with a stage for each segment.
 
-    Segment after segment, in closed loop: each begins with what comes nearest to the fitted coefficients, near in what
+    FitSegment after segment, in closed loop: each begins with what comes nearest to the fitted coefficients, near in what
     the tail notices of them. Biases are zero. The KANs begin with random weights: call `torch.manual_seed` before.
 
     Args:
@@ -105,7 +105,7 @@ def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8)
 
     Args:
         sigmas: S+1 falling noise levels.
-        schedule: its full steps.
+        schedule: which steps are full.
         window: most features that a stage reads, K.
     """
     window = check_int("window", window, 1)
@@ -115,7 +115,7 @@ def segment_stages(sigmas: Sequence[float], schedule: Schedule, window: int = 8)
     )
 
 
-def _history(coefficients: Coefficients, segment: Segment, given: Sequence[int], window: int) -> Tensor:
+def _history(coefficients: Coefficients, segment: FitSegment, given: Sequence[int], window: int) -> Tensor:
     """Return the features before a segment's first forecast as combinations of the full ones, [K, J]."""
     before = range(segment.full_step - window + 1, segment.full_step + 1)
     known = [coefficients.get(step, {step: 1.0}) for step in before]

@@ -52,7 +52,7 @@ def fit(
 
     Args:
         source: runs a model that is called once a step and steps as Euler does (a rectified flow).
-        schedule: its full steps.
+        schedule: which steps are full.
         window: K, full features that a forecast reads.
         rounds: passes over the runs for each segment, at least 2.
         batch: runs sampled as one batch.
@@ -94,7 +94,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class Segment:
+class FitSegment:
     """A full step, the forecasts after it, and the step at which it ends."""
 
     full_step: int
@@ -107,19 +107,19 @@ class Segment:
         return f"steps {self.full_step + 1} to {self.end - 1}"
 
 
-def segments(schedule: Schedule) -> list[Segment]:
+def segments(schedule: Schedule) -> list[FitSegment]:
     """Split a schedule at its full steps; segments without forecasts are left out."""
     bounds = itertools.pairwise([*schedule.full_steps, schedule.num_steps])
-    return [Segment(full, tuple(range(full + 1, end)), end) for full, end in bounds if end > full + 1]
+    return [FitSegment(full, tuple(range(full + 1, end)), end) for full, end in bounds if end > full + 1]
 
 
-def vector(coefficients: Coefficients, segment: Segment) -> Tensor:
+def vector(coefficients: Coefficients, segment: FitSegment) -> Tensor:
     """Return the coefficients of a segment as one float64 vector, step by step."""
     values = [value for step in segment.steps for value in coefficients[step].values()]
     return torch.tensor(values, dtype=torch.float64)
 
 
-def assign(coefficients: Coefficients, segment: Segment, values: Tensor) -> None:
+def assign(coefficients: Coefficients, segment: FitSegment, values: Tensor) -> None:
     """Set the coefficients of a segment from a vector."""
     remaining = iter(values.tolist())
     for step in segment.steps:
@@ -131,7 +131,7 @@ class ClosedLoopRuns:
 
     Args:
         source: the runs; they are sampled once without acceleration here.
-        schedule: its full steps.
+        schedule: which steps are full.
         batch: runs sampled as one batch.
         bar: shows how far the passes over the runs have come.
     """
@@ -146,7 +146,7 @@ class ClosedLoopRuns:
         recording = bar.track(self._parts, description="sampling unaccelerated runs")
         self._references = [reference_run(source, runs, ends) for runs in recording]
 
-    def track(self, description: str, rounds: int) -> Iterator[Segment]:
+    def track(self, description: str, rounds: int) -> Iterator[FitSegment]:
         """Yield the segments, with a bar over all passes that each may take."""
         passes = rounds * len(self._parts)
         self._task = self._bar.add_task(description, total=passes * len(self._segments))
@@ -154,7 +154,9 @@ class ClosedLoopRuns:
             yield segment
             self._bar.update(self._task, completed=passes * (number + 1))
 
-    def minimize(self, search: LevenbergMarquardt, coefficients: Coefficients, segment: Segment, rounds: int) -> None:
+    def minimize(
+        self, search: LevenbergMarquardt, coefficients: Coefficients, segment: FitSegment, rounds: int
+    ) -> None:
         """Search for a segment's coefficients, in place, in so many passes over the runs at most."""
         for _ in range(rounds):
             assign(coefficients, segment, search.candidate)
@@ -167,7 +169,7 @@ class ClosedLoopRuns:
         assign(coefficients, segment, search.best)
 
     def _derivatives(
-        self, runs: Sequence[int], reference: Reference, coefficients: Coefficients, segment: Segment
+        self, runs: Sequence[int], reference: Reference, coefficients: Coefficients, segment: FitSegment
     ) -> tuple[list[Tensor], Tensor]:
         """Return the derivatives of the latents at a segment's end, and how far they are from the reference's."""
         sigmas = self._source.sigmas
