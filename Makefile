@@ -40,10 +40,10 @@ setup: $(INSTALL_STAMP) ## Create .venv with torch, the compiled package and eve
 	@:
 
 demo: setup ## Accelerate a small diffusion transformer: table, pictures, JSON
-	@$(BIN)/lesa demo
+	@$(BIN)/python -m examples.digits
 
 demo-train: setup ## Train the demo's diffusion transformer again (minutes)
-	@$(BIN)/python -m lesa_kernels.demo.train_model
+	@$(BIN)/python -m examples.digits.train_model
 
 # One process a core and one thread a process: threads of small models that wait for each other cost more than they do.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -14,8 +14,8 @@ from benchmarks.pages import renewed
 from benchmarks.quality.methods import UNIFORM, through_tail
 from benchmarks.quality.setting import Setting
 from benchmarks.results import origin
-from lesa_kernels.demo.methods import WARM_UNIFORM, WARMUP, psnr
-from lesa_kernels.demo.model import MNIST, load_model, sample, scheduler
+from examples.digits.comparison import WARM_UNIFORM, WARMUP, psnr
+from examples.digits.model import MNIST, load_model, sample, scheduler
 from lesa_kernels.integrations import enabled, summary
 from lesa_kernels.predictors import LesaPredictor, Predictor, TaylorSeer
 from lesa_kernels.schedule import Schedule

@@ -10,7 +10,7 @@ from torch import Tensor
 import lesa_kernels as lesa
 from benchmarks.clock import Clock
 from benchmarks.harness import Case, Variant
-from lesa_kernels.demo.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
+from examples.digits.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
 from lesa_kernels.ops import Tolerance
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule

@@ -1,9 +1,11 @@
-"""Names the device that a measurement ran on."""
+"""Names the machine that a measurement ran on, and limits the threads of small models."""
 
 from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,3 +18,17 @@ def device_name(device: torch.device) -> str:
     path = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", path.read_text() if path.exists() else "", re.MULTILINE)
     return found.group(1) if found else platform.machine()
+
+
+@contextmanager
+def one_thread() -> Generator[None, None, None]:
+    """Let torch compute with one CPU thread: a small model loses more while threads wait for each other than it gains.
+
+    With two threads on two busy cores, a training of seconds was not done after minutes.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,8 +1,8 @@
-"""What trainers and fits learn from: runs of a model, call by call.
+"""Defines runs of a model, call by call, which trainings and fits learn from.
 
-A *source* samples. Before each step it asks a *policy*, which decides whether the blocks run or a forecast
-takes their place, and may look at everything on the way. The published training, the feature store and the fits are
-policies; memory, a store on disk, a diffusers pipeline and a loop of one's own are sources.
+A *source* samples. It hands each call of the model to a *policy*, which runs the blocks or puts a forecast in their
+place, and returns the model's output. The published training, the feature store and the fits are policies; memory, a
+store on disk, a diffusers pipeline and a loop of one's own are sources.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ONLY_BRANCH = "cond"
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One call of the model, before it is answered.
+    """One call of the model, handed to a policy.
 
     Args:
         step: which step of the run.
         blocks: runs the model's blocks and returns the feature [*feature], detached; to be called at most once.
         tail: feature -> the model's output, differentiable in the feature; None where a source holds features only.
-        latents: what the model was given, None where a source holds features only.
+        latents: the input of the model, None where a source holds features only.
         branch: of the guidance.
     """
 
@@ -40,15 +40,15 @@ class ModelCall:
 
 
 StepPolicy: TypeAlias = Callable[[ModelCall], "Tensor | None"]
-"""Answers a call with the model's output (`call.tail` of a feature), or None where there is no tail."""
+"""Takes a call and returns the model's output (`call.tail` of a feature), or None where there is no tail."""
 
 
 class StopRun(Exception):
-    """Raised by a policy that has seen what it wanted of a run; the caller of `run` catches it."""
+    """Raised by a policy to end a run early; the caller of `run` catches it."""
 
 
 class TrajectorySource(Protocol):
-    """Runs to learn from. Playing the same runs twice gives the same calls."""
+    """Runs to learn from. The same runs give the same calls whenever they are sampled."""
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -62,7 +62,7 @@ class TrajectorySource(Protocol):
 
         Args:
             runs: numbers below `len(self)`.
-            policy: is asked once a step and branch, steps in order.
+            policy: called once for each step and branch, steps in order.
         """
 
 
@@ -121,7 +121,7 @@ class LoopSource:
 
     Args:
         loop: `loop(runs, policy)` samples those runs as one batch; at each step it makes a `ModelCall`, hands it to the
-            policy and goes on with the output that it gets. It must do the same whenever it is given the same runs.
+            policy and goes on with the output that it gets. It must do the same for the same runs.
         count: how many runs there are.
         sigmas: S+1 noise levels.
     """
@@ -141,6 +141,6 @@ class LoopSource:
 
 
 def watch(call: ModelCall) -> tuple[Tensor, Tensor | None]:
-    """Answer a call in full: return the feature that its blocks gave, and the output."""
+    """Run the blocks and the tail of a call; return the feature and the output."""
     feature = call.blocks()
     return feature, None if call.tail is None else call.tail(feature)

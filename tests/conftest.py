@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # Folder or file of tests -> the package without which it cannot even be imported.
 NEEDED = {
     "integrations": "diffusers",
-    "demo": "diffusers",
+    "digits": "diffusers",
     "triton": "triton",
     "benchmarks/test_history.py": "diffusers",
     "benchmarks/test_hooks.py": "diffusers",

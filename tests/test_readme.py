@@ -30,7 +30,7 @@ def _blocks() -> list[pytest.param]:
 def test_block_runs(code: str, tmp_path: Path) -> None:
     if GIVEN_A_PIPELINE in code:
         pytest.importorskip("diffusers", reason="diffusers is not installed (extra: diffusers)")
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=tmp_path,

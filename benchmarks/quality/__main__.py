@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 
 from benchmarks.pages import renewed
-from benchmarks.quality import results
+from benchmarks.quality import tables
 from benchmarks.quality.methods import INTERVALS, Effort, sampled
 from benchmarks.quality.setting import DATA, Data, Setting
 from benchmarks.results import origin
-from lesa_kernels.demo import train_model
-from lesa_kernels.demo.methods import psnr
+from examples.digits import train_model
+from examples.digits.comparison import psnr
+from lesa_kernels.machine import one_thread
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -32,19 +33,19 @@ def compare(
     calls: int,
     interval: int,
     effort: Effort = Effort(),  # noqa: B008
-) -> list[results.Row]:
+) -> list[tables.Row]:
     """Run all methods on one model at one number of calls."""
     here = origin(torch.device("cpu"))
     rows = []
     for each in sampled(setting, calls, interval, effort):
         mean, error = psnr(each.images, setting.reference)
         rows.append(
-            results.Row(
+            tables.Row(
                 data=data.name,
                 seed=seed,
                 calls=calls,
                 method=each.method,
-                placement=each.placement,
+                schedule=each.schedule,
                 full_steps=" ".join(map(str, each.full_steps)),
                 psnr=round(mean, 3),
                 psnr_error=round(error, 3),
@@ -60,6 +61,7 @@ def compare(
     return rows
 
 
+@one_thread()
 def main(
     data: Annotated[list[str] | None, typer.Option(help="Only this data set: digits or mnist.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only the model of this seed; else 0, 1, 2.")] = None,
@@ -78,7 +80,7 @@ def main(
             raise typer.BadParameter(f"--data must be one of {', '.join(DATA)}, got {name}")
     if unknown := [count for count in calls or () if count not in INTERVALS]:
         raise typer.BadParameter(f"--calls must be among {', '.join(map(str, INTERVALS))}, got {unknown[0]}")
-    rows = results.load(out)
+    rows = tables.load(out)
     for name in data or DATA:
         chosen = DATA[name]
         for number in seed or (0, 1, 2):
@@ -90,15 +92,15 @@ def main(
             for count in missing:
                 with console.status(f"{name}, model {number}, {count} calls"):
                     rows += compare(chosen, number, setting, count, INTERVALS[count])
-                results.save(rows, out)
+                tables.save(rows, out)
                 console.print(f"{name}, model {number}, {count} calls: {time.monotonic() - begin:.0f} s")
-    found = results.lines(rows)
+    found = tables.lines(rows)
     for name, count in sorted({(line.data, line.calls) for line in found}, key=lambda key: (key[0], -key[1])):
-        console.print(results.table(found, name, count))
-    console.print(results.verdict_table(results.verdicts(rows)))
-    results.draw(found, plot)
+        console.print(tables.table(found, name, count))
+    console.print(tables.verdict_table(tables.verdicts(rows)))
+    tables.draw(found, plot)
     if page is not None:
-        page.write_text(renewed(page.read_text(encoding="utf-8"), COMMAND, results.markdown(rows)), encoding="utf-8")
+        page.write_text(renewed(page.read_text(encoding="utf-8"), COMMAND, tables.markdown(rows)), encoding="utf-8")
     console.print(f"{time.monotonic() - begin:.0f} s; rows: {out}, picture: {plot}")
 
 

@@ -1,4 +1,4 @@
-"""All methods at one number of block calls: each yields images of the unseen noise."""
+"""Runs every method at one number of block calls on the unseen noise."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.quality.least_squares import fit_features
 from benchmarks.quality.setting import Setting
 from lesa_kernels.predictors import HiCache, LesaPredictor, LinearPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import (
-    Judge,
-    TrainingConfig,
-    fit_features,
-    fit_lesa,
-    fit_through_tail,
-    search_placement,
-    segment_stages,
-    train,
-)
-from lesa_kernels.trajectories import ONLY_BRANCH
+from lesa_kernels.training import Evaluator, TrainingConfig, fit, fit_lesa, search_schedule, train
 
 PUBLISHED, UNIFORM = "published rule", "uniform in sigma"
 TAYLORS, OWN = "best for TaylorSeer", "best for coefficients"
@@ -38,24 +29,24 @@ class Sampled:
 
     Args:
         method: its name.
-        placement: where its calls lie.
-        full_steps: which steps they are.
+        schedule: what its schedule is called.
+        full_steps: the steps on which the blocks ran.
         images: [B, size, size].
     """
 
     method: str
-    placement: str
+    schedule: str
     full_steps: tuple[int, ...]
     images: Tensor
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long the searches may look.
+    """How much the searches may try.
 
     Args:
-        taylor: placements to judge for TaylorSeer.
-        coefficients: placements to fit coefficients for, near the uniform one and near the best for TaylorSeer.
+        taylor: schedules to try with TaylorSeer.
+        coefficients: schedules to fit coefficients for, near the uniform one and near the best for TaylorSeer.
         runs: that those fits learn from.
     """
 
@@ -65,7 +56,7 @@ class Effort:
 
 
 def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iterator[Sampled]:
-    """Yield every method at a number of calls.
+    """Yield the images of every method at a number of calls.
 
     Args:
         setting: the model and its noise.
@@ -76,58 +67,53 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
     torch.manual_seed(0)
     published = Schedule.interval(setting.steps, interval)
     taylor = TaylorSeer(2, "sigma")
-    judge = Judge(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
+    evaluator = Evaluator(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
     uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
-    taylors = search_placement(judge, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
-    own = _own_placement(setting, [uniform, taylors], effort)
+    taylors = search_schedule(evaluator, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
+    own = _own_schedule(setting, [uniform, taylors], effort)
 
-    def by(name: str, placement: str, predictor: Predictor, schedule: Schedule) -> Sampled:
+    def by(name: str, schedule_name: str, predictor: Predictor, schedule: Schedule) -> Sampled:
         images, full_steps = setting.images(predictor, schedule)
-        return Sampled(name, placement, full_steps, images)
+        return Sampled(name, schedule_name, full_steps, images)
 
-    for placement, schedule in ((PUBLISHED, published), (UNIFORM, uniform), (TAYLORS, taylors), (OWN, own)):
-        yield by("reuse", placement, Reuse(), schedule)
-        yield by("TaylorSeer 2, steps", placement, TaylorSeer(2, "step"), schedule)
-        yield by(TAYLOR, placement, taylor, schedule)
-        yield by("HiCache 2", placement, HiCache(2), schedule)
-        yield Sampled(EULER, placement, schedule.full_steps, setting.solved(schedule, 1))
-        yield Sampled(BASHFORTH, placement, schedule.full_steps, setting.solved(schedule, 2))
+    for schedule_name, schedule in ((PUBLISHED, published), (UNIFORM, uniform), (TAYLORS, taylors), (OWN, own)):
+        yield by("reuse", schedule_name, Reuse(), schedule)
+        yield by("TaylorSeer 2, steps", schedule_name, TaylorSeer(2, "step"), schedule)
+        yield by(TAYLOR, schedule_name, taylor, schedule)
+        yield by("HiCache 2", schedule_name, HiCache(2), schedule)
+        yield Sampled(EULER, schedule_name, schedule.full_steps, setting.solved(schedule, 1))
+        yield Sampled(BASHFORTH, schedule_name, schedule.full_steps, setting.solved(schedule, 2))
         for name, predictor in through_tail(setting, schedule):
-            yield by(name, placement, predictor, schedule)
-        if placement in (PUBLISHED, TAYLORS):
-            for name, predictor in _by_features_or_output(setting, schedule):
-                yield by(name, placement, predictor, schedule)
+            yield by(name, schedule_name, predictor, schedule)
+        if schedule_name in (PUBLISHED, TAYLORS):
+            for name, predictor in _by_features(setting, schedule):
+                yield by(name, schedule_name, predictor, schedule)
     for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
         predictor = LesaPredictor(setting.steps)
         train(predictor, setting.trajectories, published, config, progress=False)
         yield by(name, PUBLISHED, predictor, published)
 
 
-def _own_placement(setting: Setting, starts: list[Schedule], effort: Effort) -> Schedule:
-    """Search for the placement that serves coefficients best: each that is judged gets a fit of its own."""
+def _own_schedule(setting: Setting, starts: list[Schedule], effort: Effort) -> Schedule:
+    """Search for the schedule that serves coefficients best: each that is tried gets a fit of its own."""
     source = setting.learning(effort.runs)
 
-    def fit(schedule: Schedule) -> LinearPredictor:
-        return fit_through_tail(source, schedule, rounds=2, batch=len(source), progress=False)
+    def make(schedule: Schedule) -> LinearPredictor:
+        return fit(source, schedule, rounds=2, batch=len(source), progress=False)
 
-    judge = Judge(source, batch=len(source), progress=False)
-    return search_placement(judge, starts, fit, evaluations=effort.coefficients, progress=False).schedule
+    evaluator = Evaluator(source, batch=len(source), progress=False)
+    return search_schedule(evaluator, starts, make, evaluations=effort.coefficients, progress=False).schedule
 
 
 def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
     """Yield what is fitted to the latents, closed loop."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
-    tail = fit_through_tail(source, schedule, rounds=3, batch=batch, progress=False)
+    tail = fit(source, schedule, rounds=3, batch=batch, progress=False)
     yield TAIL, tail
-    form = LesaPredictor(setting.steps, segment_stages(setting.sigmas, schedule), hidden_dim=32)
-    fit_lesa(form, tail, source, batch=batch, progress=False)
-    yield LESA_TAIL, form
+    yield LESA_TAIL, fit_lesa(source, tail, batch=batch, progress=False)
 
 
-def _by_features_or_output(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
-    """Yield what is fitted step by step."""
-    source, batch = setting.learnt_from, len(setting.learnt_from)
+def _by_features(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
+    """Yield what is fitted to the features, step by step."""
     for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
-        found = fit_features(source, schedule, window=window, over_all=over_all, batch=batch, progress=False)
-        yield name, found[ONLY_BRANCH]
-    yield "coefficients by output", fit_through_tail(source, schedule, objective="output", batch=batch, progress=False)
+        yield name, fit_features(setting.features, setting.sigmas, schedule, window=window, over_all=over_all)

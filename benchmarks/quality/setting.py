@@ -1,4 +1,4 @@
-"""What methods are compared on: a trained model, runs to learn from, and unseen noise with what it becomes."""
+"""Provides what methods are compared on: a trained model, runs to learn from, unseen noise and its samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from lesa_kernels.demo.model import (
+from examples.digits.model import (
     MNIST,
     NUM_CLASSES,
     SMALL_DIGITS,
@@ -24,16 +24,16 @@ from lesa_kernels.demo.model import (
     set_up,
     unpatchify,
 )
-from lesa_kernels.demo.solvers import solve
+from examples.digits.solvers import solve
 from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.policies import Following, reference_run
-from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
+from lesa_kernels.training.policies import PlanPolicy, reference_run
+from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy, watch
 
 STEPS = 50
 CONVERGED_STEPS = 200
-# What is learned from must not be judged on.
+# The noise to learn from and the noise to compare on must differ.
 TRAINING_NOISE, UNSEEN_NOISE = 1_000, 0
 
 
@@ -46,7 +46,7 @@ class Data:
         design: sizes of its model.
         iterations: of the model's training.
         batch: images in each of them.
-        samples: unseen ones to judge on.
+        samples: unseen ones to compare on.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Setting:
         model: in evaluation mode.
         design: its sizes.
         learn: how many runs there are to learn from.
-        samples: how many unseen ones to judge on.
+        samples: how many unseen ones to compare on.
         steps: S.
     """
 
@@ -124,20 +124,24 @@ class Setting:
             tokens = tokens + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
     @cached_property
-    def trajectories(self) -> RecordedSource:
-        """The features of the runs to learn from, two samples a run."""
-        kept: list[list[Tensor]] = []
+    def features(self) -> list[Tensor]:
+        """The features of the runs to learn from, [runs, T, width] of each step."""
+        kept: list[Tensor] = []
 
         def policy(call: ModelCall) -> Tensor | None:
-            feature = call.blocks()
-            kept[-1].append(feature)
-            return None if call.tail is None else call.tail(feature)
+            feature, output = watch(call)
+            kept.append(feature)
+            return output
 
         with torch.no_grad():
-            for start in range(0, len(self.learnt_from), 2):
-                kept.append([])
-                self.learnt_from.run(range(start, min(start + 2, len(self.learnt_from))), policy)
-        return RecordedSource(kept, self.sigmas)
+            self.learnt_from.run(range(len(self.learnt_from)), policy)
+        return kept
+
+    @cached_property
+    def trajectories(self) -> RecordedSource:
+        """The same, two samples a run."""
+        parts = zip(*(feature.split(2) for feature in self.features), strict=True)
+        return RecordedSource([list(part) for part in parts], self.sigmas)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -155,11 +159,11 @@ class Setting:
     def images(self, predictor: Predictor, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
         """Sample the unseen noise with forecasts; return images and the steps that were full."""
         plan = predictor.plan(self.sigmas, schedule)
-        following = Following({ONLY_BRANCH: plan}, self.sigmas)
-        self.source(self.noise, self.labels).run(range(len(self.noise)), following)
-        if following.final is None:
+        policy = PlanPolicy({ONLY_BRANCH: plan}, self.sigmas)
+        self.source(self.noise, self.labels).run(range(len(self.noise)), policy)
+        if policy.final is None:
             raise RuntimeError("the run did not reach its end")
-        return unpatchify(following.final, self.design), plan.full_steps
+        return unpatchify(policy.final, self.design), plan.full_steps
 
     def solved(self, schedule: Schedule, order: int) -> Tensor:
         """Sample the unseen noise by a solver that takes the full steps only."""

@@ -1,244 +1,108 @@
-"""`lesa train`: a predictor for a pipeline and its prompts."""
+"""`lesa train`: the paper's training of a LESA predictor, while the pipeline samples."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Generator
-from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from lesa_kernels.cli.checks import check_device, check_modules
-from lesa_kernels.cli.methods import METHODS, Job, Method
-from lesa_kernels.integrations import PipelineSource
-from lesa_kernels.training import FeatureStore
-from lesa_kernels.trajectories import ONLY_BRANCH, TrajectorySource
+from lesa_kernels.cli import common
+from lesa_kernels.predictors import LesaPredictor
+from lesa_kernels.predictors.lesa import PUBLISHED_STAGES
+from lesa_kernels.schedule import Schedule
+from lesa_kernels.training import FeatureStore, TrainingConfig
+from lesa_kernels.training import train as train_predictor
+from lesa_kernels.training.progress import waiting
+from lesa_kernels.trajectories import TrajectorySource
 
-DIGITS = "digits"
-# A minute on a CPU.
-_DIGITS_RUNS = 80
-_DIGITS_BATCH = 20
-
-
-class Precision(str, Enum):
-    """Of a pipeline."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+# Published for Qwen-Image, whose guidance has branches.
+_STAGES_OF_BRANCHES = ((0.9, 4), (0.4, 8), (0.0, 8))
+_STORE_DTYPE = "float16"
+_TRAINING = "Training"
 
 
-class StorePrecision(str, Enum):
-    """Of the features in a store."""
+class Recipe(str, Enum):
+    """Hyper-parameters of the training."""
 
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float8_e4m3fn = "float8_e4m3fn"
+    tuned = "tuned"
+    published = "published"
 
 
 def train(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a diffusers pipeline; digits: the demo's model.")],
-    out: Annotated[Path, typer.Option(help="Folder for the predictor, its losses and checkpoints.", file_okay=False)],
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file with a prompt a line.", exists=True, dir_okay=False)
-    ] = None,
-    runs: Annotated[
-        int | None, typer.Option(help="Runs to learn from; prompts are repeated with other noise.", min=1)
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 50,
+    model: common.Model,
+    prompts: common.Prompts,
+    out: common.Out,
+    recipe: Annotated[
+        Recipe,
+        typer.Option(
+            help="tuned: a rate of 1e-3, six epochs. published: the paper's 1e-4, three epochs.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = Recipe.tuned,
     interval: Annotated[
-        int | None, typer.Option(help="Of the published schedule; 7 for tuned and published.", min=1)
-    ] = None,
-    calls: Annotated[
-        int | None, typer.Option(help="Or: so many full steps, uniform in sigma; LESA's own begin with four.", min=1)
-    ] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="Or: as many as let a batch of runs last so long on this machine.")
-    ] = None,
-    decibels: Annotated[
-        float | None, typer.Option(help="Or: as few as bring the final latents so near: -20 log10(relative error).")
-    ] = None,
-    search: Annotated[
-        int, typer.Option(help="Placements of the full steps to try with TaylorSeer; a budget tries 40.", min=0)
-    ] = 0,
-    refine: Annotated[
-        int, typer.Option(help="Placements to try from there on with a fit for each, which takes longer.", min=0)
-    ] = 0,
-    method: Annotated[Method, typer.Option(help="How to learn.")] = Method.tuned,
-    epochs: Annotated[
-        tuple[int, int] | None, typer.Option(help="With true history, then in closed loop; else as the method says.")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Else as the method says.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Runs at once; 1, for digits 20.", min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline's call.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="More of the pipeline's call: height=1024, true_cfg_scale=4.")
-    ] = None,
-    capture: Annotated[str | None, typer.Option(help="Submodule whose first argument is the feature.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where it is.")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="Of the pipeline; bfloat16, on a CPU float32.")] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part that runs.")] = False,
+        int,
+        typer.Option(
+            help="The blocks run on every n-th step, after four at the start.", min=1, rich_help_panel=_TRAINING
+        ),
+    ] = 7,
     store: Annotated[
-        Path | None, typer.Option(help="Sample once, keep the features in this folder, learn from there.")
+        Path | None,
+        typer.Option(help="Folder for features: sample each run once, learn from the disk.", rich_help_panel=_TRAINING),
     ] = None,
-    store_dtype: Annotated[StorePrecision, typer.Option(help="Of the features in the store.")] = StorePrecision.float16,
-    seed: Annotated[int, typer.Option(help="Of the noise and of the predictor's first weights.")] = 0,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write its scalars too.")] = False,
+    steps: common.Steps = 50,
+    settings: common.Settings = None,
+    batch: common.Batch = 1,
+    seed: common.Seed = 0,
+    capture: common.Capture = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    offload: common.Offload = False,
 ) -> None:
-    """Train a predictor for a diffusers pipeline, while it samples; started again, it goes on where it was stopped."""
-    check_modules("lesa train", "diffusers", "matplotlib")
-    if sum(each is not None for each in (interval, calls, seconds, decibels)) > 1:
-        raise typer.BadParameter("--interval, --calls, --seconds and --decibels say which steps are full: give one")
-    place = _device(device)
-    console = Console(quiet=_rank() > 0)
-    with _processes(), _one_line():
-        texts = _texts(model, prompts, runs)
-        arguments = _arguments(settings or []) | ({} if guidance is None else {"guidance_scale": guidance})
-        pipe = _load(model, place, dtype, offload)
-        source = PipelineSource(pipe, texts, steps=steps, seed=seed, capture=capture, **arguments)
-        # Further calls of a step, without a name of their own, find the predictor of the first one.
-        branches = tuple(branch for branch in source.branches if branch.isidentifier())
-        console.print(_intention(source, branches, method), soft_wrap=True)
-        job = Job(
-            source=source if store is None else _stored(source, store, store_dtype, place, console),
-            branches=branches,
-            out=out,
-            device=place,
-            interval=interval,
-            calls=calls,
-            seconds=seconds,
-            decibels=decibels,
-            search=search,
-            refine=refine,
-            batch=batch or (_DIGITS_BATCH if model == DIGITS else 1),
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            tensorboard=tensorboard,
-            console=console,
+    """Train a LESA predictor as in the paper, while the pipeline samples.
+
+    The same command continues a stopped training. `lesa calibrate` gives better images where it can be used.
+    """
+    common.check_modules("lesa train", "diffusers", "matplotlib")
+    console = common.make_console()
+    with common.command("Interrupted: the same command goes on where it was stopped."):
+        place = common.place(device)
+        pipeline = common.Pipeline(model, prompts, steps, settings, seed, capture, place, dtype, offload)
+        runs = pipeline.source(console)
+        with waiting("running the first step to find the branches of guidance", not console.quiet):
+            # Further calls of a step, without a name of their own, find the predictor of the first one.
+            branches = tuple(branch for branch in runs.branches if branch.isidentifier())
+        source: TrajectorySource = runs
+        if store is not None:
+            FeatureStore.record(store, runs, dtype=_STORE_DTYPE, model=runs.model, progress=not console.quiet)
+            source = FeatureStore(store, model=runs.model, sigmas=runs.sigmas, device=place)
+        torch.manual_seed(seed)
+        stages = PUBLISHED_STAGES if len(branches) == 1 else _STAGES_OF_BRANCHES
+        predictors = {branch: LesaPredictor(steps, stages).to(place) for branch in branches}
+        wanted = Schedule.interval(steps, interval)
+        schedule = Schedule(steps, predictors[branches[0]].plan(runs.sigmas, wanted).full_steps)
+        more = len(schedule.full_steps) - len(wanted.full_steps)
+        console.print(
+            f"branches {' and '.join(branches)}; {common.full_steps(schedule)}"
+            + (f"; {more} more than the interval needs, until the predictor's windows are full" if more else ""),
+            soft_wrap=True,
         )
-        told = METHODS[method](job)
+        preset = TrainingConfig.tuned() if recipe is Recipe.tuned else TrainingConfig.published()
+        config = replace(preset, batch_size=batch, seed=seed)
+        result = train_predictor(
+            predictors, source, schedule, config, out=out, progress=not console.quiet, description="LESA"
+        )
     if console.quiet:
         return
-    console.print(told, soft_wrap=True)
-    files = sorted(str(path) for path in out.iterdir() if not path.name.startswith("."))
-    console.print(f"files: {', '.join(files)}", soft_wrap=True)
-    console.print("\n" + _how_to_use(model, out, branches), markup=False, highlight=False, soft_wrap=True)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0")) if torch.distributed.is_torchelastic_launched() else 0
-
-
-@contextmanager
-def _processes() -> Generator[None, None, None]:
-    """Join the processes that torchrun started, if it did."""
-    if not torch.distributed.is_torchelastic_launched():
-        yield
-        return
-    torch.distributed.init_process_group()
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def _one_line() -> Generator[None, None, None]:
-    """Say what is wrong with what a user asked for without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    except FloatingPointError as error:
-        typer.echo(f"Stopped: {error}", err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: the same command goes on from the last checkpoint.", err=True)
-        raise typer.Exit(130) from None
-
-
-def _device(device: str | None) -> str:
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(place)
-    if place == "cuda":
-        place = f"cuda:{os.environ['LOCAL_RANK'] if torch.distributed.is_torchelastic_launched() else 0}"
-    if place.startswith("cuda"):
-        torch.cuda.set_device(place)
-    return place
-
-
-def _load(model: str, device: str, dtype: Precision | None, offload: bool) -> Any:
-    """Load a pipeline."""
-    usual = "bfloat16" if device.startswith("cuda") and model != DIGITS else "float32"
-    kind: torch.dtype = getattr(torch, usual if dtype is None else dtype.value)
-    if model == DIGITS:
-        from lesa_kernels.demo.pipeline import DigitsPipeline
-
-        return DigitsPipeline.load(device, kind)
-    from lesa_kernels.integrations.pipeline_source import load_pipeline
-
-    return load_pipeline(model, device=device, dtype=kind, offload=offload)
-
-
-def _texts(model: str, prompts: Path | None, runs: int | None) -> list[str]:
-    """Return the prompt of each run."""
-    if prompts is not None:
-        texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not texts:
-            raise typer.BadParameter(f"--prompts {prompts} must hold a prompt a line, it holds none")
-    elif model == DIGITS:
-        texts = [str(digit) for digit in range(10)]
-        runs = runs or _DIGITS_RUNS
-    else:
-        raise typer.BadParameter("--prompts must name a text file with a prompt a line")
-    return [texts[run % len(texts)] for run in range(runs or len(texts))]
-
-
-def _arguments(settings: list[str]) -> dict[str, Any]:
-    """Read name=value; a value that is JSON is what JSON says, any other is a text."""
-    found: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or not name.isidentifier():
-            raise typer.BadParameter(f"--set must be name=value, got {setting}")
-        try:
-            found[name] = json.loads(text)
-        except json.JSONDecodeError:
-            found[name] = text
-    return found
-
-
-def _stored(
-    source: PipelineSource, folder: Path, dtype: StorePrecision, device: str, console: Console
-) -> TrajectorySource:
-    """Record what of a store is missing, and open it."""
-    FeatureStore.record(folder, source, dtype=dtype.value, model=source.model, progress=not console.quiet)
-    return FeatureStore(folder, model=source.model, sigmas=source.sigmas, device=device)
-
-
-def _intention(source: PipelineSource, branches: tuple[str, ...], method: Method) -> str:
-    """Say what is going to happen."""
-    steps = len(source.sigmas) - 1
-    guided = f", branches {' and '.join(branches)}" if branches != (ONLY_BRANCH,) else ""
-    return f"{source.model}: {len(source)} runs of {steps} steps{guided}; method {method.value}"
-
-
-def _how_to_use(model: str, out: Path, branches: tuple[str, ...]) -> str:
-    """Return the lines of Python that use what was trained."""
+    console.print(f"{result.updates} updates in {result.seconds:.0f} s")
+    for phase, values in result.losses.items():
+        if values:
+            console.print(f"{phase}: loss {values[0]:.4g} in the first batch, {values[-1]:.4g} in the last")
+    common.show_files(out, console)
     predictor = f'lesa.load_predictor("{out}")'
     if len(branches) > 1:
         predictor = "{" + ", ".join(f'"{branch}": lesa.load_predictor("{out / branch}")' for branch in branches) + "}"
-    pipe = "lesa_kernels.demo.pipeline.DigitsPipeline.load()" if model == DIGITS else "the pipeline"
-    return (
-        f"To use it, where pipe is {pipe}:\n\n"
-        "import lesa_kernels as lesa\n"
-        f"predictor = {predictor}\n"
-        "lesa.enable(pipe, predictor)"
-    )
+    console.print("\n" + pipeline.next_lines(predictor), markup=False, highlight=False, soft_wrap=True)

@@ -1,30 +1,33 @@
-"""Learning predictors from runs of a model: the published training, fits of coefficients, and where full steps lie."""
+"""Learns predictors from runs of a model: LESA's training, fits through the tail, and the search for full steps."""
 
-from lesa_kernels.training.closed_form import fit_features
 from lesa_kernels.training.config import TrainingConfig, TrainingResult
-from lesa_kernels.training.lesa_form import fit_lesa, segment_stages
-from lesa_kernels.training.placement import Judge, Judged, Placement, plan_for_budget, search_placement
-from lesa_kernels.training.plots import plot_losses
+from lesa_kernels.training.lesa_fit import fit_lesa
+from lesa_kernels.training.reports import plot_losses
+from lesa_kernels.training.schedule_search import (
+    Evaluator,
+    FoundSchedule,
+    Score,
+    schedule_for_budget,
+    search_schedule,
+)
 from lesa_kernels.training.store import FeatureStore
-from lesa_kernels.training.through_tail import fit_through_tail
+from lesa_kernels.training.tail_fit import fit
 from lesa_kernels.training.trainer import train
 from lesa_kernels.trajectories import LoopSource, RecordedSource
 
 __all__ = [
+    "Evaluator",
     "FeatureStore",
-    "Judge",
-    "Judged",
+    "FoundSchedule",
     "LoopSource",
-    "Placement",
     "RecordedSource",
+    "Score",
     "TrainingConfig",
     "TrainingResult",
-    "fit_features",
+    "fit",
     "fit_lesa",
-    "fit_through_tail",
-    "plan_for_budget",
     "plot_losses",
-    "search_placement",
-    "segment_stages",
+    "schedule_for_budget",
+    "search_schedule",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The state of a training between two batches, in one safetensors file."""
+"""Saves and loads the state of a training between two batches, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Checkpoint:
     """All that a training needs to go on as if nothing had happened.
 
     Args:
-        settings: what the result depends on, by name; values as JSON has them.
-        tensors: parameters and the optimiser's state, by name.
+        settings: all that the result depends on, by name; values as in JSON.
+        tensors: parameters and the optimizer's state, by name.
         losses: of the batches that are done.
         seconds: how long they took.
     """
@@ -66,16 +66,10 @@ class Checkpoint:
             raise ValueError(f"{file} must be the checkpoint of a training: {shortened(error)}") from error
 
     def check(self, settings: Mapping[str, Any], state: Mapping[str, Tensor], batches: int, folder: Path) -> None:
-        """Check that it is of a training with these settings.
-
-        Args:
-            settings: of the training.
-            state: its tensors, by name.
-            batches: how many it has.
-            folder: of the checkpoint, for messages.
+        """Check that it belongs to a training with these settings, tensors and number of batches.
 
         Raises:
-            ValueError: when it is not; says what differs.
+            ValueError: when it does not; says what differs.
         """
         found = list(_differences(self.settings, json.loads(json.dumps(settings))))
         if found:
@@ -89,6 +83,7 @@ class Checkpoint:
 
 
 def _differences(was: Any, now: Any, name: str = "") -> list[str]:
+    """Describe where two values of JSON differ."""
     if isinstance(was, dict) and isinstance(now, dict):
         names = [*was, *(key for key in now if key not in was)]
         return [

@@ -1,4 +1,4 @@
-"""Hyper-parameters of a training, the order in which it samples its runs, and what it leaves behind."""
+"""Defines the hyper-parameters of a training, the order of its batches, and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from lesa_kernels.checks import check_float, check_int
 
-Phase = Literal["guided", "closed loop"]
+Phase = Literal["teacher forcing", "closed loop"]
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class TrainingConfig:
     """Hyper-parameters; the defaults are the published ones (arXiv 2602.20497).
 
     Args:
-        guided_epochs: passes over the runs with true history.
-        closed_loop_epochs: passes with the predictor's own forecasts as history.
+        teacher_forcing_epochs: passes over the runs with true features as history.
+        closed_loop_epochs: passes with the predictor's own forecasts as history, as at inference.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         clip_norm: largest norm of a gradient.
-        decay: "step" multiplies the rate by `decay_factor` every `decay_every` updates; "cosine" lets it fall to
+        decay: "step" multiplies the rate by `decay_factor` every `decay_every` updates; "cosine" lowers it to
             `learning_rate * decay_factor` over a phase.
         decay_every: updates between two steps of the decay.
         decay_factor: see `decay`.
-        restart_each_phase: a fresh optimiser and rate for each phase. Published: one for both, so that with many
-            prompts the rate of phase 2 is almost nothing.
+        restart_each_phase: begin each phase with a fresh optimizer and rate. Published: one for both, so that with
+            many prompts the rate of phase 2 is almost nothing.
         batch_size: runs sampled as one batch, one update a forecast step for all of them; processes share them.
-        shuffle: sample the runs of each epoch in an order of its own. Published: as they come.
+        shuffle: sample the runs of each epoch in a random order. Published: as they come.
         seed: of that order.
 
     Raises:
@@ -38,7 +38,7 @@ class TrainingConfig:
         ValueError: for a number out of range.
     """
 
-    guided_epochs: int = 1
+    teacher_forcing_epochs: int = 1
     closed_loop_epochs: int = 2
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
@@ -52,7 +52,12 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("guided_epochs", 0), ("closed_loop_epochs", 0), ("decay_every", 1), ("batch_size", 1)):
+        for name, least in (
+            ("teacher_forcing_epochs", 0),
+            ("closed_loop_epochs", 0),
+            ("decay_every", 1),
+            ("batch_size", 1),
+        ):
             object.__setattr__(self, name, check_int(name, getattr(self, name), least))
         check_float("weight_decay", self.weight_decay, least=0)
         for name in ("learning_rate", "decay_factor"):
@@ -76,9 +81,9 @@ class TrainingConfig:
         """Return the learning rate of an update.
 
         Args:
-            updates: how many came before it since the optimiser was fresh.
-            of_phase: how many came before it in its phase.
-            phase_length: how many a phase has.
+            updates: updates before it since the optimizer was fresh.
+            of_phase: updates before it in its phase.
+            phase_length: updates of the whole phase.
         """
         if self.decay == "step":
             return float(self.learning_rate * self.decay_factor ** (updates // self.decay_every))
@@ -91,11 +96,11 @@ class Batch:
     """Runs sampled as one batch.
 
     Args:
-        phase: what the history holds meanwhile.
+        phase: of the training.
         epoch: of the phase.
         runs: their numbers in the source.
         number: batches before it in the phase.
-        phase_length: batches that the phase has.
+        phase_length: batches of the whole phase.
     """
 
     phase: Phase
@@ -109,10 +114,13 @@ class Batch:
         return f"{self.phase} phase, epoch {self.epoch}, run {' '.join(map(str, self.runs))}"
 
 
-def agenda(config: TrainingConfig, num_runs: int) -> list[Batch]:
-    """Return all batches of a training in their order; it depends on the arguments alone."""
+def all_batches(config: TrainingConfig, num_runs: int) -> list[Batch]:
+    """Return all batches of a training in their order, which depends on the arguments alone."""
     batches = []
-    phases: list[tuple[Phase, int]] = [("guided", config.guided_epochs), ("closed loop", config.closed_loop_epochs)]
+    phases: list[tuple[Phase, int]] = [
+        ("teacher forcing", config.teacher_forcing_epochs),
+        ("closed loop", config.closed_loop_epochs),
+    ]
     of_epoch = math.ceil(num_runs / config.batch_size)
     for phase, epochs in phases:
         for epoch in range(epochs):
@@ -127,12 +135,12 @@ def agenda(config: TrainingConfig, num_runs: int) -> list[Batch]:
 
 @dataclass
 class TrainingResult:
-    """What a training leaves behind beside the trained predictor.
+    """Losses and times of a training.
 
     Args:
         losses: mean L1 loss over the forecasts of a batch of runs, by phase, in order.
-        seconds: how long it took, interruptions left out.
-        updates: optimiser updates.
+        seconds: duration, without interruptions.
+        updates: updates by the optimizer.
     """
 
     losses: dict[Phase, list[float]] = field(default_factory=dict)
@@ -141,8 +149,8 @@ class TrainingResult:
 
 
 def losses_by_phase(batches: Sequence[Batch], losses: Sequence[float]) -> dict[Phase, list[float]]:
-    """Sort the losses of the first batches by phase; a phase that did not begin is there, empty."""
-    found: dict[Phase, list[float]] = {"guided": [], "closed loop": []}
+    """Sort the losses of the first batches by phase; a phase that has not begun has none."""
+    found: dict[Phase, list[float]] = {"teacher forcing": [], "closed loop": []}
     for batch, loss in zip(batches, losses, strict=False):
         found[batch.phase].append(loss)
     return found

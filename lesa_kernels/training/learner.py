@@ -1,4 +1,4 @@
-"""One branch of a training: its predictor, the features that it forecasts from, and its optimiser."""
+"""Trains the predictor of one branch of guidance, one update a forecast step, while a run is sampled."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Learner:
-    """Updates a predictor once a forecast step, while a run is sampled.
+    """One branch of a training: its predictor, the features that it forecasts from, and its optimizer.
 
     History lies in preallocated slots, nothing is stacked: step s in slot s % (K + 1), so the slot that a forecast is
     written to is never one that it is made from. All that changes from run to run is in `state`.
 
-    `losses` of the batch's forecast steps, `norms` of their gradients and the latest `rate` are for the trainer.
+    The trainer reads `losses` and `norms` (of the gradients) of the batch's forecast steps, and the latest `rate`.
 
     Args:
         branch: of the guidance.
         predictor: float32 parameters; trained in place.
         sigmas: S+1 noise levels of the runs.
-        schedule: where the full steps will lie at inference.
+        schedule: the full steps at inference.
         config: hyper-parameters.
         ranks: the processes.
 
@@ -70,7 +70,7 @@ class Learner:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Parameters and what AdamW knows of each, by name: the tensors themselves."""
+        """Parameters and AdamW's moments of each, by name: the tensors themselves, not copies."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             tensors[f"{self.branch}/parameter/{name}"] = parameter.data
@@ -82,7 +82,7 @@ class Learner:
         """Prepare for a batch of runs.
 
         Args:
-            batch: what is to be sampled.
+            batch: the runs that will be sampled.
             index: batches before it in the whole training.
             inspect: look at every tensor, and raise FloatingPointError at the first that holds inf or NaN. Slow.
         """
@@ -98,11 +98,7 @@ class Learner:
         self.norms = []
 
     def check_complete(self) -> None:
-        """Check that a run reached its end.
-
-        Raises:
-            ValueError: when it was not.
-        """
+        """Raise a ValueError when a run did not reach its end."""
         if self._latest_step != self.schedule.num_steps - 1:
             raise ValueError(
                 f"source must run all {self.schedule.num_steps} steps of branch {self.branch!r}, "
@@ -110,7 +106,7 @@ class Learner:
             )
 
     def learn(self, step: int, feature: Tensor) -> None:
-        """Take in the true feature of a step, and learn to forecast it where the schedule does.
+        """Keep the true feature of a step, and learn to forecast it where the schedule does.
 
         Args:
             step: the one after the last.
@@ -166,6 +162,7 @@ class Learner:
         self.losses[step] = loss.detach()
 
     def _ring_for(self, step: int, feature: Tensor) -> Ring:
+        """Return the ring of slots, made anew where a run has features of another kind."""
         ring = self._ring
         if ring is None or (
             step == 0 and (ring.shape, ring.dtype, ring.device) != (tuple(feature.shape), feature.dtype, feature.device)
@@ -175,9 +172,10 @@ class Learner:
         return ring
 
     def _inputs(self, before: range, history: Sequence[Tensor], target: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors that a loss is computed from, by name."""
         yield "the target", target
         for k, (earlier, feature) in enumerate(zip(before, history, strict=True)):
-            kept = earlier in self.schedule.full_steps or self._batch.phase == "guided"
+            kept = earlier in self.schedule.full_steps or self._batch.phase == "teacher forcing"
             yield f"history[{k}] (the {'feature' if kept else 'forecast'} of step {earlier})", feature
         for name, parameter in self._parameters.items():
             yield f"the parameter {name}", parameter
@@ -191,7 +189,7 @@ class Learner:
 
 
 def _adam(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW whose state is there from the start, so that what is saved never changes its form."""
+    """Return AdamW whose state exists before the first update, so that checkpoints always hold the same tensors."""
     fused = parameters[0].device.type in ("cpu", "cuda")
     adam = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     for parameter in parameters:

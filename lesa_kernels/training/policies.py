@@ -1,4 +1,4 @@
-"""Policies that fits and searches share: one that follows plans, one that remembers where unaccelerated runs went."""
+"""Policies that fits and searches share: one follows plans, one records the latents of unaccelerated runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EULER_TOLERANCE = 0.05
 
 
 def run_until_stopped(source: TrajectorySource, runs: Sequence[int], policy: StepPolicy) -> None:
-    """Run runs until their end, or until the policy has seen enough."""
+    """Sample runs until their end, or until the policy stops them."""
     try:
         source.run(runs, policy)
     except StopRun:
@@ -48,11 +48,11 @@ def euler(call: ModelCall, output: Tensor, sigmas: Sequence[float], sign: float 
 
 
 @dataclass
-class Following:
-    """Runs runs by plans: blocks on full steps, forecasts on the others. Times what each kind of step takes.
+class PlanPolicy:
+    """Answers calls by plans: with the blocks on full steps, with forecasts on the others. Measures their times.
 
     Args:
-        plans: of each branch; branches without one run in full.
+        plans: of each branch; branches without a plan run in full.
         sigmas: S+1 noise levels.
         sign: of the output, see `Reference`.
         final: latents at the end of the run, by Euler's last step.
@@ -90,13 +90,14 @@ class Following:
 
 
 def _wait(tensor: Tensor | None) -> None:
+    """Wait for the device of a tensor, so that times are those of the work."""
     if tensor is not None and tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a batch of unaccelerated runs went.
+    """The latents of a batch of unaccelerated runs.
 
     Args:
         latents: before some steps, S standing for the end of the run; [B, ...] by step.
@@ -111,7 +112,7 @@ class Reference:
 
 @torch.no_grad()
 def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence[int]) -> Reference:
-    """Run runs in full and keep their latents.
+    """Sample runs in full and keep their latents.
 
     Args:
         source: must run a model that is called once a step, and step as Euler does.
@@ -125,57 +126,42 @@ def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence
         ValueError: when the source holds features only, calls its model more than once a step, or does not step as
             Euler does: another solver, guidance within a batch, tokens that stay as they are.
     """
-    recorder = _Recorder(source.sigmas, steps)
-    source.run(runs, recorder)
-    return recorder.reference()
+    sigmas, end = source.sigmas, len(source.sigmas) - 1
+    kept: dict[int, Tensor] = {}
+    calls: list[tuple[ModelCall, Tensor]] = []  # the first call and the latest one, with their outputs
+    moved: Tensor | None = None  # sum over steps of (sigma_{s+1} - sigma_s) * output, but for the last step
 
-
-class _Recorder:
-    """Watches unaccelerated runs; adds up where Euler's steps would lead."""
-
-    def __init__(self, sigmas: Sequence[float], steps: Sequence[int]) -> None:
-        self._sigmas = sigmas
-        self._steps = steps
-        self._latents: dict[int, Tensor] = {}
-        self._last: tuple[ModelCall, Tensor] | None = None
-        self._first: Tensor | None = None
-        self._before_last: Tensor | None = None
-        self._moved: Tensor | float = 0.0
-
-    def __call__(self, call: ModelCall) -> Tensor:
+    def policy(call: ModelCall) -> Tensor:
+        nonlocal moved
         _, output = watch(call)
         if output is None or call.latents is None:
             raise ValueError("source must run a model with its tail and latents; this one holds features only")
-        # A loop may write to its latents.
-        latents = call.latents.detach().clone()
-        if self._last is None:
-            self._first = latents.float()
-        else:
-            last, its_output = self._last
+        if calls:
+            last, its_output = calls[-1]
             if call.step == last.step:
                 raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
-            self._moved = self._moved + (self._sigmas[call.step] - self._sigmas[last.step]) * its_output.float()
-        if call.step in self._steps:
-            self._latents[call.step] = latents
-        self._before_last = latents.float()
-        self._last = replace(call, latents=latents), output.detach().clone()
+            step = (sigmas[call.step] - sigmas[last.step]) * its_output.float()
+            moved = step if moved is None else moved + step
+        # A loop may write to its latents.
+        call = replace(call, latents=call.latents.detach().clone())
+        if call.step in steps and call.latents is not None:
+            kept[call.step] = call.latents
+        calls[1:] = [(call, output.detach().clone())]
         return output
 
-    def reference(self) -> Reference:
-        """Return what was seen, once the runs are over."""
-        if self._last is None or self._first is None or self._before_last is None:
-            raise ValueError("source must call its model, it did not")
-        (last, output), sign = self._last, 1.0
-        if isinstance(self._moved, Tensor):
-            walked = self._before_last - self._first
-            sign = -1.0 if (walked * self._moved).sum() < 0 else 1.0
-            error = (walked - sign * self._moved).norm() / walked.norm().clamp_min(1e-20)
-            if error > _EULER_TOLERANCE:
-                raise ValueError(
-                    "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
-                    f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
-                )
-        end = len(self._sigmas) - 1
-        if end in self._steps:
-            self._latents[end] = euler(last, output, self._sigmas, sign).detach()
-        return Reference(self._latents, last.branch, sign)
+    source.run(runs, policy)
+    if not calls:
+        raise ValueError("source must call its model, it did not")
+    (first, _), (last, output), sign = calls[0], calls[-1], 1.0
+    if moved is not None and first.latents is not None and last.latents is not None:
+        walked = last.latents.float() - first.latents.float()
+        sign = -1.0 if (walked * moved).sum() < 0 else 1.0
+        error = (walked - sign * moved).norm() / walked.norm().clamp_min(1e-20)
+        if error > _EULER_TOLERANCE:
+            raise ValueError(
+                "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
+                f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
+            )
+    if end in steps:
+        kept[end] = euler(last, output, sigmas, sign).detach()
+    return Reference(kept, last.branch, sign)

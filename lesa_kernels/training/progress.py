@@ -1,11 +1,32 @@
-"""The bar of long work."""
+"""Shows how far long work has come, and how long it has taken."""
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
-def progress_bar(show: bool) -> Progress:
-    """Make a bar; a hidden one takes updates all the same."""
-    columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn())
+def progress_bar(show: bool = True) -> Progress:
+    """Make a progress bar; a hidden one takes updates all the same."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not show)
+
+
+@contextmanager
+def waiting(text: str, show: bool = True) -> Generator[None, None, None]:
+    """Show a spinner and the elapsed time while something takes long of which no parts are known."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task(text, total=None)
+        yield
+        bar.update(task, total=1, completed=1)

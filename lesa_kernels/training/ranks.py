@@ -1,12 +1,16 @@
-"""Training in several processes: runs are split over them, gradients averaged, and one process writes."""
+"""Shares work among processes: runs are split, gradients averaged, and one process writes to a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import errno
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 _Value = TypeVar("_Value")
@@ -16,7 +20,7 @@ class Ranks:
     """The processes of `torch.distributed`, or this one alone.
 
     Raises:
-        RuntimeError: when torchrun started several processes that do not know each other yet.
+        RuntimeError: when torchrun started several processes and torch.distributed is not initialized.
     """
 
     def __init__(self) -> None:
@@ -47,7 +51,7 @@ class Ranks:
         return runs[self.own * length : (self.own + 1) * length]
 
     def from_first(self, make: Callable[[], _Value]) -> _Value:
-        """Return what the first process makes; where it fails, all of them do."""
+        """Return what the first process makes, in all of them; where it fails, all fail."""
         if self.count == 1:
             return make()
         made: list[_Value | Exception | None] = [None]
@@ -74,7 +78,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def first_of(self, found: str | None) -> str | None:
-        """Return what the first process that found something found."""
+        """Return the text of the first process that has one, None where no process has."""
         if self.count == 1:
             return found
         everywhere: list[str | None] = [None] * self.count
@@ -82,6 +86,28 @@ class Ranks:
         return next((text for text in everywhere if text is not None), None)
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Generator[None, None, None]:
+    """Make a folder if it is missing, and keep other processes out of it until this one is done or dies.
+
+    Raises:
+        BlockingIOError: when another process, or another thread, writes there.
+        OSError: when the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # The lock's file is opened for writing, which also checks that files can be written here.
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        text = "another process writes to this folder; wait for it, stop it, or take another folder"
+        raise BlockingIOError(errno.EAGAIN, text, str(folder)) from error
+    try:
+        yield
+    finally:
+        lock.release()

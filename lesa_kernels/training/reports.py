@@ -1,4 +1,4 @@
-"""What a training writes for its user: losses, a plot, the predictors, TensorBoard's scalars."""
+"""Writes the results of a training: losses, a plot, the predictors, scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from lesa_kernels.files import replacing
 from lesa_kernels.predictors import LesaPredictor, LinearPredictor
 from lesa_kernels.training.config import Batch, TrainingResult, losses_by_phase
-from lesa_kernels.training.plots import plot_losses
 
 
 def save_predictors(predictors: Mapping[str, LesaPredictor | LinearPredictor], folder: Path) -> None:
@@ -33,11 +32,41 @@ def write_losses(folder: Path, batches: Sequence[Batch], losses: Sequence[float]
     plot_losses({description: TrainingResult(losses_by_phase(batches, losses))}, folder / "loss.png")
 
 
-class Scalars:
-    """TensorBoard's view of a training, in the folder `tensorboard`; does nothing where it was not asked for.
+def plot_losses(results: Mapping[str, TrainingResult], path: str | Path) -> Path:
+    """Draw the loss of each batch of runs over the course of training, one line a training.
 
     Args:
-        folder: where the training writes; None: nothing is written.
+        results: name of a training -> what `train` returned.
+        path: the PNG to write.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, result in results.items():
+        values = [value for phase in result.losses.values() for value in phase]
+        marker = "." if len(values) == 1 else None
+        (line,) = axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1.2, marker=marker)
+        first_phase = len(next(iter(result.losses.values()), []))
+        if 0 < first_phase < len(values):
+            axes.axvline(first_phase + 0.5, color=line.get_color(), linestyle=":", linewidth=0.8)
+    axes.set(xlabel="batch of runs (dotted: begin of the closed loop)", ylabel="mean L1 loss", yscale="log")
+    axes.set_title("Training the LESA predictor")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with replacing(Path(path)) as file:
+        figure.savefig(file, dpi=130, format="png")
+    return Path(path)
+
+
+class Scalars:
+    """Writes losses and rates for TensorBoard into the folder `tensorboard`. A context manager.
+
+    Args:
+        folder: of the training; None writes nothing.
         done: batches that are done; what a killed process wrote of later ones is dropped.
     """
 
@@ -48,23 +77,25 @@ class Scalars:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
 
+    def __enter__(self) -> Scalars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
     def add(self, index: int, batch: Batch, loss: float, rate: float) -> None:
-        """Note the loss and the learning rate at the end of a batch."""
+        """Write the loss and the learning rate at the end of a batch."""
         if self._writer is not None:
             self._writer.add_scalar(f"loss/{batch.phase}", loss, index)
             self._writer.add_scalar("learning rate", rate, index)
 
-    def close(self) -> None:
-        """Write what is left."""
-        if self._writer is not None:
-            self._writer.close()
-
 
 def check_reports(folder: Path | None, tensorboard: bool, branches: Sequence[str]) -> None:
-    """Check, before anything is trained, that all that was asked for can be written.
+    """Check, before anything is trained, that all results can be written.
 
     Raises:
-        ValueError: when there is no folder to write to, or a branch's name is none of a folder in it.
+        ValueError: when there is no folder to write to, or a branch's name would lead out of it.
         ModuleNotFoundError: when a package is missing.
     """
     if folder is None and tensorboard:
@@ -72,8 +103,9 @@ def check_reports(folder: Path | None, tensorboard: bool, branches: Sequence[str
     for branch in branches:
         if folder is not None and (branch in ("", "..") or Path(branch).name != branch):
             raise ValueError(f"predictor: each branch gets a folder of its name in out, which {branch!r} cannot be")
-    for module, reason in [("matplotlib", "out")] * (folder is not None) + [
-        ("tensorboard", "tensorboard=True")
-    ] * tensorboard:
+    needed = {"matplotlib": "out"} if folder is not None else {}
+    if tensorboard:
+        needed["tensorboard"] = "tensorboard=True"
+    for module, argument in needed.items():
         if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"{reason} needs the package {module}: pip install {module}")
+            raise ModuleNotFoundError(f"{argument} needs the package {module}: pip install {module}")

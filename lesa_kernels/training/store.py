@@ -1,10 +1,10 @@
-"""Features of unaccelerated runs on disk: for those who want epochs over the same runs without sampling them again."""
+"""Keeps features of unaccelerated runs on disk, for epochs over the same runs without sampling them again."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.files import opened_tensors, parsed, read_json, replacing, shortened
-from lesa_kernels.training.files import reserved
-from lesa_kernels.training.ranks import Ranks
+from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.training.ranks import Ranks, lock_folder
 from lesa_kernels.trajectories import ModelCall, StepPolicy, TrajectorySource, watch
 
 _INDEX = "index.json"
@@ -34,14 +34,14 @@ _CODES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "flo
 class FeatureStore:
     """A source of features in a folder that `record` filled: one memory-mapped safetensors file a run, and an index.
 
-    There is one step's feature in memory at a time; it has neither tail nor latents.
+    One step's feature is in memory at a time; its calls have neither tail nor latents.
 
     Args:
         folder: of the store.
-        model: what the features must be of, None for any.
+        model: name of the model that the features must be from, None for any.
         sigmas: the S+1 noise levels that the runs must have, None for any.
-        dtype: of the features that policies get; None: of those that were recorded.
-        device: likewise.
+        dtype: of the features that policies get; None for that of the recorded ones.
+        device: of the features that policies get.
 
     Raises:
         FileNotFoundError: when the store has no index (its recording did not end), or a file is missing.
@@ -72,12 +72,12 @@ class FeatureStore:
 
     @property
     def model(self) -> str:
-        """What the features are of."""
+        """Name of the model that the features are from."""
         return str(self._stamp["model"])
 
     @property
     def identity(self) -> str | None:
-        """Which runs of the source was recorded, None where it did not say."""
+        """Which runs of the source were recorded, None where it has no identity."""
         identity: str | None = self._stamp.get("identity")
         return identity
 
@@ -165,9 +165,9 @@ class FeatureStore:
         Args:
             folder: made if missing.
             source: the runs.
-            model: a name for what the features are of; whoever opens the store may ask for it.
-            dtype: what to store: "bfloat16", "float16" or "float8_e4m3fn", the last two with a float32 scale for each
-                tensor; None: as it comes.
+            model: a name for the model; opening the store can require it.
+            dtype: of the stored features: "bfloat16", "float16" or "float8_e4m3fn", the last two with a float32 scale
+                for each tensor; None for their own.
             progress: show the size and a bar.
 
         Returns:
@@ -186,52 +186,38 @@ class FeatureStore:
         stamp["identity"] = getattr(source, "identity", None)
         ranks = Ranks()
         with ExitStack() as stack:
-            ranks.from_first(lambda: stack.enter_context(reserved(folder)))
+            ranks.from_first(lambda: stack.enter_context(lock_folder(folder)))
             # One process looks: another one would see what this one has recorded since.
             missing = ranks.from_first(lambda: _missing(folder, stamp))
             if missing is not None:
-                _record(folder, source, stamp, missing, progress, ranks)
+                bar = stack.enter_context(progress_bar(progress and ranks.writes))
+                task = bar.add_task("recording", total=len(source), completed=len(source) - len(missing))
+                recorder = _RunRecorder(folder, stamp, len(missing), bar)
+                for run in missing[ranks.own :: ranks.count]:
+                    recorder.begin(run)
+                    source.run([run], recorder)
+                    recorder.save()
+                    bar.update(task, advance=ranks.count)
+                ranks.wait()
+                ranks.from_first(lambda: _write_index(folder, stamp))
         return cls(folder)
 
 
-def _record(
-    folder: Path,
-    source: TrajectorySource,
-    stamp: Mapping[str, Any],
-    missing: Sequence[int],
-    progress: bool,
-    ranks: Ranks,
-) -> None:
-    """Record the runs that are missing, and write the index; see `FeatureStore.record`."""
-    with Progress(disable=not (progress and ranks.writes)) as bar:
-        task = bar.add_task("recording", total=len(source), completed=len(source) - len(missing))
-        recorder = _Recorder(folder, stamp, len(missing), bar.console.print if progress and ranks.writes else None)
-        for run in missing[ranks.own :: ranks.count]:
-            recorder.begin(run)
-            source.run([run], recorder)
-            recorder.save()
-            bar.update(task, advance=ranks.count)
-    ranks.wait()
-    ranks.from_first(lambda: _write_index(folder, stamp))
-
-
-class _Recorder:
+class _RunRecorder:
     """A policy that keeps the features of a run in the host's memory, and then writes them.
 
     Args:
         folder: of the store.
-        stamp: what is recorded.
-        missing: how many runs are to be recorded.
-        tell: is told the size; None tells nobody.
+        stamp: of the recording, see `FeatureStore.record`.
+        missing: how many runs have to be recorded.
+        bar: prints their size.
     """
 
-    def __init__(
-        self, folder: Path, stamp: Mapping[str, Any], missing: int, tell: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, folder: Path, stamp: Mapping[str, Any], missing: int, bar: Progress) -> None:
         self._folder = folder
         self._stamp = stamp
         self._missing = missing
-        self._tell = tell
+        self._bar = bar
         self._sized = False
         self._branches: dict[str, dict[str, Any]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -281,16 +267,13 @@ class _Recorder:
         )
         if needed > free:
             raise OSError(f"the features must fit on the disk: {text}")
-        if self._tell is not None:
-            self._tell(text)
+        if not self._bar.disable:
+            self._bar.console.print(text)
 
     def save(self) -> None:
-        """Write the run's file, whole or not at all.
-
-        Raises:
-            ValueError: when a step is missing.
-        """
-        for name in _names(self._branches, self._stamp):
+        """Write the run's file, whole or not at all; refuse a run that left out a step."""
+        steps = range(len(self._stamp["sigmas"]) - 1)
+        for name in (_name(step, branch) for step in steps for branch in self._branches):
             if name not in self._tensors:
                 raise ValueError(f"source must run all steps of each branch, run {self._run} left out {name}")
         metadata = {"stamp": json.dumps(self._stamp), "branches": json.dumps(self._branches)}
@@ -299,25 +282,23 @@ class _Recorder:
 
 
 def _name(step: int, branch: str) -> str:
+    """Return the name of a feature."""
     return f"{branch}/{step:04d}"
 
 
-def _names(branches: Iterable[str], stamp: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of all features of a run, in the order of their calls."""
-    return (_name(step, branch) for step in range(len(stamp["sigmas"]) - 1) for branch in branches)
-
-
 def _scale(name: str) -> str:
+    """Return the name of a feature's scale."""
     return f"{name}.scale"
 
 
 def _shard(folder: Path, run: int) -> Path:
+    """Return the file of a run."""
     return folder / f"run-{run:06d}.safetensors"
 
 
 @contextmanager
 def _opened(file: Path, stamp: Mapping[str, Any]) -> Generator[Any, None, None]:
-    """Open a run's file and check that it is whole and of a recording."""
+    """Open a run's file and check that it is whole and belongs to a recording."""
     with opened_tensors(file) as tensors:
         found = parsed((tensors.metadata() or {}).get("stamp", "{}"), file)
         _check_stamp(file, found, stamp)
@@ -325,6 +306,7 @@ def _opened(file: Path, stamp: Mapping[str, Any]) -> Generator[Any, None, None]:
 
 
 def _check_stamp(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that a file belongs to a recording with this stamp."""
     for name, value in wanted.items():
         if found.get(name) != value:
             raise ValueError(f"{file}: is of another recording: {name} is {found.get(name)}, wanted {value}")
@@ -339,6 +321,7 @@ def _missing(folder: Path, stamp: Mapping[str, Any]) -> list[int] | None:
 
 
 def _is_recorded(folder: Path, run: int, stamp: Mapping[str, Any]) -> bool:
+    """Whether a run has a file; refuse one of another recording."""
     file = _shard(folder, run)
     if not file.is_file():
         return False
@@ -347,6 +330,7 @@ def _is_recorded(folder: Path, run: int, stamp: Mapping[str, Any]) -> bool:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
+    """Read and check the index of a store."""
     file = folder / _INDEX
     if not file.exists():
         raise FileNotFoundError(f"{file}: must be there; it is written when a recording ends, so go on with it")
@@ -365,6 +349,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _write_index(folder: Path, stamp: Mapping[str, Any]) -> None:
+    """Write the index, once all runs are recorded."""
     for run in range(stamp["runs"]):
         if not _is_recorded(folder, run, stamp):
             raise FileNotFoundError(f"{_shard(folder, run)}: must have been recorded; record again")

@@ -1,8 +1,8 @@
-"""The published training of LESA (arXiv 2602.20497): on true history first, then on the predictor's own forecasts.
+"""Trains LESA as published (arXiv 2602.20497): with teacher forcing first, then on the predictor's own forecasts.
 
-Both phases minimise the L1 distance to the feature of the unaccelerated run, one update a forecast step. Phase 1
-("GT-guided") feeds true features back, phase 2 ("CL-AR", closed loop) the forecasts, detached, as at inference. The
-trainer is a `StepPolicy`: it learns while the model samples, and keeps no more than a window of features.
+Both phases minimize the L1 distance to the feature of the unaccelerated run, one update a forecast step. Phase 1
+("GT-guided" in the paper) feeds true features back, phase 2 ("CL-AR", closed loop) the forecasts, detached, as at
+inference. Training is a `StepPolicy`: it learns while the model samples, and keeps no more than a window of features.
 """
 
 from __future__ import annotations
@@ -10,25 +10,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lesa_kernels.checks import check_type
+from lesa_kernels.machine import one_thread
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.checkpoint import Checkpoint
-from lesa_kernels.training.config import Batch, TrainingConfig, TrainingResult, agenda, losses_by_phase
-from lesa_kernels.training.files import reserved
+from lesa_kernels.training.config import Batch, TrainingConfig, TrainingResult, all_batches, losses_by_phase
 from lesa_kernels.training.learner import Learner
-from lesa_kernels.training.ranks import Ranks
+from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.training.ranks import Ranks, lock_folder
 from lesa_kernels.training.reports import Scalars, check_reports, save_predictors, write_losses
 from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, TrajectorySource, check_source, watch
+
+# Updates on smaller features compute with one thread: on busy cores two took up to 25 times as long.
+_MANY_ELEMENTS = 1 << 20
 
 
 @torch.inference_mode(False)
@@ -44,7 +47,7 @@ def train(
     tensorboard: bool = False,
     save_seconds: float = 30.0,
 ) -> TrainingResult:
-    """Train a predictor in place; from then on it is one for the source's sigmas.
+    """Train a predictor in place; from then on it belongs to the source's sigmas.
 
     With `out`, a training that was stopped or killed goes on where it was last saved when this is called again with the
     same arguments, and gives the same bits as one that was not; one that is finished returns its result. What stops it
@@ -53,15 +56,15 @@ def train(
     Under `torch.distributed` each process runs its share of a batch, gradients are averaged, rank 0 writes.
 
     Args:
-        predictor: float32 parameters, on the device of the features; or one a branch of guidance, by name. The calls
-            of a branch without a predictor are only watched.
+        predictor: float32 parameters, on the device of the features; or one for each branch of guidance, by name. The
+            calls of a branch without a predictor run in full.
         source: the runs.
-        schedule: where the full steps will lie at inference.
+        schedule: the full steps at inference.
         config: hyper-parameters, None for the published ones.
         out: folder for the checkpoint, `losses.csv`, `loss.png` and the predictor (several: in folders of their
             branches), all of which are there from the first checkpoint on; None writes nothing.
         progress: show a bar with the loss.
-        description: what the bar and the plot call the training.
+        description: name of the training for the bar and the plot.
         tensorboard: write scalars to `out/tensorboard`.
         save_seconds: time between checkpoints; 0 saves after every batch.
 
@@ -77,7 +80,7 @@ def train(
         TypeError: when the parameters are not float32.
         FloatingPointError: when a loss is not finite; names the tensor, step, branch, phase and run.
         ModuleNotFoundError: when a package for what is to be written is missing.
-        RuntimeError: when torchrun started this process and torch.distributed is not initialised.
+        RuntimeError: when torchrun started this process and torch.distributed is not initialized.
     """
     config = TrainingConfig() if config is None else config
     ranks = Ranks()
@@ -86,52 +89,31 @@ def train(
     check_reports(folder, tensorboard, list(training.predictors))
     with ExitStack() as stack:
         if folder is not None:
-            ranks.from_first(lambda: stack.enter_context(reserved(folder)))
-        checkpoint = ranks.from_first(lambda: training.start(folder))
+            ranks.from_first(lambda: stack.enter_context(lock_folder(folder)))
+        checkpoint = ranks.from_first(lambda: training.checkpoint_in(folder))
         training.restore(checkpoint)
-        if training.done < len(training.batches):
-            _run(training, folder, progress, description, tensorboard, save_seconds)
+        remaining = training.batches[training.done :]
+        if not remaining:
+            return training.result()
+        writes_to = folder if ranks.writes else None
+        scalars = stack.enter_context(Scalars(writes_to if tensorboard else None, training.done))
+        if writes_to is not None:
+            stack.callback(training.save, writes_to, description)
+        bar = stack.enter_context(progress_bar(progress and ranks.writes))
+        task = bar.add_task(description, total=len(training.batches), completed=training.done)
+        saved = time.monotonic()
+        for batch in remaining:
+            loss, rate = training.run(batch)
+            scalars.add(training.done - 1, batch, loss, rate)
+            bar.update(task, advance=1, description=f"{description} ({batch.phase}), loss {loss:.4f}")
+            if writes_to is not None and time.monotonic() - saved >= save_seconds:
+                training.save(writes_to, description)
+                saved = time.monotonic()
     return training.result()
 
 
-def _run(
-    training: _Training, folder: Path | None, progress: bool, description: str, tensorboard: bool, save_seconds: float
-) -> None:
-    """Play what is left of a training; see `train`."""
-    writes = training.writes
-    scalars = Scalars(folder if tensorboard and writes else None, training.done)
-    columns = ("[progress.description]{task.description}", BarColumn(), TextColumn("loss {task.fields[loss]}"))
-    bar = Progress(
-        *columns, MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), disable=not (progress and writes)
-    )
-    saved = time.monotonic()
-    with bar:
-        task = bar.add_task(description, total=len(training.batches), completed=training.done, loss="-")
-        try:
-            while training.done < len(training.batches):
-                batch = training.batches[training.done]
-                loss, rate = training.run(batch)
-                scalars.add(training.done - 1, batch, loss, rate)
-                bar.update(task, advance=1, loss=f"{loss:.4f}", description=f"{description} ({batch.phase})")
-                if folder and writes and time.monotonic() - saved >= save_seconds:
-                    training.save(folder, description)
-                    saved = time.monotonic()
-        finally:
-            scalars.close()
-            if folder and writes:
-                training.save(folder, description)
-
-
 class _Training:
-    """A training between two batches.
-
-    Args:
-        predictor: see `train`.
-        source: see `train`.
-        schedule: see `train`.
-        config: hyper-parameters.
-        ranks: the processes.
-    """
+    """The state of a training between two batches; the arguments are those of `train`."""
 
     def __init__(
         self,
@@ -150,10 +132,10 @@ class _Training:
             check_type(f"predictor[{branch!r}]", each, LesaPredictor, "a LesaPredictor")
         check_source(source)
         ranks.check(len(source), config.batch_size)
+        self.batches = all_batches(config, len(source))
         self._source = source
         self._config = config
         self._ranks = ranks
-        self.batches = agenda(config, len(source))
         self._learners = {
             branch: Learner(branch, own, source.sigmas, schedule, config, ranks)
             for branch, own in self.predictors.items()
@@ -164,18 +146,13 @@ class _Training:
         self._seconds = 0.0
 
     @property
-    def writes(self) -> bool:
-        """Whether this process writes files and shows progress."""
-        return self._ranks.writes
-
-    @property
     def done(self) -> int:
         """Batches that are done."""
         return len(self._losses)
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """Return all that the result depends on; the process count is not in it, it changes roundings alone."""
+        """All that the result depends on; the process count is not in it, it changes roundings alone."""
         return {
             "sigmas": list(self._source.sigmas),
             "the number of runs of source": len(self._source),
@@ -192,15 +169,11 @@ class _Training:
             },
         }
 
-    def start(self, folder: Path | None) -> Checkpoint:
-        """Return the checkpoint of a folder, the present state where there is none.
-
-        Raises:
-            ValueError: when the folder holds a training with other settings.
-        """
+    def checkpoint_in(self, folder: Path | None) -> Checkpoint:
+        """Return the checkpoint of a folder, or the present state where there is none; refuse another training's."""
         settings = self._settings
         found = None if folder is None else Checkpoint.load(folder)
-        # A training that failed in its first batch binds nobody.
+        # A training that failed in its first batch leaves its folder free for any other.
         if folder is not None and found is not None and found.losses:
             found.check(settings, self._state, len(self.batches), folder)
             return found
@@ -211,7 +184,7 @@ class _Training:
         """Take over the state of a checkpoint."""
         for name, tensor in self._state.items():
             tensor.copy_(checkpoint.tensors[name])
-        self._keep()
+        _copy(self._state, self._good)
         self._losses = list(checkpoint.losses)
         self._seconds = checkpoint.seconds
         for learner in self._learners.values():
@@ -222,36 +195,30 @@ class _Training:
         """Write the state after the last complete batch, and the reports."""
         save_predictors(self.predictors, folder)
         write_losses(folder, self.batches, self._losses, description)
-        # Last: a checkpoint that says "finished" must find the rest in place.
+        # Last: where a checkpoint is finished, the other files must be there.
         Checkpoint(self._settings, self._good, self._losses, self._seconds).save(folder)
 
     def result(self) -> TrainingResult:
-        """Return what is known so far."""
+        """Return the losses and times so far."""
         updates = self.done * sum(learner.forecasts for learner in self._learners.values())
         return TrainingResult(losses_by_phase(self.batches, self._losses), self._seconds, updates)
 
     def run(self, batch: Batch) -> tuple[float, float]:
-        """Train on a batch of runs; whatever fails, the state is that of the last complete batch.
-
-        Returns:
-            The mean loss and the last learning rate.
-
-        Raises:
-            FloatingPointError: when a loss or gradient is not finite.
-        """
+        """Train on a batch; return the mean loss and the last learning rate. An error restores the state before it."""
         begin = time.perf_counter()
         try:
             self._run_batch(batch)
             loss = self._mean_loss(batch)
         except BaseException:
-            self._go_back()
+            _copy(self._good, self._state)
             raise
-        self._keep()
+        _copy(self._state, self._good)
         self._losses.append(loss)
         self._seconds += time.perf_counter() - begin
         return loss, next(iter(self._learners.values())).rate
 
     def _run_batch(self, batch: Batch, *, inspect: bool = False) -> None:
+        """Sample a batch of runs, and learn from every call."""
         for learner in self._learners.values():
             learner.begin(batch, self.done, inspect=inspect)
 
@@ -260,6 +227,7 @@ class _Training:
             if (learner := self._learners.get(call.branch)) is not None:
                 # Sources may sample in inference mode, under autocast and without gradients.
                 with (
+                    one_thread() if feature.numel() < _MANY_ELEMENTS else nullcontext(),
                     torch.inference_mode(False),
                     torch.enable_grad(),
                     torch.autocast(feature.device.type, enabled=False),
@@ -284,7 +252,7 @@ class _Training:
         return float(sum(values[: len(losses)]) / len(losses))
 
     def _name_what_is_not_finite(self, batch: Batch) -> None:
-        """Play a batch again, looking at every tensor; slow, but what happened is gone."""
+        """Run a batch again and look at every tensor, which is slow, to raise an error that names it."""
         first = next(
             (
                 f"step {step} of branch {learner.branch!r}"
@@ -294,16 +262,14 @@ class _Training:
             ),
             "a step whose gradient is not",
         )
-        self._go_back()
+        _copy(self._good, self._state)
         self._run_batch(batch, inspect=True)
         raise FloatingPointError(
             f"a loss was not finite at {first} ({batch}); sampled again the source gave other features, all finite"
         )
 
-    @torch.no_grad()
-    def _keep(self) -> None:
-        torch._foreach_copy_(list(self._good.values()), list(self._state.values()))
 
-    @torch.no_grad()
-    def _go_back(self) -> None:
-        torch._foreach_copy_(list(self._state.values()), list(self._good.values()))
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy tensors, in few launches."""
+    torch._foreach_copy_(list(target.values()), list(source.values()))

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import history, pages
 from benchmarks.quality.setting import Setting
-from lesa_kernels.demo.model import SMALL_DIGITS, build_model
+from examples.digits.model import SMALL_DIGITS, build_model
 from lesa_kernels.integrations import LesaWarning
 from lesa_kernels.predictors import Reuse
 from lesa_kernels.schedule import Schedule

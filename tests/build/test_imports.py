@@ -24,19 +24,16 @@ BELOW: dict[str, set[str]] = {
     "predictors": {"plan", "ops", "files"},
     "session": {"plan", "history"},
     "integrations": {"session", "predictors", "trajectories"},
-    "training": {"session", "predictors", "trajectories"},
-    "demo": {"integrations", "training", "machine"},
-    "cli": {"demo", "backends"},
+    "training": {"session", "predictors", "trajectories", "machine"},
+    "cli": {"integrations", "training", "backends"},
 }
 # Outside package -> the only parts that may know it.
 KEEPERS = {
-    "diffusers": {"integrations", "demo"},
+    "diffusers": {"integrations"},
     "triton": {"backends"},
     "ctypes": {"backends"},
-    "typer": {"cli", "demo"},
-    "mlxtend": {"demo"},
-    "sklearn": {"demo"},
-    "matplotlib": {"training", "demo"},
+    "typer": {"cli"},
+    "matplotlib": {"training"},
 }
 
 

@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason="diffusers is not installed (extra: demo)")
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: demo)")
+pytest.importorskip("diffusers", reason="diffusers is not installed (extra: train)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
 
+from digits_command import load, message, use, write_prompts
 from torch.cuda._utils import _get_device_index
 from typer.testing import CliRunner
 
 import lesa_kernels as lesa
-from lesa_kernels.cli import app
-from lesa_kernels.demo.model import conditioning
-from lesa_kernels.demo.pipeline import DigitsPipeline
+from examples.digits.model import conditioning
+from examples.digits.pipeline import DigitsPipeline
+from lesa_kernels.cli import app, common
 from lesa_kernels.integrations import pipeline_source
+from lesa_kernels.training import TrainingConfig
 
-SMALL = ["--steps", "14", "--interval", "4", "--runs", "4", "--batch", "2", "--epochs", "1", "1"]
-
+SMALL = ["--steps", "14", "--interval", "4", "--batch", "2"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+@pytest.fixture(autouse=True)
+def _digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load digits for every model, and train for one epoch in each phase."""
+    monkeypatch.setattr(pipeline_source, "load_pipeline", load)
+    quick = replace(TrainingConfig.tuned(), teacher_forcing_epochs=1, closed_loop_epochs=1)
+    monkeypatch.setattr(TrainingConfig, "tuned", lambda: quick)
 
 
-def message(result: Any) -> str:
-    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
-    return " ".join(result.output.replace("│", " ").split())
+def run(model: str, *arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["train", model, *map(str, arguments)])
+
+
+def run_digits(out: Path, *more: str | Path, count: int = 4) -> Any:
+    return run("digits", "--prompts", write_prompts(out.parent, count), "--out", out, *SMALL, *more)
 
 
 def train_digits(out: Path, *more: str | Path) -> str:
-    result = run("--model", "digits", "--out", out, *SMALL, *more)
+    result = run_digits(out, *more)
     assert result.exit_code == 0, result.output
     return str(result.output)
-
-
-def use(told: str, pipe: Any) -> None:
-    """Run the lines that the command says to type."""
-    code = told[told.index("import lesa_kernels as lesa") :]
-    assert len(code.strip().splitlines()) == 3
-    exec(code, {"pipe": pipe})
 
 
 class Guided(DigitsPipeline):
@@ -83,10 +83,8 @@ class Guided(DigitsPipeline):
 
 def test_digits_train_a_predictor_that_serves_them(tmp_path: Path) -> None:
     told = train_digits(tmp_path / "out")
-    assert (
-        "4 runs of 14 steps; method tuned" in told
-        and "blocks run on 9 steps, 1.56 x fewer: 0 1 2 3 4 5 6 7 10; 3 more than" in told
-    )
+    assert "4 runs of 14 steps" in told
+    assert "branches cond; blocks run on 9 steps, 1.56 x fewer: 0 1 2 3 4 5 6 7 10; 3 more than" in told
     for name in ("losses.csv", "loss.png", "model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).is_file() and name in told
     pipe = DigitsPipeline.load()
@@ -107,21 +105,15 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path, monkeypatch: pyte
 
 def test_another_training_does_not_overwrite_it(tmp_path: Path) -> None:
     train_digits(tmp_path)
-    result = run("--model", "digits", "--out", tmp_path, *SMALL, "--learning-rate", "0.1")
-    assert "holds another training: config.learning_rate was 0.001, now 0.1" in message(result)
+    told = message(run_digits(tmp_path, "--seed", "1"))
+    assert "holds another training:" in told and "config.seed was 0, now 1" in told
 
 
-def test_calls_lie_uniformly_in_sigma(tmp_path: Path) -> None:
-    arguments = ["--steps", "14", "--calls", "6", "--runs", "2", "--epochs", "1", "0", "--method", "published"]
-    result = run("--model", "digits", "--out", tmp_path, *arguments)
+def test_the_published_recipe(tmp_path: Path) -> None:
+    result = run_digits(tmp_path, "--recipe", "published", count=2)
     assert result.exit_code == 0, result.output
-    pipe = DigitsPipeline.load()
-    sigmas = pipeline_source.PipelineSource(pipe, ["1"], steps=14).sigmas
-    expected = lesa.Schedule.uniform_in_sigma(sigmas, 6, 4).full_steps
-    assert len(expected) == 6
-    (told,) = re.findall(r"blocks run on \d+ steps, .* fewer: ([\d ]+)", result.output)
-    assert set(expected) <= set(map(int, told.split()))
-    assert "method published" in result.output and "closed loop" not in result.output
+    losses = (tmp_path / "losses.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in losses[1:]] == ["teacher forcing", "closed loop", "closed loop"]
 
 
 def test_a_store_is_filled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,29 +123,35 @@ def test_a_store_is_filled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     train_digits(tmp_path / "two", "--store", tmp_path / "store")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
-    result = run(
-        "--model", "digits", "--out", tmp_path / "three", *SMALL, "--store", tmp_path / "store", "--steps", "9"
-    )
-    assert "store" in message(result)
+    other = run_digits(tmp_path / "three", "--store", tmp_path / "store", "--steps", "9")
+    assert "store" in message(other)
 
 
 def test_a_pipeline_with_branches_gets_a_predictor_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def load(model: str, **options: Any) -> Guided:
+    def load_guided(model: str, **options: Any) -> Guided:
         asked.update(options, model=model)
         return Guided(*DigitsPipeline.load().components.values())
 
-    monkeypatch.setattr(pipeline_source, "load_pipeline", load)
+    monkeypatch.setattr(pipeline_source, "load_pipeline", load_guided)
     (tmp_path / "prompts.txt").write_text("3\n\n 7 \n")
-    arguments = ["--guidance", "2.0", "--set", "size=14", "--dtype", "float16", "--offload", "--device", "cpu"]
-    result = run(
-        "--model", "some/model", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", *SMALL, *arguments
-    )
+    arguments = [
+        "--set",
+        "guidance_scale=2.0",
+        "--set",
+        "size=14",
+        "--dtype",
+        "float16",
+        "--offload",
+        "--device",
+        "cpu",
+    ]
+    result = run("some/model", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", *SMALL, *arguments)
     assert result.exit_code == 0, result.output
     assert asked == {"model": "some/model", "device": "cpu", "dtype": torch.float16, "offload": True}
     assert "branches cond and uncond" in result.output
-    pipe = load("")
+    pipe = load_guided("")
     use(result.output, pipe)
     pipe(["3"], 14, size=14)
     summary = lesa.summary(pipe)
@@ -164,31 +162,28 @@ def test_a_pipeline_with_branches_gets_a_predictor_for_each(tmp_path: Path, monk
 
 def test_two_processes_train_together(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "lesa_kernels.cli", "train", "--model", "digits", "--device", "cpu", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script = [str(Path(__file__).with_name("digits_command.py")), "train", "digits", "--recipe", "published"]
+    arguments = [*script, "--prompts", write_prompts(tmp_path, 4), "--device", "cpu", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
         [*command, *arguments, *SMALL], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("To use it") == 1, "one process speaks"
+    assert result.stdout.count("Next, where pipe is") == 1, "one process speaks"
     lesa.LesaPredictor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model", "digits", "--interval", "3", "--calls", "6"], "--decibels say which steps are full: give one"),
-        (["--model", "digits", "--calls", "60"], "num_full must be at most 50"),
-        (["--model", "digits", "--interval", "1"], "schedule must leave a step to forecast"),
-        (["--model", "digits", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
-        (["--model", "digits", "--set", "height"], "--set must be name=value, got height"),
-        (["--model", "digits", "--guidance", "2"], "DigitsPipeline, which takes no guidance_scale"),
-        (["--model", "digits", "--capture", "nowhere"], "no submodule 'nowhere'"),
-        (["--model", "digits", "--epochs", "-1", "0"], "guided_epochs must be at least 0, got -1"),
-        (["--model", "digits", "--prompts", "cats.txt"], "prompt must be a digit from 0 to 9, got 'a cat'"),
-        (["--model", "digits", "--prompts", "empty.txt"], "empty.txt must hold a prompt a line, it holds none"),
-        (["--model", "some/model"], "--prompts must name a text file with a prompt a line"),
-        (["--model", ".", "--prompts", "cats.txt"], "must be a folder or a hub id of a diffusers pipeline, got ."),
+        (["--interval", "1"], "schedule must leave a step to forecast"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
+        (["--set", "height"], "--set must be name=value, got height"),
+        (["--set", "guidance_scale=2"], "DigitsPipeline, which takes no guidance_scale"),
+        (["--capture", "nowhere"], "no submodule 'nowhere'"),
+        (["--prompts", "cats.txt"], "prompt must be a digit from 0 to 9, got 'a cat'"),
+        (["--prompts", "empty.txt"], "empty.txt must hold a prompt a line, it holds none"),
+        (["--prompts", "none.txt"], "'none.txt' does not exist"),
     ],
 )
 def test_bad_input_is_told_in_a_line(
@@ -197,17 +192,23 @@ def test_bad_input_is_told_in_a_line(
     monkeypatch.chdir(tmp_path)
     Path("cats.txt").write_text("a cat\n")
     Path("empty.txt").write_text(" \n")
-    assert expected in message(run("--out", "out", *arguments))
+    assert expected in message(run_digits(tmp_path / "out", *arguments))
+
+
+def test_a_model_that_is_none_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    result = run(".", "--prompts", write_prompts(tmp_path, 1), "--out", "out")
+    assert "must be a folder or a hub id of a diffusers pipeline, got ." in message(result)
 
 
 def test_a_gpu_is_named_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_command = importlib.import_module("lesa_kernels.cli.train")
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     # What torch.cuda.set_device does first, which refuses "cuda".
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
-    assert [train_command._device(name) for name in (None, "cuda", "cuda:1", "cpu")] == [
+    assert [common.place(name) for name in (None, "cuda", "cuda:1", "cpu")] == [
         "cuda:0",
         "cuda:0",
         "cuda:1",
@@ -220,7 +221,7 @@ def test_a_gpu_is_named_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "code", "expected"),
     [
         (FloatingPointError("the target is not finite at step 3"), 1, "Stopped: the target is not finite at step 3"),
-        (KeyboardInterrupt(), 130, "the same command goes on from the last checkpoint"),
+        (KeyboardInterrupt(), 130, "the same command goes on where it was stopped"),
     ],
 )
 def test_what_ends_a_training_early_is_told(
@@ -232,5 +233,5 @@ def test_what_ends_a_training_early_is_told(
     source = pipeline_source.PipelineSource
     monkeypatch.setattr(source, "branches", ("cond",))
     monkeypatch.setattr(source, "run", fail)
-    result = run("--model", "digits", "--out", tmp_path, *SMALL)
+    result = run_digits(tmp_path)
     assert result.exit_code == code and expected in result.output

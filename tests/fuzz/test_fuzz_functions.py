@@ -89,7 +89,7 @@ def _record(**arguments: Any) -> None:
 
 
 def _fitted() -> lesa.LinearPredictor:
-    return training.fit_through_tail(_tailed(), SCHEDULE, window=2, rounds=2, progress=False)
+    return training.fit(_tailed(), SCHEDULE, window=2, rounds=2, progress=False)
 
 
 def _trained(**arguments: Any) -> object:
@@ -101,10 +101,12 @@ def _trained(**arguments: Any) -> object:
 LESA = {"num_steps": STEPS, "stages": ((0.5, 2), (0.0, 2)), "hidden_dim": 2, "grid_size": 3, "spline_order": 2,
         "trained_sigmas": SIGMAS, "full_steps": [0, 1, 4]}  # fmt: skip
 LINEAR = {"sigmas": SIGMAS, "full_steps": [0, 1, 4], "window": 2, "over_all": False}
-FIT = {"source": _recorded(), "schedule": SCHEDULE, "window": 2, "over_all": False, "ridge": 1e-3, "batch": 1,
-       "progress": False}  # fmt: skip
-STAGES = training.segment_stages(SIGMAS, SCHEDULE, window=2)
-SEARCH = {"judge": training.Judge(_tailed(), progress=False), "make": _taylor, "evaluations": 3, "progress": False}
+SEARCH = {
+    "evaluator": training.Evaluator(_tailed(), progress=False),
+    "make": _taylor,
+    "evaluations": 3,
+    "progress": False,
+}
 PREDICTOR = lesa.LesaPredictor(**LESA)
 # Name -> how it is called, and valid arguments.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -133,17 +135,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "train": (_trained, {"schedule": SCHEDULE, "source": _recorded(), "config": training.TrainingConfig(1, 1),
                          "predictor": lesa.LesaPredictor(**LESA), "progress": False}),
     "Sampled": (training.LoopSource, {"loop": _loop, "count": 2, "sigmas": SIGMAS}),
-    "fit_features": (training.fit_features, FIT),
-    "fit_through_tail": (training.fit_through_tail, {
-        "source": _tailed(), "schedule": SCHEDULE, "objective": "latents", "window": 2, "start": lesa.TaylorSeer(1),
+    "fit": (training.fit, {
+        "source": _tailed(), "schedule": SCHEDULE, "window": 2,
         "rounds": 2, "batch": 1, "progress": False}),
-    "fit_lesa": (training.fit_lesa, {"predictor": lesa.LesaPredictor(STEPS, STAGES, 2), "fitted": _fitted(),
-                                     "source": _tailed(), "rounds": 2, "batch": 1, "progress": False}),
-    "segment_stages": (training.segment_stages, {"sigmas": SIGMAS, "schedule": SCHEDULE, "window": 2}),
+    "fit_lesa": (training.fit_lesa, {"source": _tailed(), "fitted": _fitted(), "window": 2, "hidden_dim": 2,
+                                     "rounds": 2, "batch": 1, "progress": False}),
     "default_schedule": (default_schedule, {"sigmas": SIGMAS}),
-    "Judge": (training.Judge, {"source": _tailed(), "batch": 1, "progress": False}),
-    "search_placement": (training.search_placement, {**SEARCH, "start": SCHEDULE, "moves": (1,)}),
-    "plan_for_budget": (training.plan_for_budget, {**SEARCH, "calls": 3}),
+    "Evaluator": (training.Evaluator, {"source": _tailed(), "batch": 1, "progress": False}),
+    "search_schedule": (training.search_schedule, {**SEARCH, "start": SCHEDULE}),
+    "schedule_for_budget": (training.schedule_for_budget, {**SEARCH, "calls": 3}),
     "LesaPredictor.stage": (PREDICTOR.stage, {"t": 0.5}),
     "LesaPredictor.gain": (PREDICTOR.gain, {"sigmas": SIGMAS, "t": 0.5, "stage": 0}),
     "LesaPredictor.parameters_at": (PREDICTOR.parameters_at, {"sigmas": SIGMAS, "t": 0.5}),

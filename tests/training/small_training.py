@@ -17,7 +17,7 @@ STEPS = 20
 SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
 SCHEDULE = Schedule.interval(STEPS, 4)
 QUICK = TrainingConfig(10, 10, learning_rate=1e-2, decay="cosine", restart_each_phase=True)
-SHORT = replace(QUICK, guided_epochs=2, closed_loop_epochs=1)
+SHORT = replace(QUICK, teacher_forcing_epochs=2, closed_loop_epochs=1)
 
 
 def trajectories(count: int = 4, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:

@@ -24,7 +24,7 @@ from lesa_kernels import LesaPredictor, LinearPredictor, load_predictor
 from lesa_kernels.files import replacing, replacing_all
 from lesa_kernels.training import FeatureStore, TrainingConfig, train
 from lesa_kernels.training.checkpoint import FILE
-from lesa_kernels.training.files import reserved
+from lesa_kernels.training.ranks import lock_folder
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
 
@@ -140,15 +140,15 @@ def test_a_branch_cannot_leave_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("writer", ["train", "record"])
 def test_a_folder_in_use_is_refused(tmp_path: Path, writer: str) -> None:
-    with reserved(tmp_path), pytest.raises(BlockingIOError, match=f"another process writes.*{tmp_path.name}"):
+    with lock_folder(tmp_path), pytest.raises(BlockingIOError, match=f"another process writes.*{tmp_path.name}"):
         WRITERS[writer](tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_process_that_dies_lets_go(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from lesa_kernels.training.files import reserved\n"
-        "with reserved(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from lesa_kernels.training.ranks import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

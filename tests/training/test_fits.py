@@ -1,23 +1,21 @@
-"""Coefficients that are fitted: in closed form, through the tail, and LESA's own form."""
+"""Coefficients that are fitted: through the tail, and LESA's own form."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import lesa_kernels as lesa
-from lesa_kernels.training import fit_features, fit_lesa, fit_through_tail, segment_stages
-from lesa_kernels.training.damped import DampedFit, gram_of
-from lesa_kernels.training.expert import Expert
-from lesa_kernels.training.kan_gains import set_gains
-from lesa_kernels.training.policies import Following, batches, reference_run
-from lesa_kernels.training.through_tail import derivatives
+from lesa_kernels.training import fit, fit_lesa
+from lesa_kernels.training.lesa_fit import SegmentPredictor, segment_stages, set_gains
+from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, gram_of
+from lesa_kernels.training.policies import PlanPolicy, batches, reference_run
+from lesa_kernels.training.tail_fit import derivatives
 from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
 
 STEPS, RUNS, WIDTH = 12, 6, 8
@@ -70,7 +68,7 @@ def _source(
 
 def _error(predictor: lesa.Predictor, seed: int = 1) -> float:
     source = _source(RUNS, seed)
-    following = Following({ONLY_BRANCH: predictor.plan(SIGMAS, SCHEDULE)}, SIGMAS)
+    following = PlanPolicy({ONLY_BRANCH: predictor.plan(SIGMAS, SCHEDULE)}, SIGMAS)
     source.run(range(RUNS), following)
     assert following.final is not None
     reference = reference_run(source, range(RUNS), [STEPS]).latents[STEPS]
@@ -88,65 +86,6 @@ def _features(seed: int = 0) -> list[list[Tensor]]:
     for run in range(RUNS):
         _source(seed=seed).run([run], partial(policy, run))
     return features
-
-
-def test_closed_form_finds_the_coefficients_that_made_the_features() -> None:
-    generator = torch.Generator().manual_seed(2)
-    wanted = {step: torch.randn(3, generator=generator) for step in range(7, STEPS) if step != 9}
-    trajectories = []
-    for _ in range(3):
-        run = [torch.randn(40, generator=generator) for _ in range(STEPS)]
-        for step, values in wanted.items():
-            sources = [full for full in SCHEDULE.full_steps if full < step][-2:]
-            run[step] = sum(c * run[k] for c, k in zip(values[:2], sources, strict=True)) + values[2]  # type: ignore[assignment]
-        trajectories.append(run)
-    found = fit_features(RecordedSource(trajectories, SIGMAS), SCHEDULE, window=2, ridge=0.0, progress=False)[
-        ONLY_BRANCH
-    ]
-    for step, values in wanted.items():
-        assert torch.allclose(found.coefficients[step].float(), values[:2], atol=1e-5), step
-        assert found.offsets[step].item() == pytest.approx(values[2].item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("over_all", [False, True])
-def test_closed_form_is_the_least_squares_fit_on_the_rolled_out_history(over_all: bool) -> None:
-    trajectories = _features()
-    found = fit_features(
-        RecordedSource(trajectories, SIGMAS), SCHEDULE, window=2, over_all=over_all, ridge=0.0, progress=False
-    )[ONLY_BRANCH]
-    # Step by step on stacked, rolled-out histories, in float64.
-    history: dict[int, Tensor] = {}
-    for step in range(STEPS):
-        target = torch.cat([run[step].double().flatten() for run in trajectories])
-        if step in SCHEDULE.full_steps:
-            history[step] = target
-            continue
-        columns = torch.stack([*(history[source] for source in found.sources(step)), torch.ones_like(target)], dim=1)
-        best = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution
-        history[step] = (columns @ best)[:, 0]
-        used = torch.cat([found.coefficients[step][-len(found.sources(step)) :], found.offsets[step][None]])
-        assert torch.allclose(columns @ used, history[step], atol=1e-4), step
-
-
-def test_a_strong_ridge_gives_taylor() -> None:
-    found = fit_features(RecordedSource(_features(), SIGMAS), SCHEDULE, ridge=1e12, progress=False)[ONLY_BRANCH]
-    fitted, taylor = found.plan(SIGMAS), lesa.TaylorSeer(2).plan(SIGMAS, SCHEDULE)
-    for got, want in zip(fitted.segments, taylor.segments, strict=True):
-        for row, other in zip(got.launches[0].coefficients, want.launches[0].coefficients, strict=True):
-            assert row == pytest.approx(other, abs=1e-6)
-
-
-def test_closed_form_reads_each_run_once() -> None:
-    calls: list[int] = []
-    fit_features(_source(calls=calls), SCHEDULE, batch=4, progress=False)
-    assert calls == [*range(STEPS)] * 2
-
-
-def test_fits_refuse_features_that_are_not_finite() -> None:
-    trajectories = _features()
-    trajectories[2][4] = trajectories[2][4] * torch.inf
-    with pytest.raises(FloatingPointError, match="not at step 4"):
-        fit_features(RecordedSource(trajectories, SIGMAS), SCHEDULE, progress=False)
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
@@ -172,45 +111,40 @@ def test_damped_fit_reaches_the_least_squares_solution() -> None:
     generator = torch.Generator().manual_seed(0)
     design = torch.randn(3, 40, 4, generator=generator, dtype=torch.float64)
     wanted = torch.randn(3, 40, generator=generator, dtype=torch.float64)
-    fit = DampedFit(torch.zeros(4, dtype=torch.float64))
+    search = LevenbergMarquardt(torch.zeros(4, dtype=torch.float64))
     for _ in range(20):
         for key in range(3):
-            residual = design[key] @ fit.candidate - wanted[key]
-            fit.add(key, [design[key, :, column][None] for column in range(4)], residual[None])
-        fit.close_round()
-        if fit.finished:
+            residual = design[key] @ search.candidate - wanted[key]
+            search.add(key, [design[key, :, column][None] for column in range(4)], residual[None])
+        search.close_round()
+        if search.finished:
             break
-    assert fit.finished
+    assert search.finished
     scale = 1 / wanted.norm(dim=1)
     rows = (design * scale[:, None, None]).reshape(-1, 4)
     best = torch.linalg.lstsq(rows, (wanted * scale[:, None]).reshape(-1, 1)).solution[:, 0]
-    assert torch.allclose(fit.best, best, atol=2e-2)
+    assert torch.allclose(search.best, best, atol=2e-2)
 
 
 def test_damped_fit_drops_what_made_things_worse() -> None:
-    fit = DampedFit(torch.zeros(1, dtype=torch.float64))
-    fit.add(0, [torch.ones(1, 1)], torch.full((1, 1), 2.0))
-    fit.close_round()
-    first = fit.candidate.clone()
-    fit.add(0, [torch.ones(1, 1)], torch.full((1, 1), 9.0))
-    fit.close_round()
-    assert fit.best.item() == 0.0
-    assert abs(fit.candidate.item()) < abs(first.item())
+    search = LevenbergMarquardt(torch.zeros(1, dtype=torch.float64))
+    search.add(0, [torch.ones(1, 1)], torch.full((1, 1), 2.0))
+    search.close_round()
+    first = search.candidate.clone()
+    search.add(0, [torch.ones(1, 1)], torch.full((1, 1), 9.0))
+    search.close_round()
+    assert search.best.item() == 0.0
+    assert abs(search.candidate.item()) < abs(first.item())
 
 
-@pytest.mark.parametrize("objective", ["latents", "output"])
-def test_fits_through_the_tail_beat_their_start_on_other_noise(objective: str) -> None:
-    found = fit_through_tail(_source(), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
+def test_fits_through_the_tail_beat_their_start_on_other_noise() -> None:
+    found = fit(_source(), SCHEDULE, batch=RUNS, progress=False)
     assert found.schedule == SCHEDULE
-    assert _error(found) < 0.95 * _error(lesa.TaylorSeer(2)), objective
+    assert _error(found) < 0.95 * _error(lesa.TaylorSeer(2))
 
 
-@pytest.mark.parametrize("objective", ["latents", "output"])
-def test_a_pipeline_that_takes_the_negative_of_the_output_is_fitted_alike(objective: Any) -> None:
-    plain, negative = (
-        fit_through_tail(_source(sign=sign), SCHEDULE, objective=objective, batch=RUNS, progress=False)
-        for sign in (1.0, -1.0)
-    )
+def test_a_pipeline_that_takes_the_negative_of_the_output_is_fitted_alike() -> None:
+    plain, negative = (fit(_source(sign=sign), SCHEDULE, batch=RUNS, progress=False) for sign in (1.0, -1.0))
     assert torch.allclose(plain.coefficients, negative.coefficients, atol=1e-4, equal_nan=True)
 
 
@@ -232,7 +166,7 @@ def _elsewhere() -> LoopSource:
 
 def test_steps_other_than_eulers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"source must step as Euler does.*got latents that went 100 % elsewhere"):
-        fit_through_tail(_elsewhere(), SCHEDULE, batch=RUNS, progress=False)
+        fit(_elsewhere(), SCHEDULE, batch=RUNS, progress=False)
 
 
 def test_a_tail_that_loses_the_derivative_is_refused() -> None:
@@ -253,7 +187,7 @@ def test_a_compiled_tail_keeps_its_derivative() -> None:
     torch.testing.assert_close((output, slope), (feature.square(), 2 * feature * direction))
 
 
-def test_guidance_with_several_calls_a_step_is_refused_by_both_objectives() -> None:
+def test_guidance_with_several_calls_a_step_is_refused() -> None:
     single = _source()
 
     def loop(runs: Sequence[int], policy: StepPolicy) -> None:
@@ -263,44 +197,43 @@ def test_guidance_with_several_calls_a_step_is_refused_by_both_objectives() -> N
 
         single.run(runs, twice)
 
-    for objective in ("latents", "output"):
-        with pytest.raises(ValueError, match="source must call its model once a step"):
-            fit_through_tail(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, objective=objective, batch=RUNS, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="source must call its model once a step"):
+        fit(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, batch=RUNS, progress=False)
 
 
 def test_batches_do_not_change_the_fit() -> None:
-    whole = fit_through_tail(_source(), SCHEDULE, batch=RUNS, progress=False)
-    parts = fit_through_tail(_source(), SCHEDULE, batch=4, progress=False)
+    whole = fit(_source(), SCHEDULE, batch=RUNS, progress=False)
+    parts = fit(_source(), SCHEDULE, batch=4, progress=False)
     assert torch.allclose(whole.coefficients, parts.coefficients, atol=1e-4, equal_nan=True)
 
 
 def test_a_fit_of_runs_that_are_not_finite_says_so() -> None:
-    fit = DampedFit(torch.ones(1, dtype=torch.float64))
-    fit.add(0, [torch.ones(1, 3)], torch.tensor([[1.0, torch.nan, 1.0]]))
+    search = LevenbergMarquardt(torch.ones(1, dtype=torch.float64))
+    search.add(0, [torch.ones(1, 3)], torch.tensor([[1.0, torch.nan, 1.0]]))
     with pytest.raises(FloatingPointError, match="must stay finite where the fit of these steps starts"):
-        fit.close_round()
+        search.close_round()
 
 
 def test_a_candidate_that_is_not_finite_is_dropped() -> None:
-    fit = DampedFit(torch.ones(1, dtype=torch.float64))
+    search = LevenbergMarquardt(torch.ones(1, dtype=torch.float64))
     for value in (1.0, torch.inf):
-        fit.add(0, [torch.ones(1, 3)], torch.full((1, 3), value))
-        fit.close_round()
-    assert fit.best.item() == 1.0 and fit.error == pytest.approx(1.0)
-    assert 0.5 < fit.candidate.item() < 1.0
+        search.add(0, [torch.ones(1, 3)], torch.full((1, 3), value))
+        search.close_round()
+    assert search.best.item() == 1.0 and search.error == pytest.approx(1.0)
+    assert 0.5 < search.candidate.item() < 1.0
 
 
 def test_directions_that_change_nothing_leave_the_start() -> None:
-    fit = DampedFit(torch.ones(2, dtype=torch.float64))
-    fit.add(0, [torch.zeros(1, 3)] * 2, torch.ones(1, 3))
-    fit.close_round()
-    assert fit.finished
-    assert torch.linalg.eigvalsh(fit.damped_gram).min() > 0
+    search = LevenbergMarquardt(torch.ones(2, dtype=torch.float64))
+    search.add(0, [torch.zeros(1, 3)] * 2, torch.ones(1, 3))
+    search.close_round()
+    assert search.finished
+    assert torch.linalg.eigvalsh(search.damped_gram).min() > 0
 
 
 def test_the_fit_of_a_segment_runs_no_blocks_behind_it() -> None:
     calls: list[int] = []
-    fit_through_tail(_source(calls=calls), SCHEDULE, rounds=2, batch=RUNS, progress=False)
+    fit(_source(calls=calls), SCHEDULE, rounds=2, batch=RUNS, progress=False)
     accelerated = calls[STEPS:]
     assert set(accelerated) == set(SCHEDULE.full_steps)
     # The first of four segments is seen by all passes, the last full step by those of the last segment alone.
@@ -316,7 +249,7 @@ def test_an_expert_composes_what_the_plan_of_its_predictor_does() -> None:
     full = torch.randn(5, dtype=torch.float64)
     session.push(0, full)
     gains = predictor.gain(SIGMAS, SIGMAS[1:3], 0).double().reshape(-1)
-    made = Expert(torch.ones(1, 1, dtype=torch.float64), 2).compose(
+    made = SegmentPredictor(torch.ones(1, 1, dtype=torch.float64), 2).compose(
         predictor.latent[0].weight.double().reshape(-1), gains
     )
     bias = predictor.latent[0].bias.double()
@@ -330,8 +263,8 @@ def test_an_expert_finds_what_it_can_make() -> None:
     generator = torch.Generator().manual_seed(0)
     history = torch.randn(4, 3, dtype=torch.float64, generator=generator)
     weights, gains = torch.randn(4, generator=generator).double(), torch.rand(5, generator=generator).double()
-    target = Expert(history, 5).compose(weights, gains)
-    found = Expert(history, 5)
+    target = SegmentPredictor(history, 5).compose(weights, gains)
+    found = SegmentPredictor(history, 5)
     root = torch.randn(15, 15, dtype=torch.float64, generator=generator)
     made = found.nearest(target, root @ root.T + torch.eye(15).double())
     assert (made - target).norm() < 0.03 * target.norm(), "but for the preference for small weights"
@@ -343,7 +276,7 @@ def test_an_expert_finds_what_it_can_make() -> None:
 
 def test_an_expert_keeps_its_weights_small_where_features_are_alike() -> None:
     history = torch.ones(3, 2, dtype=torch.float64) + 1e-5 * torch.eye(3, 2).double()
-    expert = Expert(history, 2)
+    expert = SegmentPredictor(history, 2)
     expert.nearest(torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.float64), torch.eye(4).double())
     assert expert.weights.abs().max() < 100
 
@@ -361,55 +294,34 @@ def test_a_kan_takes_gains_over_that_its_inputs_hardly_tell_apart() -> None:
 
 def test_lesa_takes_over_what_the_tail_taught() -> None:
     source = _source()
-    fitted = fit_through_tail(source, SCHEDULE, batch=RUNS, progress=False)
+    fitted = fit(source, SCHEDULE, batch=RUNS, progress=False)
     torch.manual_seed(0)
-    predictor = lesa.LesaPredictor(STEPS, segment_stages(SIGMAS, SCHEDULE), hidden_dim=16)
-    fit_lesa(predictor, fitted, source, batch=RUNS, progress=False)
+    predictor = fit_lesa(source, fitted, hidden_dim=16, batch=RUNS, progress=False)
+    assert predictor.stages == segment_stages(SIGMAS, SCHEDULE)
     assert predictor.schedule == SCHEDULE
     assert _error(predictor) < 1.3 * _error(fitted)
     assert _error(predictor) < 0.7 * _error(lesa.Reuse())
 
 
-def test_lesa_that_does_not_suit_the_schedule_is_refused() -> None:
-    fitted = fit_through_tail(_source(), SCHEDULE, rounds=2, batch=RUNS, progress=False)
-    with pytest.raises(ValueError, match="segment_stages"):
-        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 4),), 8), fitted, _source(), progress=False)
-    with pytest.raises(ValueError, match="a stage for each segment"):
-        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8), fitted, _source(), progress=False)
+def test_a_lesa_fit_needs_a_fit_of_all_steps() -> None:
+    fitted = fit(_source(), SCHEDULE, rounds=2, batch=RUNS, progress=False)
     with pytest.raises(ValueError, match="rounds must be at least 2"):
-        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8), fitted, _source(), rounds=1, progress=False)
-    with pytest.raises(TypeError, match=r"of predictor must be float32, got torch\.float64"):
-        fit_lesa(lesa.LesaPredictor(STEPS, ((0.0, 1),), 8).double(), fitted, _source(), progress=False)
+        fit_lesa(_source(), fitted, rounds=1, progress=False)
+    fitted.coefficients[5] = torch.nan
+    with pytest.raises(ValueError, match="fitted must forecast all of steps 4 to 5, it has no coefficients for 5"):
+        fit_lesa(_source(), fitted, batch=RUNS, progress=False)
 
 
 def test_wrong_arguments_are_named() -> None:
     recorded = RecordedSource(_features(), SIGMAS)
     with pytest.raises(ValueError, match="this one holds features only"):
-        fit_through_tail(recorded, SCHEDULE, progress=False)
-    with pytest.raises(ValueError, match="this one holds features only"):
-        fit_through_tail(recorded, SCHEDULE, objective="output", progress=False)
-    with pytest.raises(ValueError, match='objective must be "latents" or "output"'):
-        fit_through_tail(_source(), SCHEDULE, objective="feature", progress=False)  # type: ignore[arg-type]
+        fit(recorded, SCHEDULE, progress=False)
     with pytest.raises(ValueError, match="rounds must be at least 2"):
-        fit_through_tail(_source(), SCHEDULE, rounds=1, progress=False)
-    with pytest.raises(ValueError, match="ridge must be at least 0"):
-        fit_features(recorded, SCHEDULE, ridge=-1.0)
+        fit(_source(), SCHEDULE, rounds=1, progress=False)
     with pytest.raises(ValueError, match="leave a step to forecast"):
-        fit_features(recorded, lesa.Schedule(STEPS, tuple(range(STEPS))))
-    with pytest.raises(ValueError, match="start must forecast step"):
-        fit_through_tail(_source(), SCHEDULE, window=1, start=lesa.TaylorSeer(2), progress=False)
+        fit(_source(), lesa.Schedule(STEPS, tuple(range(STEPS))))
     with pytest.raises(ValueError, match="batch must be at least 1"):
         batches(recorded, 0)
-
-
-def test_a_branch_that_comes_late_is_refused() -> None:
-    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
-        for step in range(STEPS):
-            for branch in ("cond", "uncond")[: 1 + (step > 4)]:
-                policy(ModelCall(step, lambda: torch.ones(1, WIDTH), branch=branch))
-
-    with pytest.raises(ValueError, match="branch 'uncond' at every step, it came late to step 5"):
-        fit_features(LoopSource(loop, 1, SIGMAS), SCHEDULE, progress=False)
 
 
 def test_two_calls_a_step_are_refused() -> None:
@@ -420,4 +332,4 @@ def test_two_calls_a_step_are_refused() -> None:
                 policy(ModelCall(step, lambda: latents, lambda feature: feature, latents, branch))
 
     with pytest.raises(ValueError, match="once a step"):
-        fit_through_tail(LoopSource(loop, 1, SIGMAS), SCHEDULE, progress=False)
+        fit(LoopSource(loop, 1, SIGMAS), SCHEDULE, progress=False)

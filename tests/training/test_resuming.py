@@ -93,9 +93,9 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     assert equal(loaded, predictor) and loaded.trained_sigmas == tuple(SIGMAS)
     with (tmp_path / "losses.csv").open(newline="") as text:
         rows = list(csv.DictReader(text))
-    assert [float(row["loss"]) for row in rows] == [*result.losses["guided"], *result.losses["closed loop"]]
+    assert [float(row["loss"]) for row in rows] == [*result.losses["teacher forcing"], *result.losses["closed loop"]]
     assert [(row["phase"], row["epoch"], row["run"]) for row in rows] == [
-        *(("guided", epoch, run) for epoch in "01" for run in ("0 1", "2 3")),
+        *(("teacher forcing", epoch, run) for epoch in "01" for run in ("0 1", "2 3")),
         ("closed loop", "0", "0 1"),
         ("closed loop", "0", "2 3"),
     ]
@@ -244,7 +244,7 @@ def test_tensorboard_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     train(small_predictor(), runs(1), SCHEDULE, TrainingConfig(1, 1), out=tmp_path, progress=False, tensorboard=True)
-    scalars = [("loss/guided", 0), ("learning rate", 0), ("loss/closed loop", 1), ("learning rate", 1)]
+    scalars = [("loss/teacher forcing", 0), ("learning rate", 0), ("loss/closed loop", 1), ("learning rate", 1)]
     assert written == [("purge", 0), *scalars, ("close", 0)]
 
 

@@ -30,7 +30,7 @@ def as_published(config: TrainingConfig, paths: list[list[Tensor]]) -> tuple[Les
     """The training written out: one list of features, torch's loss, optimiser and decay, one update a forecast."""
     predictor = small_predictor()
     full = predictor.plan(SIGMAS, SCHEDULE).full_steps
-    phases = [(False, config.guided_epochs), (True, config.closed_loop_epochs)]
+    phases = [(False, config.teacher_forcing_epochs), (True, config.closed_loop_epochs)]
     losses = []
     adam = torch.optim.AdamW(predictor.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     decay: torch.optim.lr_scheduler.LRScheduler
@@ -73,7 +73,7 @@ def test_it_computes_what_is_written_out(config: TrainingConfig) -> None:
     predictor = small_predictor()
     result = train(predictor, runs(3), SCHEDULE, config, progress=False)
     want, losses = as_published(config, trajectories(3))
-    assert [*result.losses["guided"], *result.losses["closed loop"]] == pytest.approx(losses, rel=1e-4)
+    assert [*result.losses["teacher forcing"], *result.losses["closed loop"]] == pytest.approx(losses, rel=1e-4)
     moved = [(a - b).norm() for a, b in zip(small_predictor().parameters(), want.parameters(), strict=True)]
     for got, wanted, distance in zip(predictor.parameters(), want.parameters(), moved, strict=True):
         assert (got - wanted).norm() <= 0.02 * distance + 1e-7
@@ -81,13 +81,13 @@ def test_it_computes_what_is_written_out(config: TrainingConfig) -> None:
 
 def test_both_phases_lower_the_loss() -> None:
     _, result = trained()
-    for phase in ("guided", "closed loop"):
+    for phase in ("teacher forcing", "closed loop"):
         values = result.losses[phase]
         assert sum(values[-4:]) < 0.7 * sum(values[:4]), (phase, values)
 
 
 def test_the_same_arguments_give_the_same_bits() -> None:
-    quick = replace(QUICK, guided_epochs=2, closed_loop_epochs=2, shuffle=True)
+    quick = replace(QUICK, teacher_forcing_epochs=2, closed_loop_epochs=2, shuffle=True)
     (first, _), (second, _), (other, _) = trained(quick), trained(quick), trained(replace(quick, seed=1))
     assert equal(first, second) and not equal(first, other)
 
@@ -96,7 +96,7 @@ def test_published_settings_count_one_update_a_forecast() -> None:
     predictor = small_predictor()
     result = train(predictor, runs(2), SCHEDULE, progress=False)
     assert result.updates == 2 * (1 + 2) * FORECASTS
-    assert {phase: len(values) for phase, values in result.losses.items()} == {"guided": 2, "closed loop": 4}
+    assert {phase: len(values) for phase, values in result.losses.items()} == {"teacher forcing": 2, "closed loop": 4}
     assert TrainingConfig.published() == TrainingConfig() and TrainingConfig.tuned().restart_each_phase
 
 
@@ -230,7 +230,7 @@ def test_a_source_that_leaves_out_a_step_is_refused() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (torch.randn(3), r"feature of step 4 \(guided phase, epoch 0, run 1\) must have shape \(1, 8, 16\)"),
+        (torch.randn(3), r"feature of step 4 \(teacher forcing phase, epoch 0, run 1\) must have shape \(1, 8, 16\)"),
         (torch.randn(1, 8, 16).double(), "feature of step 4 .* must have dtype float32"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_run_of_mixed_features_is_named(wrong: Tensor, message: str) -> None:
     ("settings", "message"),
     [
         ({"decay": "linear"}, 'decay must be "step" or "cosine"'),
-        ({"guided_epochs": -1}, "guided_epochs must be at least 0, got -1"),
+        ({"teacher_forcing_epochs": -1}, "teacher_forcing_epochs must be at least 0, got -1"),
         ({"learning_rate": 0.0}, "learning_rate must be greater than 0, got 0.0"),
         ({"learning_rate": math.nan}, "learning_rate must be finite, got nan"),
         ({"weight_decay": math.nan}, "weight_decay must be finite, got nan"),

@@ -158,7 +158,7 @@ def test_a_bad_value_on_one_rank_stops_all(folder: Path) -> None:
     train(want, runs(2), SCHEDULE, TrainingConfig(1, 0, batch_size=2), progress=False)
     for rank in done(folder, bad_rank):
         assert "the target is not finite at step 9" in rank["error"]
-        assert "(guided phase, epoch 0, run 2 3)" in rank["error"]
+        assert "(teacher forcing phase, epoch 0, run 2 3)" in rank["error"]
         assert _close(rank["state"], want)
     assert _close(LesaPredictor.from_pretrained(folder / "bad_rank").state_dict(), want)
 

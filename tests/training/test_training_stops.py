@@ -28,7 +28,7 @@ def spoilt(run: int, step: int, value: float = torch.inf, count: int = 4) -> Rec
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_target_is_named(value: float) -> None:
-    message = rf"the target is not finite at step {FORECAST} of branch 'cond' \(guided phase, epoch 0, run 2\)"
+    message = rf"the target is not finite at step {FORECAST} of branch 'cond' \(teacher forcing phase, epoch 0, run 2\)"
     with pytest.raises(FloatingPointError, match=message):
         train(small_predictor(), spoilt(2, FORECAST, value), SCHEDULE, ONCE, progress=False)
 

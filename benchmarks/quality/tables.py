@@ -1,4 +1,4 @@
-"""The rows of the comparison, how they are kept, and what is drawn and decided from them."""
+"""Reads and writes the rows of the comparison, and makes tables, verdicts and the plot from them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Row:
         seed: of the model's training.
         calls: of the blocks.
         method: its name.
-        placement: where its calls lie.
-        full_steps: which steps they are, separated by blanks.
+        schedule: what its schedule is called.
+        full_steps: the steps on which the blocks ran, separated by blanks.
         psnr: dB against the samples with all steps in full, mean over unseen samples.
         psnr_error: its standard error.
         psnr_converged: dB against converged samples.
@@ -43,7 +43,7 @@ class Row:
     seed: int
     calls: int
     method: str
-    placement: str
+    schedule: str
     full_steps: str
     psnr: float
     psnr_error: float
@@ -81,7 +81,7 @@ class Line:
     data: str
     calls: int
     method: str
-    placement: str
+    schedule: str
     psnr: float
     lowest: float
     highest: float
@@ -93,7 +93,7 @@ def lines(rows: Sequence[Row]) -> list[Line]:
     """Put the models of a data set together; best method first."""
     groups: dict[tuple[str, int, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.data, row.calls, row.method, row.placement), []).append(row)
+        groups.setdefault((row.data, row.calls, row.method, row.schedule), []).append(row)
     found = [
         Line(
             *key,
@@ -113,39 +113,39 @@ def table(found: Sequence[Line], data: str, calls: int) -> Table:
     chosen = [line for line in found if (line.data, line.calls) == (data, calls)]
     models = max((line.models for line in chosen), default=0)
     out = Table(title=f"{data}, {calls} calls of the blocks, {models} trained models", box=box.SIMPLE_HEAD)
-    for name in ("method", "placed", "PSNR, dB", "lowest", "highest", "to converged"):
-        out.add_column(name, justify="left" if name in ("method", "placed") else "right", no_wrap=True)
+    for name in ("method", "full steps", "PSNR, dB", "lowest", "highest", "to converged"):
+        out.add_column(name, justify="left" if name in ("method", "full steps") else "right", no_wrap=True)
     for line in chosen:
         figures = (line.psnr, line.lowest, line.highest, line.converged)
         style = "bold" if line.method in (TAIL, LESA_TAIL) else ""
-        out.add_row(line.method, line.placement, *(f"{figure:.1f}" for figure in figures), style=style)
+        out.add_row(line.method, line.schedule, *(f"{figure:.1f}" for figure in figures), style=style)
     return out
 
 
 @dataclass(frozen=True)
 class Target:
-    """A difference that was asked for, model by model: our best against a rival.
+    """A difference that is wanted, model by model: our best against another method.
 
     Args:
         name: what is compared.
         ours: methods, of which the best counts.
         rival: the other method.
-        decibels: what was asked for.
-        placement: the rival's; None for the best of all that were tried.
+        required_db: the difference that is wanted, dB.
+        schedule: the other method's; None for the best of all that were tried.
     """
 
     name: str
     ours: tuple[str, ...]
     rival: str
-    decibels: float
-    placement: str | None = None
+    required_db: float
+    schedule: str | None = None
 
 
 LEARNED = (TAIL, LESA_TAIL, LESA_TUNED)
 TARGETS = (
-    Target("best learned over TaylorSeer in sigma, best placement of each", LEARNED, TAYLOR, 2.0),
+    Target("best learned over TaylorSeer in sigma, best schedule of each", LEARNED, TAYLOR, 2.0),
     Target("best learned over Adams-Bashforth uniform in sigma", LEARNED, BASHFORTH, 6.0, UNIFORM),
-    Target("best learned over Adams-Bashforth, best placement of each", LEARNED, BASHFORTH, 6.0),
+    Target("best learned over Adams-Bashforth, best schedule of each", LEARNED, BASHFORTH, 6.0),
     Target("LESA's form over its published recipe", (LESA_TAIL, LESA_TUNED), LESA, 8.0),
 )
 
@@ -164,8 +164,8 @@ class Verdict:
         """As a line of a table: data, calls, target, asked, measured, and whether it was met by the mean."""
         mean = statistics.mean(self.differences)
         spread = f"{mean:.1f} ({min(self.differences):.1f} to {max(self.differences):.1f})"
-        word = "met" if mean >= self.target.decibels else "NOT MET"
-        return self.data, str(self.calls), self.target.name, f"{self.target.decibels:.0f}", spread, word
+        word = "met" if mean >= self.target.required_db else "NOT MET"
+        return self.data, str(self.calls), self.target.name, f"{self.target.required_db:.0f}", spread, word
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -179,7 +179,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 own = [row for row in rows if (row.data, row.calls, row.seed) == (data, calls, seed)]
                 ours = [row.psnr for row in own if row.method in target.ours]
                 rival = [
-                    row.psnr for row in own if row.method == target.rival and target.placement in (None, row.placement)
+                    row.psnr for row in own if row.method == target.rival and target.schedule in (None, row.schedule)
                 ]
                 if ours and rival:
                     differences.append(max(ours) - max(rival))
@@ -202,7 +202,7 @@ def verdict_table(found: Sequence[Verdict]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Make the tables of the page: methods at their best placements, the main ones at all, and the targets."""
+    """Make the tables of the page: methods at their best schedules, the main ones at all, and the targets."""
     found = lines(rows)
     parts = []
     for data in sorted({line.data for line in found}):
@@ -211,19 +211,22 @@ def markdown(rows: Sequence[Row]) -> str:
         models = "/".join(str(max(line.models for line in own if line.calls == count)) for count in calls)
         heads = [f"{count} calls" for count in calls]
         best: dict[str, dict[int, Line]] = {}
-        placed: dict[tuple[str, str], dict[int, Line]] = {}
+        by_schedule: dict[tuple[str, str], dict[int, Line]] = {}
         for line in own:
             # Lines come best first.
             best.setdefault(line.method, {}).setdefault(line.calls, line)
             if line.method in MAIN:
-                placed.setdefault((line.method, line.placement), {})[line.calls] = line
+                by_schedule.setdefault((line.method, line.schedule), {})[line.calls] = line
         parts += [
-            f"**{data}**, {models} trained models, dB: mean (lowest to highest), each method's best placement:",
+            f"**{data}**, {models} trained models, dB: mean (lowest to highest), each method's best schedule:",
             _grid(["method", *heads], [[name, *_cells(of, calls)] for name, of in best.items()]),
-            f"**{data}**, the same by placement:",
+            f"**{data}**, the same by schedule:",
             _grid(
-                ["method", "placed", *heads],
-                [[*key, *_cells(placed[key], calls)] for key in sorted(placed, key=lambda key: MAIN.index(key[0]))],
+                ["method", "full steps", *heads],
+                [
+                    [*key, *_cells(by_schedule[key], calls)]
+                    for key in sorted(by_schedule, key=lambda key: MAIN.index(key[0]))
+                ],
             ),
         ]
     parts += ["Targets:", _grid(list(VERDICT_COLUMNS), [list(verdict.cells) for verdict in verdicts(rows)])]
@@ -242,7 +245,7 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def draw(found: Sequence[Line], path: Path) -> None:
-    """Draw PSNR against calls, a panel a data set: each method at its best placement, with the spread over models."""
+    """Draw PSNR against calls, a panel a data set: each method at its best schedule, with the spread over models."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -271,6 +274,6 @@ def draw(found: Sequence[Line], path: Path) -> None:
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(names), fontsize=7)
-    figure.suptitle("each method at its best placement; bars: lowest and highest of the trained models", fontsize=9)
+    figure.suptitle("each method at its best schedule; bars: lowest and highest of the trained models", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""The demo: solvers, figures of merit, and the whole run at a small size."""
+"""The demo of the digits model: solvers, figures of merit, and the whole run at a small size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: de
 from rich.console import Console
 from typer.testing import CliRunner
 
+from examples.digits import comparison
+from examples.digits.__main__ import app
+from examples.digits.demo import DemoConfig, run_demo
+from examples.digits.model import initial_noise, load_model, sample, scheduler, set_up
+from examples.digits.solvers import solve
 from lesa_kernels import LesaPredictor, Reuse, Schedule
-from lesa_kernels.cli import app
-from lesa_kernels.demo import methods
-from lesa_kernels.demo.model import initial_noise, load_model, sample, scheduler, set_up
-from lesa_kernels.demo.run import DemoConfig, run_demo
-from lesa_kernels.demo.solvers import solve
+from lesa_kernels.cli import app as lesa_app
 from lesa_kernels.training import TrainingConfig
 
 LABELS = torch.arange(4)
@@ -44,11 +45,11 @@ def test_the_second_order_solver_converges_faster() -> None:
     assert (at(30, 2) - fine).norm() < 0.5 * (at(30, 1) - fine).norm()
 
 
-def test_placements_have_the_calls_they_promise() -> None:
+def test_schedules_have_the_calls_they_promise() -> None:
     sigmas = set_up(scheduler(), 50).tolist()
-    for calls in methods.INTERVALS:
-        found = methods.placements(sigmas, calls)
-        assert set(found) == {methods.PUBLISHED, methods.UNIFORM, methods.WARM_UNIFORM}
+    for calls in comparison.INTERVALS:
+        found = comparison.schedules(sigmas, calls)
+        assert set(found) == {comparison.PUBLISHED, comparison.UNIFORM, comparison.WARM_UNIFORM}
         assert all(len(schedule.full_steps) == calls for schedule in found.values())
 
 
@@ -56,8 +57,8 @@ def test_a_run_counts_what_ran() -> None:
     model, sigmas = load_model(), set_up(scheduler(), 50).tolist()
     noise = initial_noise(2, seed=5)
     schedule = Schedule.explicit(50, [0, 20, 40])
-    cached = methods.run(model, noise, LABELS[:2], sigmas, methods.Method("reuse", "", schedule, Reuse()))
-    solver = methods.run(model, noise, LABELS[:2], sigmas, methods.Method("Euler", "", schedule))
+    cached = comparison.run(model, noise, LABELS[:2], sigmas, comparison.Method("reuse", "", schedule, Reuse()))
+    solver = comparison.run(model, noise, LABELS[:2], sigmas, comparison.Method("Euler", "", schedule))
     assert cached.block_calls == 3 and solver.block_calls == 3
     assert len(cached.features) == 50 and not solver.features
     assert torch.equal(cached.features[21], cached.features[20]) and not torch.equal(
@@ -67,11 +68,11 @@ def test_a_run_counts_what_ran() -> None:
 
 def test_psnr_and_feature_error() -> None:
     images = torch.zeros(3, 28, 28)
-    mean, error = methods.psnr(images + 0.2, images)
+    mean, error = comparison.psnr(images + 0.2, images)
     assert math.isclose(mean, 20.0, abs_tol=1e-4) and error < 1e-4
-    assert methods.psnr(images + 5, images + 1)[0] > 100, "beyond black and white nothing is seen"
+    assert comparison.psnr(images + 5, images + 1)[0] > 100, "beyond black and white nothing is seen"
     reference = [torch.ones(4), 2 * torch.ones(4)]
-    assert math.isclose(methods.feature_error(reference[:1] * 2, reference, Schedule.explicit(2, [0])), 0.5)
+    assert math.isclose(comparison.feature_error(reference[:1] * 2, reference, Schedule.explicit(2, [0])), 0.5)
 
 
 def test_the_demo_writes_what_it_says(tmp_path: Path) -> None:
@@ -80,11 +81,11 @@ def test_the_demo_writes_what_it_says(tmp_path: Path) -> None:
     rows = run_demo(config, Console(quiet=True))
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["rows"]) == len(rows) and results["reference"]["block_calls"] == 50
-    found = {(row.method, row.placement, row.block_calls) for row in rows}
-    assert ("LESA", methods.PUBLISHED, 10) in found and ("LESA", methods.WARM_UNIFORM, 10) in found
+    found = {(row.method, row.schedule, row.block_calls) for row in rows}
+    assert ("LESA", comparison.PUBLISHED, 10) in found and ("LESA", comparison.WARM_UNIFORM, 10) in found
     for name in ("reuse", "TaylorSeer 2, sigma", "TaylorSeer 2, steps", "Euler, fewer steps"):
-        for placement in (methods.PUBLISHED, methods.UNIFORM):
-            assert (name, placement, 10) in found and (name, placement, 6) in found
+        for schedule in (comparison.PUBLISHED, comparison.UNIFORM):
+            assert (name, schedule, 10) in found and (name, schedule, 6) in found
     assert all(row.block_calls == len(row.full_steps) for row in rows)
     for name in ("images.png", "quality.png", "loss.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -94,17 +95,17 @@ def test_the_demo_writes_what_it_says(tmp_path: Path) -> None:
 def test_the_command_names_what_is_missing() -> None:
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is there")
-    result = CliRunner().invoke(app, ["demo", "--device", "cuda"])
+    result = CliRunner().invoke(app, ["--device", "cuda"])
     assert result.exit_code == 2 and "sees no CUDA device" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_the_command_refuses_other_devices() -> None:
-    result = CliRunner().invoke(app, ["demo", "--device", "tpu"])
+    result = CliRunner().invoke(app, ["--device", "tpu"])
     assert result.exit_code == 2 and "got tpu" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_lesa_status_prints() -> None:
-    result = CliRunner().invoke(app, ["status"])
+    result = CliRunner().invoke(lesa_app, ["status"])
     assert result.exit_code == 0 and "predict" in result.output
 
 
@@ -112,6 +113,6 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("lesa_kernels.demo.run.load_model", lambda device: pytest.fail("nothing is to be sampled"))
+    monkeypatch.setattr("examples.digits.demo.load_model", lambda device: pytest.fail("nothing is to be sampled"))
     with pytest.raises(NotADirectoryError, match="file/out"):
         run_demo(DemoConfig(tmp_path / "file" / "out"), Console(quiet=True))

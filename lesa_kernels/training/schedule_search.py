@@ -1,4 +1,4 @@
-"""Where the full steps should lie: a search over plans by the runs that they give, and plans for a budget."""
+"""Searches for the full steps that serve best, by sampling with them; also for a budget of calls, time or quality."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from lesa_kernels.checks import check_float, check_int, check_list, check_type
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.policies import Following, batches, reference_run
-from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.training.policies import PlanPolicy, batches, reference_run
+from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
 # Distances that the search moves a full step by, one after the other.
@@ -27,21 +27,21 @@ MakePredictor = Callable[[Schedule], Predictor]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What accelerated runs gave.
+class Score:
+    """How good and how fast accelerated runs were.
 
     Args:
-        decibels: -20 log10 of the relative error of the final latents, mean over samples; higher is better.
+        psnr_db: -20 log10 of the relative error of the final latents, mean over samples; higher is better.
         full_seconds: median time of a call whose blocks ran.
-        forecast_seconds: median time of another call.
+        forecast_seconds: median time of a call with a forecast in their place.
     """
 
-    decibels: float
+    psnr_db: float
     full_seconds: float
     forecast_seconds: float
 
 
-class Judge:
+class Evaluator:
     """Compares accelerated with unaccelerated runs from the same noise.
 
     Args:
@@ -61,126 +61,119 @@ class Judge:
             self._references = [reference_run(source, runs, [steps]) for runs in recording]
 
     @torch.no_grad()
-    def __call__(self, predictor: Predictor, schedule: Schedule) -> Judged:
-        """Judge a predictor at a schedule."""
+    def __call__(self, predictor: Predictor, schedule: Schedule) -> Score:
+        """Sample all runs with a predictor and a schedule, and compare."""
         plan = predictor.plan(self.sigmas, schedule)
-        errors: list[Tensor] = []
+        ratios: list[Tensor] = []
         full: list[float] = []
         forecast: list[float] = []
         for runs, reference in zip(self._parts, self._references, strict=True):
-            following = Following({reference.branch: plan}, self.sigmas, reference.sign)
-            self.source.run(runs, following)
-            if following.final is None:
+            policy = PlanPolicy({reference.branch: plan}, self.sigmas, reference.sign)
+            self.source.run(runs, policy)
+            if policy.final is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")
-            errors.append(_decibels(following.final, reference.latents[len(self.sigmas) - 1]))
-            full += following.full_seconds
-            forecast += following.forecast_seconds
+            ratios.append(_psnr_db(policy.final, reference.latents[len(self.sigmas) - 1]))
+            full += policy.full_seconds
+            forecast += policy.forecast_seconds
         middle = statistics.median
-        return Judged(torch.cat(errors).mean().item(), middle(full), middle(forecast) if forecast else 0.0)
+        return Score(torch.cat(ratios).mean().item(), middle(full), middle(forecast) if forecast else 0.0)
 
 
-def _decibels(latents: Tensor, reference: Tensor) -> Tensor:
+def _psnr_db(latents: Tensor, reference: Tensor) -> Tensor:
     """Return -20 log10 of the relative error of each sample, [B]."""
     error = (latents - reference).float().flatten(1).norm(dim=1) / reference.float().flatten(1).norm(dim=1)
-    decibels: Tensor = -20 * error.clamp_min(1e-6).log10()
-    return decibels
+    ratios: Tensor = -20 * error.clamp_min(1e-6).log10()
+    return ratios
 
 
 @dataclass(frozen=True)
-class Placement:
-    """What a search found.
+class FoundSchedule:
+    """The result of a search.
 
     Args:
         schedule: the best full steps.
-        judged: what they gave.
-        evaluations: how many schedules were judged.
+        score: of the runs with them.
+        evaluations: how many schedules were tried.
     """
 
     schedule: Schedule
-    judged: Judged
+    score: Score
     evaluations: int
 
 
-def search_placement(
-    judge: Judge,
+def search_schedule(
+    evaluator: Evaluator,
     start: Schedule | Sequence[Schedule],
     make: MakePredictor,
     *,
     evaluations: int = 100,
-    moves: Sequence[int] = _MOVES,
     progress: bool = True,
-) -> Placement:
+) -> FoundSchedule:
     """Search for the full steps that serve best, at the number of calls of a start, by moving one at a time.
 
     Args:
-        judge: of the runs.
+        evaluator: of the runs.
         start: where to begin; `Schedule.uniform_in_sigma` is a good guess. Several share the evaluations: what is best
             near one is rarely best of all.
         make: makes the predictor of a schedule.
-        evaluations: most schedules to judge.
-        moves: distances, large ones first.
+        evaluations: most schedules to try.
         progress: show a bar.
 
     Returns:
         The best schedule found, which is no worse than any start on these runs.
 
     Raises:
-        TypeError: when an argument is of another type, or judge or make returns something else.
-        ValueError: when there are no moves, or fewer evaluations than starts.
+        TypeError: when an argument is of another type, or evaluator or make returns something else.
+        ValueError: when there is no start, or fewer evaluations than starts.
     """
     starts = [start] if isinstance(start, Schedule) else check_list("start", start, "a Schedule or several")
     for index, each in enumerate(starts):
         check_type(f"start[{index}]", each, Schedule, "a Schedule")
-    check_type("judge", judge, Callable, "a Judge")  # type: ignore[arg-type]
+    check_type("evaluator", evaluator, Callable, "an Evaluator")  # type: ignore[arg-type]
     check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
     evaluations = check_int("evaluations", evaluations, 1)
-    moves = [
-        check_int(f"moves[{index}]", move, 1) for index, move in enumerate(check_list("moves", moves, "distances"))
-    ]
-    if not 1 <= len(starts) <= evaluations or not moves:
+    if not 1 <= len(starts) <= evaluations:
         raise ValueError(
-            f"evaluations must be at least 1 a start and moves not empty, got {evaluations} evaluations for "
-            f"{len(starts)} starts and moves {list(moves)}"
+            f"evaluations must be at least 1 a start and start not empty, got {evaluations} evaluations for "
+            f"{len(starts)} starts"
         )
-    seen: dict[tuple[int, ...], Judged] = {}
+    seen: dict[tuple[int, ...], Score] = {}
     with progress_bar(progress) as bar:
         task = bar.add_task("searching for full steps", total=evaluations)
 
-        def score(full: tuple[int, ...]) -> float:
+        def quality(full: tuple[int, ...]) -> float:
             if full not in seen:
-                schedule = Schedule(starts[0].num_steps, full)
-                seen[full] = _judged(judge, make, schedule)
-                bar.update(
-                    task, advance=1, description=f"full steps: best {max(j.decibels for j in seen.values()):.2f} dB"
-                )
-            return seen[full].decibels
+                seen[full] = _score(evaluator, make, Schedule(starts[0].num_steps, full))
+                best = max(score.psnr_db for score in seen.values())
+                bar.update(task, advance=1, description=f"searching for full steps, best {best:.2f} dB")
+            return seen[full].psnr_db
 
         ends = []
         for number, each in enumerate(starts):
             best = each.full_steps
-            score(best)
+            quality(best)
             share = evaluations * (number + 1) // len(starts)
-            for distance in moves:
-                best = _climb(best, distance, each.num_steps, score, lambda share=share: len(seen) < share)  # type: ignore[misc]
+            for distance in _MOVES:
+                best = _climb(best, distance, each.num_steps, quality, lambda share=share: len(seen) < share)  # type: ignore[misc]
             ends.append(best)
-        best = max(ends, key=score)
-    return Placement(Schedule(starts[0].num_steps, best), seen[best], len(seen))
+        best = max(ends, key=quality)
+    return FoundSchedule(Schedule(starts[0].num_steps, best), seen[best], len(seen))
 
 
-def _judged(judge: Judge, make: MakePredictor, schedule: Schedule) -> Judged:
-    """Judge what the functions of a search make of a schedule."""
+def _score(evaluator: Evaluator, make: MakePredictor, schedule: Schedule) -> Score:
+    """Evaluate the predictor that is made for a schedule."""
     predictor = make(schedule)
     check_type("make(schedule)", predictor, Predictor, "a Predictor")
-    judged = judge(predictor, schedule)
-    check_type("judge(predictor, schedule)", judged, Judged, "a Judged")
-    return judged
+    score = evaluator(predictor, schedule)
+    check_type("evaluator(predictor, schedule)", score, Score, "a Score")
+    return score
 
 
 def _climb(
     best: tuple[int, ...],
     distance: int,
     num_steps: int,
-    score: Callable[[tuple[int, ...]], float],
+    quality: Callable[[tuple[int, ...]], float],
     may_go_on: Callable[[], bool],
 ) -> tuple[int, ...]:
     """Move single full steps by a distance as long as that helps."""
@@ -192,89 +185,94 @@ def _climb(
             moved = (*best[:index], best[index] + shift, *best[index + 1 :])
             if not low < moved[index] < high or not may_go_on():
                 continue
-            if score(moved) > score(best):
+            if quality(moved) > quality(best):
                 best, improved = moved, True
     return best
 
 
-def plan_for_budget(
-    judge: Judge,
+def schedule_for_budget(
+    evaluator: Evaluator,
     make: MakePredictor,
     *,
     calls: int | None = None,
     seconds: float | None = None,
-    decibels: float | None = None,
+    psnr_db: float | None = None,
     evaluations: int = 60,
     progress: bool = True,
-) -> Placement:
+) -> FoundSchedule:
     """Find the full steps that serve a budget best.
 
     Args:
-        judge: of the runs.
+        evaluator: of the runs.
         make: makes the predictor of a schedule.
         calls: so many full steps.
         seconds: or: as many as a run of one batch may last, by the measured times of both kinds of calls.
-        decibels: or: as few as reach this bound, see `Judged`.
-        evaluations: most schedules to judge in the search that follows.
+        psnr_db: or: as few as reach this bound, see `Score`.
+        evaluations: most schedules to try in the search that follows.
         progress: show a bar.
 
     Returns:
-        The best placement found.
+        The best schedule found.
 
     Raises:
-        TypeError: when an argument is of another type, or judge or make returns something else.
-        ValueError: when not exactly one budget is given, or none of S calls meets it.
+        TypeError: when an argument is of another type, or evaluator or make returns something else.
+        ValueError: when not exactly one budget is given, or no number of calls below S meets it.
     """
-    if sum(budget is not None for budget in (calls, seconds, decibels)) != 1:
-        raise ValueError("give one budget: calls, seconds or decibels")
-    if not callable(judge) or not hasattr(judge, "sigmas"):
-        raise TypeError(f"judge must be a Judge, got {reprlib.repr(judge)}")
+    if sum(budget is not None for budget in (calls, seconds, psnr_db)) != 1:
+        raise ValueError("give one budget: calls, seconds or psnr_db")
+    if not callable(evaluator) or not hasattr(evaluator, "sigmas"):
+        raise TypeError(f"evaluator must be an Evaluator, got {reprlib.repr(evaluator)}")
     check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
     calls = calls if calls is None else check_int("calls", calls, 1)
     seconds = seconds if seconds is None else check_float("seconds", seconds, above=0)
-    decibels = decibels if decibels is None else check_float("decibels", decibels)
-    steps = len(judge.sigmas) - 1
+    psnr_db = psnr_db if psnr_db is None else check_float("psnr_db", psnr_db)
+    steps = len(evaluator.sigmas) - 1
 
     def uniform(count: int) -> Schedule:
-        return Schedule.uniform_in_sigma(judge.sigmas, count)
+        return Schedule.uniform_in_sigma(evaluator.sigmas, count)
 
-    def judged(count: int) -> Judged:
-        return _judged(judge, make, uniform(count))
+    def search(count: int) -> FoundSchedule:
+        return search_schedule(evaluator, uniform(count), make, evaluations=evaluations, progress=progress)
 
-    if seconds is not None:
-        times = judged(min(_FEWEST_CALLS, steps))
-        calls = _affordable(times, steps, seconds)
-    if decibels is not None:
-        calls = _sufficient(judged, min(_FEWEST_CALLS, steps), steps - 1, decibels)
+    def score(count: int) -> Score:
+        return _score(evaluator, make, uniform(count))
+
+    fewest = min(_FEWEST_CALLS, steps)
+    if seconds is not None or psnr_db is not None:
+        with waiting("measuring how many full steps the budget needs", progress):
+            if seconds is not None:
+                calls = _affordable(score(fewest), steps, seconds)
+            if psnr_db is not None:
+                calls = _sufficient(score, fewest, steps - 1, psnr_db)
     if calls is None or not 1 <= calls < steps:
         raise ValueError(f"calls must be 1 to {steps - 1}, so that a step is left to forecast, got {calls}")
-    found = search_placement(judge, uniform(calls), make, evaluations=evaluations, progress=progress)
-    while decibels is not None and found.judged.decibels >= decibels and calls > 1:
-        # A searched placement may do with fewer calls than the guess needed.
-        fewer = search_placement(judge, uniform(calls - 1), make, evaluations=evaluations, progress=progress)
-        if fewer.judged.decibels < decibels:
+    found = search(calls)
+    while psnr_db is not None and found.score.psnr_db >= psnr_db and calls > 1:
+        # With the full steps that were searched for, fewer calls than the guess may do.
+        fewer = search(calls - 1)
+        if fewer.score.psnr_db < psnr_db:
             break
         found, calls = fewer, calls - 1
     return found
 
 
-def _affordable(times: Judged, steps: int, seconds: float) -> int:
+def _affordable(score: Score, steps: int, seconds: float) -> int:
     """Return how many full calls fit into a time."""
-    left = seconds - steps * times.forecast_seconds
-    count = int(left / max(times.full_seconds - times.forecast_seconds, 1e-9))
+    left = seconds - steps * score.forecast_seconds
+    count = int(left / max(score.full_seconds - score.forecast_seconds, 1e-9))
     if count < 1:
-        least = steps * times.forecast_seconds + times.full_seconds
+        least = steps * score.forecast_seconds + score.full_seconds
         raise ValueError(f"seconds must allow one full call and {steps - 1} forecasts, {least:.3g} s, got {seconds}")
     return min(count, steps - 1)
 
 
-def _sufficient(judged: Callable[[int], Judged], low: int, high: int, decibels: float) -> int:
+def _sufficient(score: Callable[[int], Score], low: int, high: int, psnr_db: float) -> int:
     """Return the fewest calls, uniform in sigma, that reach a bound, by bisection."""
-    if (best := judged(high).decibels) < decibels:
-        raise ValueError(f"decibels must be within reach: {high} calls give {best:.2f}, got {decibels}")
+    if (best := score(high).psnr_db) < psnr_db:
+        raise ValueError(f"psnr_db must be within reach: {high} calls give {best:.2f}, got {psnr_db}")
     while low < high:
         middle = (low + high) // 2
-        if judged(middle).decibels >= decibels:
+        if score(middle).psnr_db >= psnr_db:
             high = middle
         else:
             low = middle + 1

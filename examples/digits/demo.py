@@ -1,4 +1,4 @@
-"""The demo: train LESA predictors for the digits model, then compare all methods on unseen noise."""
+"""Runs the demo: trains LESA predictors for the digits model, then compares all methods on unseen noise."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from lesa_kernels.demo import methods, report
-from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, Method, Outcome
-from lesa_kernels.demo.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
-from lesa_kernels.demo.solvers import solve
+from examples.digits import comparison, figures
+from examples.digits.comparison import PUBLISHED, UNIFORM, Method, Outcome
+from examples.digits.model import NUM_CLASSES, initial_noise, load_model, sample, scheduler, set_up
+from examples.digits.solvers import solve
 from lesa_kernels.integrations import recorded
+from lesa_kernels.machine import one_thread
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import RecordedSource, TrainingConfig, TrainingResult, plot_losses, train
-from lesa_kernels.training.files import reserved
+from lesa_kernels.training.progress import progress_bar, waiting
+from lesa_kernels.training.ranks import lock_folder
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -57,7 +58,7 @@ class DemoConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig.tuned)
 
 
-def run_demo(config: DemoConfig, console: Console) -> list[report.Row]:
+def run_demo(config: DemoConfig, console: Console) -> list[figures.Row]:
     """Run the demo; write `results.json`, `images.png`, `quality.png`, `loss.png` and the predictors to `config.out`.
 
     Args:
@@ -75,13 +76,15 @@ def run_demo(config: DemoConfig, console: Console) -> list[report.Row]:
     """
     if config.samples < NUM_CLASSES:
         raise ValueError(f"samples must be at least {NUM_CLASSES} (one of each class is shown), got {config.samples}")
-    with reserved(config.out):
+    with lock_folder(config.out), one_thread():
         return _run(config, console)
 
 
-def _run(config: DemoConfig, console: Console) -> list[report.Row]:
+def _run(config: DemoConfig, console: Console) -> list[figures.Row]:
+    """Train, compare, and write the results."""
     begin = time.perf_counter()
-    model = load_model(config.device)
+    with waiting("loading the digits model", not console.quiet):
+        model = load_model(config.device)
     sigmas = set_up(scheduler(), STEPS).tolist()
     predictors = _train_predictors(model, sigmas, config, console)
     noise, labels = _inputs(config.samples, UNSEEN_SEED, config.device)
@@ -90,15 +93,16 @@ def _run(config: DemoConfig, console: Console) -> list[report.Row]:
     reference_row = _row(Method("no cache", "every step", _all_steps()), reference, reference, converged)
     rows, pictures = _compare(model, noise, labels, sigmas, predictors, config, (reference, converged), console)
     shown = [row for row in rows if row.block_calls in config.calls]
-    console.print(report.table(shown, reference_row, config.samples))
+    console.print(figures.table(shown, reference_row, config.samples))
     settings = {
         "samples": config.samples,
-        "machine": report.machine(torch.device(config.device)),
+        "machine": figures.machine(torch.device(config.device)),
         "command": _command(),
     }
-    report.write_json(config.out / "results.json", rows, reference_row, settings)
-    report.draw_images(config.out / "images.png", pictures, reference.images)
-    report.draw_quality(config.out / "quality.png", rows)
+    figures.write_json(config.out / "results.json", rows, reference_row, settings)
+    with waiting("drawing", not console.quiet):
+        figures.draw_images(config.out / "images.png", pictures, reference.images)
+        figures.draw_quality(config.out / "quality.png", rows)
     console.print(
         f"{time.perf_counter() - begin:.0f} s in all. Pictures: [bold]{config.out / 'images.png'}[/], "
         f"{config.out / 'quality.png'}, {config.out / 'loss.png'}; figures: {config.out / 'results.json'}; "
@@ -108,28 +112,26 @@ def _run(config: DemoConfig, console: Console) -> list[report.Row]:
 
 
 def _inputs(count: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return noise and a label of each sample."""
     return initial_noise(count, seed, device), (torch.arange(count) % NUM_CLASSES).to(device)
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command that runs."""
+    return " ".join(["python -m examples.digits", *sys.argv[1:]])
 
 
 def _all_steps() -> Schedule:
+    """Return the schedule that forecasts nothing."""
     return Schedule.explicit(STEPS, range(STEPS))
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
 def _train_predictors(
     model: FluxTransformer2DModel, sigmas: list[float], config: DemoConfig, console: Console
 ) -> dict[tuple[int, str], LesaPredictor]:
-    """Record unaccelerated runs, train and save a predictor for each placement that LESA can use, plot the losses."""
+    """Record unaccelerated runs, train and save a predictor for each schedule that LESA can use, plot the losses."""
     trajectories = []
-    with _bar(console) as bar:
+    with progress_bar(not console.quiet) as bar:
         for index in bar.track(range(config.trajectories), description="recording unaccelerated runs to train on"):
             noise, labels = _inputs(config.batch, TRAINING_SEED + index, config.device)
             with recorded(model) as features:
@@ -138,13 +140,13 @@ def _train_predictors(
     predictors: dict[tuple[int, str], LesaPredictor] = {}
     results: dict[str, TrainingResult] = {}
     for calls in config.calls:
-        for placement, schedule in methods.placements(sigmas, calls).items():
-            if placement == UNIFORM:
+        for schedule_name, schedule in comparison.schedules(sigmas, calls).items():
+            if schedule_name == UNIFORM:
                 # Steps 1 and 2 would be forecasts there, and LESA's first stage needs four features.
                 continue
             torch.manual_seed(config.seed)
             predictor = LesaPredictor(num_steps=STEPS).to(config.device)
-            name = f"{calls} calls, {placement}"
+            name = f"{calls} calls, {schedule_name}"
             results[name] = train(
                 predictor,
                 RecordedSource(trajectories, sigmas),
@@ -153,10 +155,11 @@ def _train_predictors(
                 progress=not console.quiet,
                 description=f"LESA, {name}",
             )
-            short = "published" if placement == PUBLISHED else "uniform"
+            short = "published" if schedule_name == PUBLISHED else "uniform"
             predictor.save_pretrained(config.out / "predictors" / f"{calls}-calls-{short}")
-            predictors[calls, placement] = predictor
-    plot_losses(results, config.out / "loss.png")
+            predictors[calls, schedule_name] = predictor
+    with waiting("drawing", not console.quiet):
+        plot_losses(results, config.out / "loss.png")
     return predictors
 
 
@@ -164,26 +167,27 @@ def _references(
     model: FluxTransformer2DModel, noise: Tensor, labels: Tensor, sigmas: list[float], console: Console
 ) -> tuple[Outcome, Tensor]:
     """Return the unaccelerated run, and the images that a far finer second-order solution gives."""
-    with console.status(f"sampling all {STEPS} steps, and {CONVERGED_STEPS} of a second-order solver"):
-        reference = methods.run(model, noise, labels, sigmas, None)
+    with waiting(f"sampling all {STEPS} steps, and {CONVERGED_STEPS} of a second-order solver", not console.quiet):
+        reference = comparison.run(model, noise, labels, sigmas, None)
         fine = set_up(scheduler(), CONVERGED_STEPS).tolist()
         return reference, solve(model, noise, labels, fine, order=2).cpu()
 
 
-def _row(method: Method, outcome: Outcome, reference: Outcome, converged: Tensor) -> report.Row:
-    quality, error = methods.psnr(outcome.images, reference.images)
+def _row(method: Method, outcome: Outcome, reference: Outcome, converged: Tensor) -> figures.Row:
+    """Measure what a method gave."""
+    quality, error = comparison.psnr(outcome.images, reference.images)
     features = None
     if method.predictor is not None:
-        features = methods.feature_error(outcome.features, reference.features, method.schedule)
-    return report.Row(
+        features = comparison.feature_error(outcome.features, reference.features, method.schedule)
+    return figures.Row(
         method=method.name,
-        placement=method.placement,
+        schedule=method.schedule_name,
         full_steps=method.schedule.full_steps,
         block_calls=outcome.block_calls,
         seconds=outcome.seconds,
         psnr=quality,
         psnr_error=error,
-        psnr_converged=methods.psnr(outcome.images, converged)[0],
+        psnr_converged=comparison.psnr(outcome.images, converged)[0],
         feature_error=features,
     )
 
@@ -197,17 +201,17 @@ def _compare(
     config: DemoConfig,
     references: tuple[Outcome, Tensor],
     console: Console,
-) -> tuple[list[report.Row], dict[str, dict[int, tuple[Tensor, report.Row]]]]:
+) -> tuple[list[figures.Row], dict[str, dict[int, tuple[Tensor, figures.Row]]]]:
     """Run every method; keep the pictures of those that the figure shows."""
     counts = sorted({*config.calls, *config.extra_calls}, reverse=True)
-    todo = [method for calls in counts for method in methods.methods(sigmas, calls, predictors)]
-    rows: list[report.Row] = []
-    pictures: dict[str, dict[int, tuple[Tensor, report.Row]]] = {}
-    with _bar(console) as bar:
+    todo = [method for calls in counts for method in comparison.methods(sigmas, calls, predictors)]
+    rows: list[figures.Row] = []
+    pictures: dict[str, dict[int, tuple[Tensor, figures.Row]]] = {}
+    with progress_bar(not console.quiet) as bar:
         for method in bar.track(todo, description="sampling unseen noise by every method"):
-            outcome = methods.run(model, noise, labels, sigmas, method)
+            outcome = comparison.run(model, noise, labels, sigmas, method)
             rows.append(_row(method, outcome, *references))
             if method.calls in config.calls:
-                label = f"{method.name}\n{method.placement}"
+                label = f"{method.name}\n{method.schedule_name}"
                 pictures.setdefault(label, {})[method.calls] = (outcome.images, rows[-1])
     return rows, pictures

@@ -1,4 +1,4 @@
-"""The digits model as a diffusers pipeline: what is done with a large model can be tried with it, on any machine."""
+"""The digits model as a diffusers pipeline, to try on any machine what one does with a large model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from lesa_kernels.demo.model import NUM_CLASSES, NUM_TOKENS, TOKEN_SIZE, load_model, sample, scheduler
+from examples.digits.model import NUM_CLASSES, NUM_TOKENS, TOKEN_SIZE, load_model, sample, scheduler
 
 
 class DigitsPipeline(DiffusionPipeline):

@@ -1,4 +1,4 @@
-"""The rivals of any cache: fewer steps, by Euler or by a two-step Adams-Bashforth solver."""
+"""Samples with fewer steps and no cache: by Euler, or by a two-step Adams-Bashforth solver."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from lesa_kernels.demo.model import conditioning, design_of, unpatchify
+from examples.digits.model import conditioning, design_of, unpatchify
 
 
 @torch.no_grad()

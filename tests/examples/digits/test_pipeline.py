@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 import lesa_kernels as lesa
-from lesa_kernels.demo.model import NUM_TOKENS, TOKEN_SIZE, sample
-from lesa_kernels.demo.pipeline import DigitsPipeline
+from examples.digits.model import NUM_TOKENS, TOKEN_SIZE, sample
+from examples.digits.pipeline import DigitsPipeline
 
 
 @pytest.fixture(scope="module")

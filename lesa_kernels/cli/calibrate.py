@@ -1,0 +1,150 @@
+"""`lesa calibrate`: search the full steps for a budget, fit a predictor to them, and save it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import partial
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from lesa_kernels.cli import common
+from lesa_kernels.integrations import default_schedule
+from lesa_kernels.predictors import LesaPredictor, LinearPredictor, TaylorSeer
+from lesa_kernels.schedule import Schedule
+from lesa_kernels.training import Evaluator, fit, fit_lesa, schedule_for_budget, search_schedule
+from lesa_kernels.training.checkpoint import FILE
+from lesa_kernels.training.ranks import lock_folder
+from lesa_kernels.training.reports import save_predictors
+from lesa_kernels.trajectories import ONLY_BRANCH, TrajectorySource
+
+# Of a fit that only shows how good a schedule is.
+_ROUNDS_TO_TRY = 2
+_BUDGET, _SEARCH = "Budget: one of these; without, a fifth of the steps", "Search and fit"
+
+
+class Form(str, Enum):
+    """What a fit yields."""
+
+    coefficients = "coefficients"
+    lesa = "lesa"
+
+
+def calibrate(
+    model: common.Model,
+    prompts: common.Prompts,
+    out: common.Out,
+    calls: Annotated[
+        int | None, typer.Option(help="Steps on which the blocks run.", min=1, rich_help_panel=_BUDGET)
+    ] = None,
+    psnr_db: Annotated[
+        float | None,
+        typer.Option(
+            help="As few calls as keep the final latents this near, in dB: -20 log10(relative error).",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="As many calls as fit into this time for one batch of runs, in s.", rich_help_panel=_BUDGET),
+    ] = None,
+    search: Annotated[
+        int,
+        typer.Option(
+            help="Schedules to try with TaylorSeer; each samples all prompts once. 0: evenly spaced steps.",
+            min=0,
+            rich_help_panel=_SEARCH,
+        ),
+    ] = 40,
+    refine: Annotated[
+        int,
+        typer.Option(
+            help="Schedules to try from there on with a fit for each: slow, up to 1 dB better.",
+            min=0,
+            rich_help_panel=_SEARCH,
+        ),
+    ] = 0,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="coefficients: three for each step. lesa: a LESA predictor, slower to fit, up to 2 dB better.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = Form.coefficients,
+    steps: common.Steps = 50,
+    settings: common.Settings = None,
+    batch: common.Batch = 1,
+    seed: common.Seed = 0,
+    capture: common.Capture = None,
+    device: common.Device = None,
+    dtype: common.Dtype = None,
+    offload: common.Offload = False,
+) -> None:
+    """Find the best steps to run in full, fit a predictor for the others through the model's tail, and save it.
+
+    For models that are called once a step, without true guidance. Runs in one process.
+    """
+    common.check_modules("lesa calibrate", "diffusers")
+    console = common.make_console()
+    if sum(each is not None for each in (calls, psnr_db, seconds)) > 1:
+        raise typer.BadParameter("give one budget: --calls, --psnr-db or --seconds")
+    if not search and (psnr_db, seconds) != (None, None):
+        raise typer.BadParameter("--psnr-db and --seconds need a --search of at least 1")
+    with common.command("Interrupted, nothing is saved."):
+        pipeline = common.Pipeline(model, prompts, steps, settings, seed, capture, common.place(device), dtype, offload)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(f"lesa calibrate runs in one process, got {torch.distributed.get_world_size()}")
+        if (out / FILE).is_file():
+            raise ValueError(f"--out {out} holds a training; take another folder")
+        # Locked before the work, so that a folder that cannot be written to is refused at once.
+        with lock_folder(out):
+            source = pipeline.source(console)
+            schedule = _search(source, calls, psnr_db, seconds, search, refine, batch, console)
+            console.print(common.full_steps(schedule), soft_wrap=True)
+            torch.manual_seed(seed)
+            save_predictors({ONLY_BRANCH: _fitted(form, source, schedule, batch)}, out)
+    common.show_files(out, console)
+    lines = pipeline.next_lines(f'lesa.load_predictor("{out}")')
+    console.print("\n" + lines, markup=False, highlight=False, soft_wrap=True)
+
+
+def _search(
+    source: TrajectorySource,
+    calls: int | None,
+    psnr_db: float | None,
+    seconds: float | None,
+    search: int,
+    refine: int,
+    batch: int,
+    console: Console,
+) -> Schedule:
+    """Return the full steps: evenly spaced in sigma, or found with TaylorSeer and then with fits."""
+    if (calls, psnr_db, seconds) == (None, None, None):
+        calls = len(default_schedule(source.sigmas).full_steps)
+    schedule = None if calls is None else Schedule.uniform_in_sigma(source.sigmas, calls)
+    if not search and not refine and schedule is not None:
+        return schedule
+    evaluator = Evaluator(source, batch=batch)
+    if search or schedule is None:
+        taylor = TaylorSeer(2, "sigma")
+        found = schedule_for_budget(
+            evaluator, lambda _: taylor, calls=calls, psnr_db=psnr_db, seconds=seconds, evaluations=search
+        )
+        console.print(f"TaylorSeer there: {found.score.psnr_db:.2f} dB after {found.evaluations} schedules")
+        schedule = found.schedule
+    if refine:
+        make = partial(fit, source, rounds=_ROUNDS_TO_TRY, batch=batch, progress=False)
+        uniform = Schedule.uniform_in_sigma(source.sigmas, len(schedule.full_steps))
+        starts = list(dict.fromkeys([schedule, uniform]))[:refine]
+        found = search_schedule(evaluator, starts, make, evaluations=refine)
+        console.print(f"fitted there: {found.score.psnr_db:.2f} dB on its own runs after {found.evaluations} schedules")
+        schedule = found.schedule
+    return schedule
+
+
+def _fitted(form: Form, source: TrajectorySource, schedule: Schedule, batch: int) -> LinearPredictor | LesaPredictor:
+    """Fit a predictor."""
+    fitted = fit(source, schedule, batch=batch)
+    return fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)

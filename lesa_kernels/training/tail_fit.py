@@ -1,0 +1,250 @@
+"""Fits coefficients through the model's tail, so that each segment ends where the unaccelerated run passes.
+
+The error of a feature is not quality: what counts is the output that the tail makes of it, and of that the sum along
+the steps, since between two full steps the model sees no latents. The derivatives go through the tail alone (forward
+mode, one pass of the tail a coefficient); the blocks are never differentiated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from rich.progress import Progress
+from torch import Tensor
+
+from lesa_kernels.checks import check_int
+from lesa_kernels.plan import Row
+from lesa_kernels.predictors import LinearPredictor, Reuse, TaylorSeer
+from lesa_kernels.schedule import Schedule, ScheduleRule
+from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt
+from lesa_kernels.training.policies import Reference, batches, euler, reference_run, run_until_stopped
+from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
+
+_TAYLOR_ORDER = 2
+
+Coefficients: TypeAlias = dict[int, dict[int, float]]
+"""Of each forecast step: the coefficient of each full step that it is made from."""
+
+
+@torch.no_grad()
+def fit(
+    source: TrajectorySource,
+    schedule: Schedule | ScheduleRule,
+    *,
+    window: int = 3,
+    rounds: int = 4,
+    batch: int = 1,
+    progress: bool = True,
+) -> LinearPredictor:
+    """Fit the coefficients of every forecast step through the model's tail, by Levenberg-Marquardt.
+
+    Goes from segment to segment in closed loop: the runs follow the coefficients found so far, full steps see the
+    latents that came of it, and the segment's coefficients are moved so that it ends where the unaccelerated run
+    passes; what earlier segments left is corrected as far as the features allow.
+
+    Args:
+        source: runs a model that is called once a step and steps as Euler does (a rectified flow).
+        schedule: which steps are full.
+        window: K, full features that a forecast reads.
+        rounds: passes over the runs for each segment, at least 2.
+        batch: runs sampled as one batch.
+        progress: show a bar.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        TypeError: when an argument is of another type.
+        ValueError: when an argument is out of range, the schedule leaves nothing to forecast, or the source has no
+            runs, no tail, several calls a step, or other steps than Euler's.
+        FloatingPointError: when latents are not finite; names the steps.
+    """
+    # One to measure, one to try a change.
+    rounds = check_int("rounds", rounds, 2)
+    check_source(source)
+    sigmas = source.sigmas
+    resolved = Schedule(len(sigmas) - 1, Reuse().plan(sigmas, schedule).full_steps)
+    if len(resolved.full_steps) == resolved.num_steps:
+        raise ValueError("schedule must leave a step to forecast, got full steps only")
+    predictor = LinearPredictor(sigmas, resolved.full_steps, window)
+    # The search starts at TaylorSeer's coefficients.
+    taylor = TaylorSeer(min(_TAYLOR_ORDER, predictor.window - 1)).rows(sigmas)
+    coefficients: Coefficients = {}
+    for segment in segments(resolved):
+        before = [full for full in resolved.full_steps if full <= segment.full_step]
+        for step in segment.steps:
+            row = taylor(step, before)
+            terms = {} if row is None else row.terms
+            coefficients[step] = {full: terms.get(full, 0.0) for full in predictor.sources(step)}
+    with progress_bar(progress) as bar:
+        runs = ClosedLoopRuns(source, resolved, batch, bar)
+        for segment in runs.track("fitting segment by segment", rounds):
+            search = LevenbergMarquardt(vector(coefficients, segment), name=segment.name)
+            runs.minimize(search, coefficients, segment, rounds)
+    rows = {step: Row(terms) for step, terms in coefficients.items()}
+    return LinearPredictor.from_rows(sigmas, resolved, rows, window)
+
+
+@dataclass(frozen=True)
+class FitSegment:
+    """A full step, the forecasts after it, and the step at which it ends."""
+
+    full_step: int
+    steps: tuple[int, ...]
+    end: int
+
+    @property
+    def name(self) -> str:
+        """Its steps, for messages."""
+        return f"steps {self.full_step + 1} to {self.end - 1}"
+
+
+def segments(schedule: Schedule) -> list[FitSegment]:
+    """Split a schedule at its full steps; segments without forecasts are left out."""
+    bounds = itertools.pairwise([*schedule.full_steps, schedule.num_steps])
+    return [FitSegment(full, tuple(range(full + 1, end)), end) for full, end in bounds if end > full + 1]
+
+
+def vector(coefficients: Coefficients, segment: FitSegment) -> Tensor:
+    """Return the coefficients of a segment as one float64 vector, step by step."""
+    values = [value for step in segment.steps for value in coefficients[step].values()]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def assign(coefficients: Coefficients, segment: FitSegment, values: Tensor) -> None:
+    """Set the coefficients of a segment from a vector."""
+    remaining = iter(values.tolist())
+    for step in segment.steps:
+        coefficients[step] = {full: next(remaining) for full in coefficients[step]}
+
+
+class ClosedLoopRuns:
+    """Samples runs with given coefficients up to the end of a segment, and hands its derivatives to a search.
+
+    Args:
+        source: the runs; they are sampled once without acceleration here.
+        schedule: which steps are full.
+        batch: runs sampled as one batch.
+        bar: shows how far the passes over the runs have come.
+    """
+
+    def __init__(self, source: TrajectorySource, schedule: Schedule, batch: int, bar: Progress) -> None:
+        self._source = source
+        self._schedule = schedule
+        self._segments = segments(schedule)
+        self._parts = batches(source, batch)
+        self._bar = bar
+        ends = [segment.end for segment in self._segments]
+        recording = bar.track(self._parts, description="sampling unaccelerated runs")
+        self._references = [reference_run(source, runs, ends) for runs in recording]
+
+    def track(self, description: str, rounds: int) -> Iterator[FitSegment]:
+        """Yield the segments, with a bar over all passes that each may take."""
+        passes = rounds * len(self._parts)
+        self._task = self._bar.add_task(description, total=passes * len(self._segments))
+        for number, segment in enumerate(self._segments):
+            yield segment
+            self._bar.update(self._task, completed=passes * (number + 1))
+
+    def minimize(
+        self, search: LevenbergMarquardt, coefficients: Coefficients, segment: FitSegment, rounds: int
+    ) -> None:
+        """Search for a segment's coefficients, in place, in so many passes over the runs at most."""
+        for _ in range(rounds):
+            assign(coefficients, segment, search.candidate)
+            for key, (runs, reference) in enumerate(zip(self._parts, self._references, strict=True)):
+                search.add(key, *self._derivatives(runs, reference, coefficients, segment))
+                self._bar.advance(self._task)
+            search.close_round()
+            if search.finished:
+                break
+        assign(coefficients, segment, search.best)
+
+    def _derivatives(
+        self, runs: Sequence[int], reference: Reference, coefficients: Coefficients, segment: FitSegment
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the derivatives of the latents at a segment's end, and how far they are from the reference's."""
+        sigmas = self._source.sigmas
+        full: dict[int, Tensor] = {}
+        columns: list[Tensor] = []
+        residual: Tensor | None = None
+
+        def finish(latents: Tensor) -> None:
+            nonlocal residual
+            residual = latents - reference.latents[segment.end].to(latents)
+            raise StopRun
+
+        def policy(call: ModelCall) -> Tensor | None:
+            if call.latents is None or call.tail is None:
+                raise ValueError("source must run a model with its tail and latents; this one holds features only")
+            if call.step == segment.end:
+                finish(call.latents)
+            if call.step in self._schedule.full_steps:
+                full[call.step], output = watch(call)
+            else:
+                history = [full[step] for step in coefficients[call.step]]
+                feature = _combine(history, list(coefficients[call.step].values()))
+                directions = history if call.step in segment.steps else []
+                output, slopes = derivatives(call.tail, feature, directions)
+                length = reference.sign * (sigmas[call.step + 1] - sigmas[call.step])
+                columns.extend(length * slope for slope in slopes)
+            if output is not None and call.step == len(sigmas) - 2:
+                finish(euler(call, output, sigmas, reference.sign))
+            return output
+
+        run_until_stopped(self._source, runs, policy)
+        if residual is None:
+            raise ValueError(f"source must run all {len(sigmas) - 1} steps, it ended before step {segment.end}")
+        return columns, residual
+
+
+def _combine(features: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Return a combination of features [*feature]."""
+    row = torch.tensor([list(coefficients)], dtype=torch.float32, device=features[0].device)
+    result: Tensor = torch.ops.lesa.forecast(list(features), row, row.new_zeros(1))[0]
+    return result
+
+
+def derivatives(
+    tail: Callable[[Tensor], Tensor], feature: Tensor, directions: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the tail's output and its derivatives in some directions.
+
+    Args:
+        tail: feature -> output.
+        feature: [*feature].
+        directions: each [*feature].
+
+    Returns:
+        [*output], and as many derivatives [*output].
+
+    Raises:
+        ValueError: when the tail detaches the feature.
+    """
+    _load_rules()
+    output, slopes = None, []
+    for direction in directions:
+        # A compiled graph would drop the derivative.
+        with torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(tail(forward_ad.make_dual(feature, direction)))
+            if dual.tangent is None:
+                raise ValueError("call.tail must be differentiable in forward mode, this one loses the derivative")
+            output = dual.primal
+            slopes.append(dual.tangent)
+    return tail(feature) if output is None else output, slopes
+
+
+@cache
+def _load_rules() -> None:
+    """Load torch's rules of forward mode, which warn of torch.jit.script, torch's own doing."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
