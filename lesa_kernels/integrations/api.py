@@ -70,7 +70,7 @@ def enable(
         TypeError: when target, predictor, schedule or an option is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
-    from lesa_kernels.integrations.hooks import ForecastHook
+    from lesa_kernels.integrations.cache_hooks import ForecastHook
 
     options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
     models = find_models(target)
@@ -100,7 +100,7 @@ def disable(target: Any) -> None:
     Args:
         target: a pipeline or a transformer.
     """
-    from lesa_kernels.integrations.hooks import find_hook
+    from lesa_kernels.integrations.cache_hooks import find_hook
 
     for model, _ in find_models(target):
         if (hook := find_hook(model)) is not None:
@@ -115,7 +115,7 @@ def enabled(
     **options: Any,
 ) -> Generator[None, None, None]:
     """`enable` for the length of a with statement; afterwards all is as it was, an earlier `enable` included."""
-    from lesa_kernels.integrations.hooks import find_hook
+    from lesa_kernels.integrations.cache_hooks import find_hook
 
     before = [(model, find_hook(model)) for model, _ in find_models(target)]
     enable(target, predictor, schedule, **options)
@@ -140,7 +140,7 @@ def summary(target: Any) -> Summary:
     Raises:
         ValueError: when it is not enabled, or nothing ran yet.
     """
-    from lesa_kernels.integrations.hooks import ForecastHook, find_hook
+    from lesa_kernels.integrations.cache_hooks import ForecastHook, find_hook
 
     hooks = [hook for model, _ in find_models(target) if isinstance(hook := find_hook(model), ForecastHook)]
     if not hooks:

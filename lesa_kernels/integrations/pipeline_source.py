@@ -217,7 +217,7 @@ class PipelineSource:
 
 def _check_pipeline(pipe: Any) -> None:
     """Check that a pipeline can be run, before anything is changed."""
-    from lesa_kernels.integrations.hooks import find_hook
+    from lesa_kernels.integrations.cache_hooks import find_hook
 
     if not is_pipeline(pipe):
         raise TypeError(f"pipe must be a pipeline with a transformer and a scheduler, got {type(pipe).__name__}")

@@ -276,7 +276,7 @@ class CacheState:
             return None
         try:
             plan = self._plan(name, sigmas, step)
-            reason = self._predictors[name].objection(sigmas)
+            reason = self._predictors[name].incompatibility(sigmas)
         # Users bring their own predictors and rules, and no fault of theirs should cost an image.
         except Exception as error:
             run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))

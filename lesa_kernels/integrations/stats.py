@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lesa_kernels.history import Ring
+from lesa_kernels.ring import Ring
 from lesa_kernels.stopwatch import Stopwatch
 
 

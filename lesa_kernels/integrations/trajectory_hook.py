@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.hooks import CacheHook
+from lesa_kernels.integrations.cache_hooks import CacheHook
 from lesa_kernels.integrations.models import Adapter
 from lesa_kernels.integrations.outputs import only_tensor, refilled, uncompiled
 from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility

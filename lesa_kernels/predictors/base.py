@@ -16,7 +16,7 @@ OnOtherSigmas: TypeAlias = Literal["refuse", "adapt"]
 _SIGMA_TOLERANCE = 1e-4
 
 
-def objection_to_sigmas(trained: Sequence[float] | None, sigmas: Sequence[float]) -> str | None:
+def sigmas_incompatibility(trained: Sequence[float] | None, sigmas: Sequence[float]) -> str | None:
     """Say where noise levels differ from those of a training; None where they do not, or are not as many."""
     if trained is None or len(trained) != len(sigmas):
         return None
@@ -45,7 +45,7 @@ class Predictor(ABC):
             the plan then makes the step full.
         """
 
-    def objection(self, sigmas: Sequence[float]) -> str | None:
+    def incompatibility(self, sigmas: Sequence[float]) -> str | None:
         """Say why the predictor was not made for these sigmas; None if it was, or if any will do.
 
         Args:
@@ -98,7 +98,7 @@ class Predictor(ABC):
         chosen = self.schedule if schedule is None else schedule
         if chosen is None:
             raise ValueError(f"schedule must be given: this {type(self).__name__} was not made for one")
-        if on_other_sigmas == "refuse" and (reason := self.objection(levels)) is not None:
+        if on_other_sigmas == "refuse" and (reason := self.incompatibility(levels)) is not None:
             raise ValueError(f'{reason}; on_other_sigmas="adapt" uses it all the same')
         return compile_plan(
             levels, chosen, self.rows(levels), first_step=first_step, chunk=chunk, check_every=check_every

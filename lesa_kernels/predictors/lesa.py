@@ -14,7 +14,7 @@ from lesa_kernels.checks import check_decreasing, check_float, check_int, check_
 from lesa_kernels.ops.contract import MAX_HISTORY, check_dense
 from lesa_kernels.ops.predict import check_predict
 from lesa_kernels.plan import Row, RowRule
-from lesa_kernels.predictors.base import Predictor, objection_to_sigmas
+from lesa_kernels.predictors.base import Predictor, sigmas_incompatibility
 from lesa_kernels.predictors.kan_network import GRID_SIZE, KAN, SPLINE_ORDER
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import MAX_STEPS, Schedule
@@ -128,9 +128,9 @@ class LesaPredictor(
         config = {} if self._hub_mixin_config is None else cast(dict[str, Any], self._hub_mixin_config)
         self._hub_mixin_config = config | entries
 
-    def objection(self, sigmas: Sequence[float]) -> str | None:
-        """See `Predictor.objection`; another number of sigmas is refused by `rows`, whatever the training was."""
-        return objection_to_sigmas(self._trained_sigmas, sigmas)
+    def incompatibility(self, sigmas: Sequence[float]) -> str | None:
+        """See `Predictor.incompatibility`; another number of sigmas is refused by `rows`, whatever the training was."""
+        return sigmas_incompatibility(self._trained_sigmas, sigmas)
 
     def stage(self, t: float) -> int:
         """Return the number of the stage that serves a noise level.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.ops.contract import MAX_HISTORY
 from lesa_kernels.plan import Row, RowRule
-from lesa_kernels.predictors.base import Predictor, objection_to_sigmas
+from lesa_kernels.predictors.base import Predictor, sigmas_incompatibility
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.schedule import Schedule
 
@@ -117,9 +117,9 @@ class LinearPredictor(
             return list(range(max(step - self.window, 0), step))
         return [full for full in self._schedule.full_steps if full < step][-self.window :]
 
-    def objection(self, sigmas: Sequence[float]) -> str | None:
-        """See `Predictor.objection`."""
-        return objection_to_sigmas(self.trained_sigmas, sigmas)
+    def incompatibility(self, sigmas: Sequence[float]) -> str | None:
+        """See `Predictor.incompatibility`."""
+        return sigmas_incompatibility(self.trained_sigmas, sigmas)
 
     @torch.no_grad()
     def rows(self, sigmas: Sequence[float]) -> RowRule:

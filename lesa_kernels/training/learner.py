@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.history import Ring
 from lesa_kernels.ops import predict_l1_loss
 from lesa_kernels.ops.contract import check_like
 from lesa_kernels.predictors import LesaPredictor
+from lesa_kernels.ring import Ring
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.config import Batch, TrainingConfig
 from lesa_kernels.training.ranks import Ranks

@@ -15,8 +15,8 @@ import torch
 from tiny_flux import TinyPipeline, call_arguments, tiny_transformer
 
 import lesa_kernels as lesa
-from lesa_kernels.history import Ring
 from lesa_kernels.integrations.models import flux_tail
+from lesa_kernels.ring import Ring
 
 STEPS = 10
 FULL = (0, 1, 5)

@@ -14,8 +14,8 @@ from tiny_flux import CHANNELS, WIDTH, TinyPipeline, call_arguments, tiny_pipeli
 from torch import Tensor
 
 from lesa_kernels import Reuse, Schedule, Session, TaylorSeer, session
-from lesa_kernels.history import Ring
 from lesa_kernels.integrations import LesaWarning, disable, enable, summary
+from lesa_kernels.ring import Ring
 
 STEPS = 10
 FULL = (0, 1, 5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule, TaylorSeer
 from lesa_kernels.integrations import disable, enable, recorded, summary
-from lesa_kernels.integrations.hooks import find_hook
+from lesa_kernels.integrations.cache_hooks import find_hook
 from lesa_kernels.integrations.models import find_adapter
 
 STEPS = 6

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule
 from lesa_kernels.integrations import Adapter, LesaWarning, disable, enable, models, register_adapter, summary
-from lesa_kernels.integrations.hooks import find_hook
+from lesa_kernels.integrations.cache_hooks import find_hook
 from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
 
 STEPS = 4

@@ -29,7 +29,7 @@ from tiny_sources import (
 
 from lesa_kernels import TaylorSeer
 from lesa_kernels.integrations import PipelineSource, disable, enable, recorded, summary
-from lesa_kernels.integrations.hooks import find_hook
+from lesa_kernels.integrations.cache_hooks import find_hook
 from lesa_kernels.integrations.outputs import only_tensor, refilled
 from lesa_kernels.integrations.pipeline_source import load_pipeline
 from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, watch

@@ -22,7 +22,7 @@ from tiny_sources import (
 )
 
 from lesa_kernels.integrations import PipelineSource, disable, enable
-from lesa_kernels.integrations.hooks import find_hook
+from lesa_kernels.integrations.cache_hooks import find_hook
 from lesa_kernels.trajectories import StepPolicy
 
 FLUX_PROMPTS = embeddings(pooled=True)

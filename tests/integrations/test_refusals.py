@@ -232,7 +232,7 @@ class FaultyRows(Reuse):
 
 
 class FaultyObjection(Reuse):
-    def objection(self, sigmas: Sequence[float]) -> str | None:
+    def incompatibility(self, sigmas: Sequence[float]) -> str | None:
         raise AttributeError("no such thing")
 
 

@@ -207,7 +207,7 @@ def test_a_save_that_is_cut_short_is_never_taken_for_a_predictor(
             for name, value in want.state_dict().items()
             if name != "coefficients"
         )
-        assert loaded.schedule == want.schedule and loaded.objection(SIGMAS) == want.objection(SIGMAS)
+        assert loaded.schedule == want.schedule and loaded.incompatibility(SIGMAS) == want.incompatibility(SIGMAS)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
