@@ -13,10 +13,10 @@ from benchmarks.bench_forecast import forecast_case, push_case, spectrum_case, t
 from benchmarks.bench_gram import gram_case
 from benchmarks.bench_identity import identity_case
 from benchmarks.bench_kan import kan_case
+from benchmarks.bench_memory import ceiling_case, pages_case
 from benchmarks.bench_predict import predict_backward_case, predict_case, predict_l1_case, training_step_case
 from benchmarks.clock import Clock
 from benchmarks.harness import Case
-from benchmarks.memory import ceiling_case, pages_case
 from benchmarks.sweeps import elements_case, rows_case
 
 FLUX, QWEN, SMALL, TINY = "FLUX 1024x1024", "Qwen-Image 1328x1328", "digits, batch 20", "8 x 8"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_type
-from lesa_kernels.ops.arithmetic import arithmetic_dtype
 from lesa_kernels.ops.contract import FEATURE_DTYPES, check_dense, check_feature
+from lesa_kernels.ops.numerics import arithmetic_dtype
 from lesa_kernels.plan import Check, Launch, Plan, Segment
 from lesa_kernels.ring import Ring
 

@@ -6,12 +6,16 @@ float64; sums are kept in float32 (float64 for float64 features) and rounded onc
 RuntimeError.
 """
 
+from importlib import import_module
+from pkgutil import iter_modules
 from types import SimpleNamespace
 
-from lesa_kernels.ops import forecast, gram, identity, kan, predict  # noqa: F401 - each declares its ops
-from lesa_kernels.ops.arithmetic import TOLERANCES, Tolerance
+from lesa_kernels.ops.numerics import TOLERANCES, Tolerance
 from lesa_kernels.ops.predict import predict_l1_loss
 from lesa_kernels.ops.register import OPS, Op
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")  # a family declares its ops
 
 reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 """Name -> the function that defines an op, without the checks: it takes float64 on every device."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.ops.arithmetic import arithmetic_dtype, weighted_sum
 from lesa_kernels.ops.contract import (
     MAX_FORECASTS,
     MAX_HISTORY,
@@ -22,7 +21,8 @@ from lesa_kernels.ops.contract import (
     is_dense,
     shape_of,
 )
-from lesa_kernels.ops.register import Op, declare, fresh_like, save_arguments
+from lesa_kernels.ops.numerics import arithmetic_dtype, weighted_sum
+from lesa_kernels.ops.register import MakeTensor, Op, declare, fresh_like, save_arguments
 
 
 def forecast(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:
@@ -172,11 +172,29 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return grad_history, grad_coefficients, grad_offsets
 
 
+def _example_forecast(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Make valid arguments."""
+    return [tensor(*shape) for _ in range(4)], tensor(3, 4), tensor(3)
+
+
+def _example_forecast_into(
+    tensor: MakeTensor, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+    """Make valid arguments."""
+    return tensor(5, *shape), tensor(2, 3), tensor(2), [0, 1, 2], [2, 4]
+
+
+def _example_push(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
+    """Make valid arguments."""
+    return tensor(5, *shape), tensor(*shape), 2
+
+
 declare(
     Op(
         "forecast(Tensor[] history, Tensor coefficients, Tensor offsets) -> Tensor[]",
         forecast,
         _check_forecast,
+        _example_forecast,
         _fake,
         _backward,
         save_arguments,
@@ -187,6 +205,7 @@ declare(
         "forecast_into(Tensor(a!) ring, Tensor coefficients, Tensor offsets, int[] read, int[] write) -> ()",
         forecast_into,
         _check_forecast_into,
+        _example_forecast_into,
     )
 )
-declare(Op("push(Tensor(a!) ring, Tensor feature, int slot) -> ()", push, _check_push))
+declare(Op("push(Tensor(a!) ring, Tensor feature, int slot) -> ()", push, _check_push, _example_push))

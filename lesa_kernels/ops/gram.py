@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.ops.contract import check_features
-from lesa_kernels.ops.register import Op, declare
+from lesa_kernels.ops.register import MakeTensor, Op, declare
 
 
 def gram(features: Sequence[Tensor]) -> Tensor:
@@ -40,4 +40,9 @@ def _fake(features: Sequence[Tensor]) -> Tensor:
     return features[0].new_empty((len(features) + 1, len(features) + 1), dtype=torch.float64)
 
 
-declare(Op("gram(Tensor[] features) -> Tensor", gram, _check, _fake))
+def _example(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[list[Tensor]]:
+    """Make valid arguments."""
+    return ([tensor(*shape) for _ in range(4)],)
+
+
+declare(Op("gram(Tensor[] features) -> Tensor", gram, _check, _example, _fake))

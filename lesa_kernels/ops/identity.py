@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.ops.contract import check_feature
-from lesa_kernels.ops.register import Op, declare, fresh_like
+from lesa_kernels.ops.register import MakeTensor, Op, declare, fresh_like
 
 
 def identity(feature: Tensor) -> Tensor:
@@ -28,9 +28,14 @@ def _check(op: str, feature: Tensor) -> None:
     check_feature(op, "feature", feature)
 
 
+def _example(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[Tensor]:
+    """Make valid arguments."""
+    return (tensor(*shape),)
+
+
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     """Return the gradient of the feature."""
     return grad
 
 
-declare(Op("identity(Tensor feature) -> Tensor", identity, _check, fresh_like, _backward))
+declare(Op("identity(Tensor feature) -> Tensor", identity, _check, _example, fresh_like, _backward))

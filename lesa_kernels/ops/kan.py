@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa_kernels.ops.arithmetic import arithmetic_dtype
 from lesa_kernels.ops.contract import check_device, check_feature, check_parameter, name_of, shape_of
-from lesa_kernels.ops.register import Op, declare, fresh_like, refuse_second_derivative, save_arguments
+from lesa_kernels.ops.numerics import arithmetic_dtype
+from lesa_kernels.ops.register import MakeTensor, Op, declare, fresh_like, refuse_second_derivative, save_arguments
 
 
 def spline_order(grid: Tensor, spline_weight: Tensor) -> int:
@@ -168,11 +168,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, *grad_weights
 
 
+def _example(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Make valid arguments: a layer of 3 inputs and 2 outputs."""
+    x = tensor(4, 3)
+    grid = torch.linspace(-6.6, 6.6, 12).to(x.dtype).expand(3, 12).contiguous()
+    return x, grid, tensor(2, 3), tensor(2, 3, 8), tensor(2, 3)
+
+
+def _example_backward(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Make valid arguments."""
+    return tensor(4, 2), *_example(tensor, shape)
+
+
 declare(
     Op(
         "kan_linear(Tensor x, Tensor grid, Tensor base_weight, Tensor spline_weight, Tensor spline_scaler) -> Tensor",
         kan_linear,
         _check,
+        _example,
         _fake,
         _backward,
         save_arguments,
@@ -184,6 +197,7 @@ declare(
         " Tensor spline_scaler) -> (Tensor, Tensor, Tensor, Tensor)",
         kan_linear_backward,
         _check_backward,
+        _example_backward,
         _fake_backward,
         refuse_second_derivative,
     )

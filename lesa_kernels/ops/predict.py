@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.ops.arithmetic import arithmetic_dtype, weighted_sum
 from lesa_kernels.ops.contract import (
     check_apart,
     check_distinct_elements,
@@ -17,7 +16,8 @@ from lesa_kernels.ops.contract import (
     check_parameter,
     numbered,
 )
-from lesa_kernels.ops.register import Op, declare, fresh_like, refuse_second_derivative, save_arguments
+from lesa_kernels.ops.numerics import arithmetic_dtype, weighted_sum
+from lesa_kernels.ops.register import MakeTensor, Op, declare, fresh_like, refuse_second_derivative, save_arguments
 
 
 def _parameters(weight: Tensor, bias: Tensor, gain: Tensor, features: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,11 +190,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_history if wanted else [None] * len(history), *grad_parameters
 
 
+def _example(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Make valid arguments."""
+    return [tensor(*shape) for _ in range(4)], tensor(4), tensor(1), tensor()
+
+
+def _example_backward(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Make valid arguments."""
+    return tensor(*shape), *_example(tensor, shape), True
+
+
+def _example_l1(tensor: MakeTensor, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Make valid arguments."""
+    history, *parameters = _example(tensor, shape)
+    return history, tensor(*shape), *parameters, tensor(*shape)
+
+
 declare(
     Op(
         "predict(Tensor[] history, Tensor weight, Tensor bias, Tensor gain) -> Tensor",
         predict,
         check_predict,
+        _example,
         _fake,
         _backward,
         save_arguments,
@@ -206,6 +223,7 @@ declare(
         " bool history_needs_grad) -> (Tensor[], Tensor, Tensor, Tensor)",
         predict_backward,
         _check_backward,
+        _example_backward,
         _fake_backward,
         refuse_second_derivative,
     )
@@ -216,6 +234,7 @@ declare(
         " -> (Tensor loss, Tensor grad_weight, Tensor grad_bias, Tensor grad_gain)",
         predict_l1,
         _check_l1,
+        _example_l1,
         _fake_l1,
     )
 )

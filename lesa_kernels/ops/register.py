@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,14 +19,20 @@ from lesa_kernels.ops import contract
 _library = torch.library.Library("lesa", "DEF")
 
 
+MakeTensor: TypeAlias = Callable[..., Tensor]
+"""Makes a tensor of a shape, which it takes as numbers."""
+
+
 @dataclass(frozen=True)
 class Op:
-    """What one op is. All functions but the last two take the op's arguments, in order.
+    """What one op is. All functions but `example` and the last two take the op's arguments, in order.
 
     Args:
         schema: str, its name, arguments and results in torch's notation.
         reference: computes the results in plain torch; what it gets has passed the check.
         check: takes the op's name first; raises TypeError or ValueError for a wrong argument.
+        example: makes valid arguments for tests, of a function that makes a tensor of a shape and the shape of a
+            feature.
         fake: returns tensors like the results without computing them; None where the op returns nothing.
         backward: what autograd calls, see `torch.library.register_autograd`; None refuses gradients.
         setup_context: saves what `backward` needs.
@@ -35,6 +41,7 @@ class Op:
     schema: str
     reference: Callable[..., Any]
     check: Callable[..., None]
+    example: Callable[[MakeTensor, tuple[int, ...]], tuple[Any, ...]]
     fake: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
@@ -43,6 +50,16 @@ class Op:
     def name(self) -> str:
         """The name, as in `torch.ops.lesa`."""
         return self.schema.partition("(")[0]
+
+    @property
+    def family(self) -> str:
+        """The stem of the files that hold it, on every floor."""
+        return self.reference.__module__.rpartition(".")[2]
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether autograd has gradients for it."""
+        return self.backward not in (None, refuse_second_derivative)
 
     @cached_property
     def arguments(self) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from fake_clocks import ORIGIN
@@ -11,11 +12,11 @@ from fake_clocks import ORIGIN
 from benchmarks import cases, harness, results
 from benchmarks.bench_forecast import forecast_case, push_case, spectrum_case, taylor_case, threads_case
 from benchmarks.bench_gram import gram_case
-from benchmarks.bench_identity import identity_case
 from benchmarks.bench_kan import kan_case
+from benchmarks.bench_memory import ceiling_case, pages_case
 from benchmarks.bench_predict import predict_backward_case, predict_case, predict_l1_case, training_step_case
 from benchmarks.clock import CpuClock
-from benchmarks.memory import ceiling_case, pages_case
+from benchmarks.suite import suite
 from benchmarks.sweeps import elements_case, rows_case
 
 Make = Callable[[CpuClock], harness.Case]
@@ -33,7 +34,6 @@ MAKERS: dict[str, Make] = {
     "elements": lambda clock: elements_case(64, clock),
     "rows": lambda clock: rows_case("tiny", clock, count=3, rows=4, op="rows"),
     "push": lambda clock: push_case("tiny", clock),
-    "identity": lambda clock: identity_case("tiny", clock),
     "predict_l1": lambda clock: predict_l1_case("tiny", clock, count=3),
     "predict_l1, float32": lambda clock: predict_l1_case("tiny", clock, count=3, dtype=torch.float32),
     "predict_backward": lambda clock: predict_backward_case("tiny", clock, count=3),
@@ -41,6 +41,14 @@ MAKERS: dict[str, Make] = {
     "training step": lambda clock: training_step_case("tiny", clock, count=3),
     "kan_linear": lambda clock: kan_case(2, clock),
 }
+# What the suite measures and nothing above makes.
+MAKERS.update(
+    {
+        entry.op: partial(entry.make.func, "tiny")
+        for entry in suite(torch.device("cpu"))
+        if entry.op not in MAKERS and isinstance(entry.make, partial)
+    }
+)
 
 
 def measured_all(case: harness.Case, clock: CpuClock, repeats: int) -> list[results.Measurement]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from cases import assert_close_gram, extreme_features
 from cpu_library import ISAS, facts, native, needs_library
+from op_inputs import assert_close_gram, extreme_features
 from torch import Tensor
 
 from lesa_kernels.ops import TOLERANCES, reference

@@ -22,8 +22,8 @@ from arrays import (
     tensor_of,
     transposed,
 )
-from cases import assert_close_gram
 from engines import Engine, integers
+from op_inputs import assert_close_gram
 
 from lesa_kernels.ops import TOLERANCES, reference
 

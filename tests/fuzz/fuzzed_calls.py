@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import DTYPES, LAYOUTS
 from hypothesis import strategies as st
+from op_inputs import DTYPES, LAYOUTS
 from torch import Tensor
+
+from lesa_kernels.ops import OPS
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -118,10 +120,6 @@ def gram(draw: Draw) -> dict[str, Any]:
     return {"features": _history(draw, draw(st.sampled_from(DTYPES)))}
 
 
-def identity(draw: Draw) -> dict[str, Any]:
-    return {"feature": _numbers(draw, draw(st.sampled_from(SHAPES)), draw(st.sampled_from(DTYPES)))}
-
-
 def kan_linear(draw: Draw) -> dict[str, Any]:
     dtype, order = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 3))
     rows, ins, outs, bases = (draw(st.sampled_from(sizes)) for sizes in ([(3,), (), (0,)], [1, 4], [1, 5], [1, 4]))
@@ -138,11 +136,20 @@ def kan_linear_backward(draw: Draw) -> dict[str, Any]:
     return {"grad": _numbers(draw, (*x.shape[:-1], arguments["base_weight"].shape[0]), x.dtype), **arguments}
 
 
-VALID: dict[str, Callable[[Draw], dict[str, Any]]] = {
+SPECIAL_CALLS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     each.__name__: each
-    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, gram, identity,
+    for each in (predict, predict_backward, predict_l1, forecast, forecast_into, push, gram,
                  kan_linear, kan_linear_backward)
 }  # fmt: skip
+
+
+def valid(draw: Draw, op: str) -> dict[str, Any]:
+    """Arguments by name; those of the op's example where nothing more special is drawn for it."""
+    if op in SPECIAL_CALLS:
+        return SPECIAL_CALLS[op](draw)
+    dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(SHAPES))
+    arguments = OPS[op].example(lambda *sizes: _numbers(draw, sizes, dtype), shape)
+    return {argument.name: value for argument, value in zip(OPS[op].arguments, arguments, strict=True)}
 
 
 def _other_shape(draw: Draw, tensor: Tensor, _: Call) -> Tensor:
@@ -306,7 +313,7 @@ def change(draw: Draw, call: Call) -> None:
 def calls(draw: Draw, op: str) -> Call:
     """A call with none to three changes."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    call = Call(op, VALID[op](draw))
+    call = Call(op, valid(draw, op))
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 3]))):
         change(draw, call)
     return call

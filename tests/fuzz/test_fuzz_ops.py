@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzed_calls import VALID, Call, calls, tensors_of
+from fuzzed_calls import SPECIAL_CALLS, Call, calls, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +35,7 @@ def _told(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
-        for op in VALID:
+        for op in OPS:
             outcomes = ", ".join(f"{count} {what}" for (of, what), count in sorted(COUNTS.items()) if of == op)
             reporter.write_line(f"\n{op}: {outcomes}" if outcomes else "", flush=True)
 
@@ -139,7 +139,7 @@ def check(call: Call) -> None:
     COUNTS[call.op, "computed"] += 1
 
 
-@pytest.mark.parametrize("op", VALID)
+@pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, on layouts that it is still working on
 def test_an_op_gives_the_right_answer_or_names_what_is_wrong(op: str, data: st.DataObject) -> None:
@@ -153,8 +153,8 @@ def test_an_op_gives_the_right_answer_or_names_what_is_wrong(op: str, data: st.D
             assert before is None or torch.equal(original, before), f"{op}, {call.changes}: wrote to a copy's original"
 
 
-def test_every_op_is_called_here() -> None:
-    assert set(VALID) == set(OPS)
+def test_what_is_drawn_is_of_an_op() -> None:
+    assert set(SPECIAL_CALLS) < set(OPS)
 
 
 def test_a_wrong_answer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_close
+from op_inputs import assert_close
 from torch import Tensor
 
 from lesa_kernels.ops import reference

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import kan_layer, make_parameters, random, valid_arguments
+from op_inputs import kan_layer, make_parameters, random, valid_arguments
 from torch import Tensor
 
 from lesa_kernels.ops import OPS, predict_l1_loss

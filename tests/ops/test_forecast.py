@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import COUNTS, DTYPES, LAYOUTS, SHAPES, Layout, assert_close, contiguous, random, wide
+from op_inputs import COUNTS, DTYPES, LAYOUTS, SHAPES, Layout, assert_close, contiguous, random, wide
 
 from lesa_kernels.ops import reference
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
+from op_inputs import (
     DTYPES,
     LAYOUTS,
     SHAPES,

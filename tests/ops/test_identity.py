@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, SHAPES, Layout, random
+from op_inputs import DTYPES, LAYOUTS, SHAPES, Layout, random
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ops = torch.ops.lesa

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_close, kan_layer, wide
+from op_inputs import assert_close, kan_layer, wide
 from torch import Tensor
 
 from lesa_kernels.ops import reference

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from op_inputs import (
     DTYPES,
     LAYOUTS,
     SHAPES,

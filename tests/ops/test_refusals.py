@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import valid_arguments
+from op_inputs import valid_arguments
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 

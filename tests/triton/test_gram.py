@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_close, transposed, wide
+from op_inputs import assert_close, transposed, wide
 from torch import Tensor
 from triton_engines import shared_tests
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import offset, valid_arguments
+from op_inputs import offset, valid_arguments
 from torch import Tensor
 from triton_engines import driver, kernels, simulator
 

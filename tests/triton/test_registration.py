@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import valid_arguments
+from op_inputs import valid_arguments
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -133,7 +133,7 @@ def test_registered_launchers_pass_opcheck() -> None:
 import sys
 import lesa_kernels
 import torch
-from cases import valid_arguments
+from op_inputs import valid_arguments
 from lesa_kernels.backends import registration
 from triton_engines import mend_interpreter
 mend_interpreter()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lesa_kernels.ops import TOLERANCES, reference
+from lesa_kernels.ops import OPS, TOLERANCES, reference
 
 Expected = list[tuple[Tensor, Tensor]]
 """Of each output the value and the scale of its error, both float64."""
@@ -285,17 +287,6 @@ def gram(dtype: torch.dtype, size: Size) -> Call:
     return Call(features, lambda ops: [ops.gram(features)], expected)
 
 
-def identity(dtype: torch.dtype, size: Size) -> Call:
-    """A copy of a feature."""
-    feature = _random(*size.feature, dtype=dtype)
-
-    def expected() -> Expected:
-        want = feature.double()
-        return [(want, torch.zeros_like(want))]
-
-    return Call([feature], lambda ops: [ops.identity(feature)], expected)
-
-
 def _kan(dtype: torch.dtype, size: Size) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return x, the grid, and the weights: base, spline, scaler."""
     rows, inputs, outputs = size.kan
@@ -330,19 +321,35 @@ def kan_linear_backward(dtype: torch.dtype, size: Size) -> Call:
     )
 
 
+def _example(name: str, dtype: torch.dtype, size: Size) -> Call:
+    """The example of an op, for those whose results are as large as what they add up."""
+    arguments = OPS[name].example(lambda *shape: _random(*shape, dtype=dtype), size.feature)
+    values, tree = tree_flatten(arguments)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+
+    def results(of: Callable[..., Any], wanted: Sequence[Any]) -> list[Tensor]:
+        return list(tree_flatten(of(*tree_unflatten(wanted, tree)))[0])
+
+    def expected() -> Expected:
+        exact = [value.double() if isinstance(value, Tensor) else value for value in values]
+        return [(want, want.abs()) for want in results(OPS[name].reference, exact)]
+
+    return Call(tensors, lambda ops: results(getattr(ops, name), values), expected)
+
+
+_SPECIAL = (
+    predict,
+    predict_backward,
+    predict_l1,
+    forecast,
+    forecast_into,
+    push,
+    gram,
+    kan_linear,
+    kan_linear_backward,
+)
 CALLS: dict[str, Callable[[torch.dtype, Size], Call]] = {
-    make.__name__: make
-    for make in (
-        predict,
-        predict_backward,
-        predict_l1,
-        forecast,
-        forecast_into,
-        push,
-        gram,
-        identity,
-        kan_linear,
-        kan_linear_backward,
-    )
+    **{name: partial(_example, name) for name in OPS},
+    **{make.__name__: make for make in _SPECIAL},
 }
 """Name of an op -> what makes a call of it."""

@@ -7,21 +7,9 @@ float32, float16 or bfloat16. They check nothing: `lesa_kernels.backends` regist
 
 from __future__ import annotations
 
-from lesa_kernels.backends.triton.forecast import forecast, forecast_into, push
-from lesa_kernels.backends.triton.gram import gram
-from lesa_kernels.backends.triton.identity import identity
-from lesa_kernels.backends.triton.kan import kan_linear, kan_linear_backward
-from lesa_kernels.backends.triton.predict import predict, predict_backward, predict_l1
+from importlib import import_module
 
-__all__ = [
-    "forecast",
-    "forecast_into",
-    "gram",
-    "identity",
-    "kan_linear",
-    "kan_linear_backward",
-    "predict",
-    "predict_backward",
-    "predict_l1",
-    "push",
-]
+from lesa_kernels.ops import OPS
+
+for _name, _op in OPS.items():
+    globals()[_name] = getattr(import_module(f"{__name__}.{_op.family}"), _name)

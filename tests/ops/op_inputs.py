@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.ops import TOLERANCES, reference
+from lesa_kernels.ops import OPS, TOLERANCES, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (63,), (2, 5, 13), (1030,), (4, 4097)]
@@ -127,23 +127,7 @@ def kan_layer(dtype: torch.dtype | None = None, grad: bool = True) -> tuple[Tens
 def valid_arguments(dtype: torch.dtype, grad: bool, feature: tuple[int, ...] = (3, 5)) -> dict[str, tuple[Any, ...]]:
     """One set of valid arguments for each op, of float dtypes alike; with gradients where the op has them."""
 
-    def wanted(*shape: int) -> Tensor:
-        return random(*shape, dtype=dtype, grad=grad)
+    def maker(wanted: bool) -> Callable[..., Tensor]:
+        return lambda *shape: random(*shape, dtype=dtype, grad=wanted)
 
-    def constant(*shape: int) -> Tensor:
-        return random(*shape, dtype=dtype, grad=False)
-
-    history = [wanted(*feature) for _ in range(4)]
-    flat = [constant(*feature) for _ in range(4)]
-    return {
-        "predict": (history, wanted(4), wanted(1), wanted()),
-        "predict_backward": (constant(*feature), flat, constant(4), constant(1), constant(), True),
-        "predict_l1": (flat, constant(*feature), constant(4), constant(1), constant(1), constant(*feature)),
-        "forecast": (history, wanted(3, 4), wanted(3)),
-        "forecast_into": (constant(5, *feature), constant(2, 3), constant(2), [0, 1, 2], [2, 4]),
-        "push": (constant(5, *feature), constant(*feature), 2),
-        "gram": (flat,),
-        "identity": (wanted(*feature),),
-        "kan_linear": kan_layer(dtype, grad),
-        "kan_linear_backward": (constant(4, 2), *kan_layer(dtype, False)),
-    }
+    return {name: op.example(maker(grad and op.is_differentiable), feature) for name, op in OPS.items()}
