@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
 
@@ -26,7 +25,7 @@ def lesa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param == "interpreter":
         # It truncates where it casts to bfloat16: up to one unit in the last place instead of half of one.
         loose = Tolerance(2 * TOLERANCES[torch.bfloat16].relative, TOLERANCES[torch.bfloat16].absolute)
-        monkeypatch.setattr(cases, "TOLERANCES", {**TOLERANCES, torch.bfloat16: loose})
+        monkeypatch.setattr(op_inputs, "TOLERANCES", {**TOLERANCES, torch.bfloat16: loose})
     with torch.device(DEVICE), runs() as package:
         yield package
 
@@ -62,7 +61,7 @@ _ROUNDING = {
     "test_half_precision_rounds_to_nearest_even_and_overflows_to_infinity",
     "test_push_copies_and_converts_as_copy_does",
 }
-# What a parameter may be in a quick test, where engines run thousands of cases. One compilation takes a second.
+# What a parameter may be in a quick test, where engines run thousands of op_inputs. One compilation takes a second.
 _QUICK: dict[str, dict[str, list[Any]]] = {
     # What all shapes and counts compile takes half an hour; tools/gpu_check/smoke.py has the other dtypes.
     "gpu": {
