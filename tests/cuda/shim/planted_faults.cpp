@@ -1,7 +1,7 @@
 // Kernels that are wrong on purpose: tests/cuda/planted_faults.py checks that the shim and the sanitizers say
 // so.
 #include "../entries.h"
-#include "cuda/device.cuh"
+#include "cuda/launch.cuh"
 
 namespace {
 
@@ -12,8 +12,8 @@ struct Place {
 };
 
 __global__ void misaligned_load(const Place task) {
-  const auto vector = lesa::cuda::load<float, 4>(lesa::cuda::advance(task.data, 4));
-  lesa::cuda::store<float, 4>(task.data, vector);
+  const auto packed = lesa::cuda::load_packed<float, 4>(lesa::cuda::advance(task.data, 4));
+  lesa::cuda::store<float, 4>(task.data, std::bit_cast<std::array<float, 4>>(packed));
 }
 
 __global__ void partial_barrier(const Nothing) {
