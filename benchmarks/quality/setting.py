@@ -29,7 +29,7 @@ from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.policies import PlanPolicy, reference_run
-from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy, watch
+from lesa_kernels.trajectories import LoopSource, ModelCall, RecordedSource, StepPolicy, watch
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -159,7 +159,7 @@ class Setting:
     def images(self, predictor: Predictor, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
         """Sample the unseen noise with forecasts; return images and the steps that were full."""
         plan = predictor.plan(self.sigmas, schedule)
-        policy = PlanPolicy({ONLY_BRANCH: plan}, self.sigmas)
+        policy = PlanPolicy(plan)
         self.source(self.noise, self.labels).run(range(len(self.noise)), policy)
         if policy.final is None:
             raise RuntimeError("the run did not reach its end")
