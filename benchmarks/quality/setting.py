@@ -103,6 +103,7 @@ class Setting:
         return LoopSource(partial(self._loop, noise, labels), len(noise), self.sigmas)
 
     def _loop(self, noise: Tensor, labels: Tensor, runs: Sequence[int], policy: StepPolicy) -> None:
+        """Sample some runs by Euler's steps; see `LoopSource`."""
         chosen = list(runs)
         tokens, fixed = noise[chosen], conditioning(labels[chosen], design=self.design)
         for step in range(self.steps):
