@@ -29,7 +29,7 @@ from lesa_kernels.integrations import recorded
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.policies import PlanPolicy, reference_run
-from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy, watch
+from lesa_kernels.trajectories import LoopSource, ModelCall, RecordedSource, StepPolicy, watch
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -103,6 +103,7 @@ class Setting:
         return LoopSource(partial(self._loop, noise, labels), len(noise), self.sigmas)
 
     def _loop(self, noise: Tensor, labels: Tensor, runs: Sequence[int], policy: StepPolicy) -> None:
+        """Sample some runs by Euler's steps; see `LoopSource`."""
         chosen = list(runs)
         tokens, fixed = noise[chosen], conditioning(labels[chosen], design=self.design)
         for step in range(self.steps):
@@ -159,7 +160,7 @@ class Setting:
     def images(self, predictor: Predictor, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
         """Sample the unseen noise with forecasts; return images and the steps that were full."""
         plan = predictor.plan(self.sigmas, schedule)
-        policy = PlanPolicy({ONLY_BRANCH: plan}, self.sigmas)
+        policy = PlanPolicy(plan)
         self.source(self.noise, self.labels).run(range(len(self.noise)), policy)
         if policy.final is None:
             raise RuntimeError("the run did not reach its end")

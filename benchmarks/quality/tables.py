@@ -234,6 +234,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _cells(of: Mapping[int, Line], calls: Sequence[int]) -> list[str]:
+    """Return mean and range at each number of calls."""
     return [
         f"{of[count].psnr:.1f} ({of[count].lowest:.1f} to {of[count].highest:.1f})" if count in of else ""
         for count in calls
@@ -241,6 +242,7 @@ def _cells(of: Mapping[int, Line], calls: Sequence[int]) -> list[str]:
 
 
 def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Lay out a table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
 
 

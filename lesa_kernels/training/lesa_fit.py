@@ -44,8 +44,8 @@ def fit_lesa(
 ) -> LesaPredictor:
     """Fit a predictor of LESA's form through the model's tail, with a stage for each segment.
 
-    Segment after segment, in closed loop: each begins with what comes nearest to the fitted coefficients, near in what
-    the tail notices of them. Biases are zero. The KANs begin with random weights: call `torch.manual_seed` before.
+    Goes from segment to segment in closed loop: each begins with what comes nearest to the fitted coefficients, near in
+    what the tail notices of them. Biases are zero. The KANs begin with random weights: call `torch.manual_seed` before.
 
     Args:
         source: the runs that `fitted` was fitted to.

@@ -49,41 +49,37 @@ def euler(call: ModelCall, output: Tensor, sigmas: Sequence[float], sign: float 
 
 @dataclass
 class PlanPolicy:
-    """Answers calls by plans: with the blocks on full steps, with forecasts on the others. Measures their times.
+    """Answers calls by a plan: with the blocks on full steps, with forecasts on the others. Measures their times.
 
     Args:
-        plans: of each branch; branches without a plan run in full.
-        sigmas: S+1 noise levels.
+        plan: of the only branch.
         sign: of the output, see `Reference`.
         final: latents at the end of the run, by Euler's last step.
         full_seconds: of each call whose blocks ran, until the device was done.
         forecast_seconds: of each other call.
     """
 
-    plans: Mapping[str, Plan]
-    sigmas: Sequence[float]
+    plan: Plan
     sign: float = 1.0
     final: Tensor | None = None
     full_seconds: list[float] = field(default_factory=list)
     forecast_seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._sessions = {branch: Session(plan) for branch, plan in self.plans.items()}
+        self._session = Session(self.plan)
 
     def __call__(self, call: ModelCall) -> Tensor | None:
         """Answer a call."""
         _wait(call.latents)
         begin = time.perf_counter()
-        session = self._sessions.get(call.branch)
-        is_full = session is None or session.plan.is_full(call.step)
-        if session is None or is_full:
+        is_full = self.plan.is_full(call.step)
+        if is_full:
             feature, output = watch(call)
-            if session is not None:
-                session.push(call.step, feature)
+            self._session.push(call.step, feature)
         else:
-            output = None if call.tail is None else call.tail(session.forecast(call.step))
-        if output is not None and call.latents is not None and call.step == len(self.sigmas) - 2:
-            self.final = euler(call, output, self.sigmas, self.sign).detach()
+            output = None if call.tail is None else call.tail(self._session.forecast(call.step))
+        if output is not None and call.latents is not None and call.step == self.plan.num_steps - 1:
+            self.final = euler(call, output, self.plan.sigmas, self.sign).detach()
         _wait(call.latents)
         (self.full_seconds if is_full else self.forecast_seconds).append(time.perf_counter() - begin)
         return output
@@ -101,12 +97,10 @@ class Reference:
 
     Args:
         latents: before some steps, S standing for the end of the run; [B, ...] by step.
-        branch: of the calls.
         sign: -1 where the pipeline takes the negative of what its model returns (Z-Image), else 1.
     """
 
     latents: Mapping[int, Tensor]
-    branch: str
     sign: float
 
 
@@ -164,4 +158,4 @@ def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence
             )
     if end in steps:
         kept[end] = euler(last, output, sigmas, sign).detach()
-    return Reference(kept, last.branch, sign)
+    return Reference(kept, sign)

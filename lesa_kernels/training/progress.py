@@ -14,12 +14,22 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 def progress_bar(show: bool = True) -> Progress:
     """Make a progress bar; a hidden one takes updates all the same."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not show)
+    # In a narrow terminal the description takes two lines, and the numbers stay whole.
+    whole = Column(no_wrap=True)
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", table_column=Column()),
+        BarColumn(bar_width=20, table_column=whole),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+        disable=not show,
+    )
 
 
 @contextmanager

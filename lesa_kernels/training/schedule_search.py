@@ -68,7 +68,7 @@ class Evaluator:
         full: list[float] = []
         forecast: list[float] = []
         for runs, reference in zip(self._parts, self._references, strict=True):
-            policy = PlanPolicy({reference.branch: plan}, self.sigmas, reference.sign)
+            policy = PlanPolicy(plan, reference.sign)
             self.source.run(runs, policy)
             if policy.final is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")

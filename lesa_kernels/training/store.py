@@ -109,6 +109,7 @@ class FeatureStore:
                     policy(ModelCall(step, lambda step=step, branch=branch: feature(step, branch), branch=branch))  # type: ignore[misc]
 
     def _feature(self, file: Any, step: int, branch: str) -> Tensor:
+        """Read a feature, undo its scale and bring it to the wanted dtype and device."""
         name = _name(step, branch)
         stored: Tensor = file.get_tensor(name).to(self._device)
         dtype = self._dtype or getattr(torch, self._branches[branch]["dtype"])
@@ -117,6 +118,7 @@ class FeatureStore:
         return stored.to(dtype)
 
     def _check_sigmas(self, wanted: list[float]) -> None:
+        """Check that the runs have these noise levels, but for rounding."""
         own = self.sigmas
         if len(own) != len(wanted):
             raise ValueError(f"{self.folder}: must hold runs of {len(wanted) - 1} steps, it holds {len(own) - 1}")
@@ -128,6 +130,7 @@ class FeatureStore:
             )
 
     def _check_shard(self, run: int) -> None:
+        """Check that the file of a run holds all features as the index says."""
         file = _shard(self.folder, run)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: must be there, the store has {len(self)} runs")
@@ -187,7 +190,7 @@ class FeatureStore:
         ranks = Ranks()
         with ExitStack() as stack:
             ranks.from_first(lambda: stack.enter_context(lock_folder(folder)))
-            # One process looks: another one would see what this one has recorded since.
+            # One process reads the folder: another one would find what this one has recorded since.
             missing = ranks.from_first(lambda: _missing(folder, stamp))
             if missing is not None:
                 bar = stack.enter_context(progress_bar(progress and ranks.writes))
@@ -246,6 +249,7 @@ class _RunRecorder:
         return output
 
     def _keep(self, name: str, feature: Tensor) -> None:
+        """Copy a feature to the host, scaled to the range of its stored type."""
         dtype = self._stamp["dtype"]
         largest = feature.abs().amax().float()
         if not largest.isfinite():

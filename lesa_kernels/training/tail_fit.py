@@ -157,7 +157,7 @@ class ClosedLoopRuns:
     def minimize(
         self, search: LevenbergMarquardt, coefficients: Coefficients, segment: FitSegment, rounds: int
     ) -> None:
-        """Search for a segment's coefficients, in place, in so many passes over the runs at most."""
+        """Search for the coefficients of a segment, in place, in so many passes over the runs at most."""
         for _ in range(rounds):
             assign(coefficients, segment, search.candidate)
             for key, (runs, reference) in enumerate(zip(self._parts, self._references, strict=True)):

@@ -68,11 +68,11 @@ def _source(
 
 def _error(predictor: lesa.Predictor, seed: int = 1) -> float:
     source = _source(RUNS, seed)
-    following = PlanPolicy({ONLY_BRANCH: predictor.plan(SIGMAS, SCHEDULE)}, SIGMAS)
-    source.run(range(RUNS), following)
-    assert following.final is not None
+    policy = PlanPolicy(predictor.plan(SIGMAS, SCHEDULE))
+    source.run(range(RUNS), policy)
+    assert policy.final is not None
     reference = reference_run(source, range(RUNS), [STEPS]).latents[STEPS]
-    return ((following.final - reference).norm() / reference.norm()).item()
+    return ((policy.final - reference).norm() / reference.norm()).item()
 
 
 def _features(seed: int = 0) -> list[list[Tensor]]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from lesa_kernels import LesaPredictor, Schedule
 from lesa_kernels.ops import predict_l1_loss
 from lesa_kernels.training import LoopSource, RecordedSource, TrainingConfig, TrainingResult, plot_losses, train
+from lesa_kernels.training.learner import Learner
+from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 FORECASTS = STEPS - len(small_predictor().plan(SIGMAS, SCHEDULE).full_steps)
@@ -263,3 +265,36 @@ def test_the_plot_is_written(tmp_path: Path) -> None:
     result = train(predictor, runs(2), SCHEDULE, progress=False)
     path = plot_losses({"published": result}, tmp_path / "loss.png")
     assert path.read_bytes().startswith(b"\x89PNG") and [file.name for file in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_small_updates_compute_with_one_thread_and_the_source_with_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads on two busy cores wait for each other: a training of seconds was not done after minutes."""
+    threads: dict[str, set[int]] = {"source": set(), "updates": set()}
+    learn = Learner.learn
+
+    def watched(self: Learner, step: int, feature: Tensor) -> None:
+        threads["updates"].add(torch.get_num_threads())
+        learn(self, step, feature)
+
+    class Threads(RecordedSource):
+        def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+            threads["source"].add(torch.get_num_threads())
+            super().run(runs, policy)
+            threads["source"].add(torch.get_num_threads())
+
+    monkeypatch.setattr(Learner, "learn", watched)
+    torch.set_num_threads(2)
+    train(small_predictor(), Threads(trajectories(1), SIGMAS), SCHEDULE, TrainingConfig(1, 0), progress=False)
+    assert threads == {"source": {2}, "updates": {1}}
+
+
+def test_a_narrow_terminal_keeps_the_numbers_of_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar() as bar:
+        bar.update(bar.add_task("a description that is much longer than the line " * 2, total=72), advance=7)
+    with waiting("loading"):
+        pass
+    shown = capsys.readouterr().out
+    assert " 7/72 " in shown and "0:00:00" in shown and "loading" in shown
+    with progress_bar(show=False), waiting("loading", show=False):
+        pass
+    assert not capsys.readouterr().out
