@@ -22,7 +22,7 @@ from lesa_kernels.machine import one_thread
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-COMMAND = "python -m benchmarks.quality --report --page docs/quality.md"
+COMMAND = "python -m benchmarks.quality --report --page docs/quality.md --readme README.md"
 LOG_WIDTH = 120
 
 
@@ -71,6 +71,7 @@ def main(
     plot: Annotated[Path, typer.Option(help="The picture.")] = ROOT / "docs/quality/quality.png",
     report: Annotated[bool, typer.Option("--report", help="Measure nothing, report what is there.")] = False,
     page: Annotated[Path | None, typer.Option(help="The page whose tables are made anew.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="The page whose short table is made anew.")] = None,
 ) -> None:
     """Compare all methods; rows that are there already are kept."""
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
@@ -99,8 +100,9 @@ def main(
         console.print(tables.table(found, name, count))
     console.print(tables.verdict_table(tables.verdicts(rows)))
     tables.draw(found, plot)
-    if page is not None:
-        page.write_text(renewed(page.read_text(encoding="utf-8"), COMMAND, tables.markdown(rows)), encoding="utf-8")
+    for text, made in ((page, tables.markdown(rows)), (readme, tables.readme_markdown(rows))):
+        if text is not None:
+            text.write_text(renewed(text.read_text(encoding="utf-8"), COMMAND, made), encoding="utf-8")
     console.print(f"{time.monotonic() - begin:.0f} s; rows: {out}, picture: {plot}")
 
 

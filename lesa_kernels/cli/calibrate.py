@@ -22,7 +22,7 @@ from lesa_kernels.trajectories import ONLY_BRANCH, TrajectorySource
 
 # Of a fit that only shows how good a schedule is.
 _ROUNDS_TO_TRY = 2
-_BUDGET, _SEARCH = "Budget: one of these; without, a fifth of the steps", "Search and fit"
+_BUDGET, _SEARCH = "Budget: one of these, else a fifth of the steps", "Search and fit"
 
 
 class Form(str, Enum):
@@ -45,10 +45,6 @@ def calibrate(
             help="As few calls as keep the final latents this near, in dB: -20 log10(relative error).",
             rich_help_panel=_BUDGET,
         ),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(help="As many calls as fit into this time for one batch of runs, in s.", rich_help_panel=_BUDGET),
     ] = None,
     search: Annotated[
         int,
@@ -88,10 +84,10 @@ def calibrate(
     """
     common.check_modules("lesa calibrate", "diffusers")
     console = common.make_console()
-    if sum(each is not None for each in (calls, psnr_db, seconds)) > 1:
-        raise typer.BadParameter("give one budget: --calls, --psnr-db or --seconds")
-    if not search and (psnr_db, seconds) != (None, None):
-        raise typer.BadParameter("--psnr-db and --seconds need a --search of at least 1")
+    if calls is not None and psnr_db is not None:
+        raise typer.BadParameter("give one budget: --calls or --psnr-db")
+    if not search and psnr_db is not None:
+        raise typer.BadParameter("--psnr-db needs a --search of at least 1")
     with common.command("Interrupted, nothing is saved."):
         pipeline = common.Pipeline(model, prompts, steps, settings, seed, capture, common.place(device), dtype, offload)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -101,7 +97,7 @@ def calibrate(
         # Locked before the work, so that a folder that cannot be written to is refused at once.
         with lock_folder(out):
             source = pipeline.source(console)
-            schedule = _search(source, calls, psnr_db, seconds, search, refine, batch, console)
+            schedule = _search(source, calls, psnr_db, search, refine, batch, console)
             console.print(common.full_steps(schedule), soft_wrap=True)
             torch.manual_seed(seed)
             save_predictors({ONLY_BRANCH: _fitted(form, source, schedule, batch)}, out)
@@ -114,14 +110,13 @@ def _search(
     source: TrajectorySource,
     calls: int | None,
     psnr_db: float | None,
-    seconds: float | None,
     search: int,
     refine: int,
     batch: int,
     console: Console,
 ) -> Schedule:
     """Return the full steps: evenly spaced in sigma, or found with TaylorSeer and then with fits."""
-    if (calls, psnr_db, seconds) == (None, None, None):
+    if calls is None and psnr_db is None:
         calls = len(default_schedule(source.sigmas).full_steps)
     schedule = None if calls is None else Schedule.uniform_in_sigma(source.sigmas, calls)
     if not search and not refine and schedule is not None:
@@ -129,9 +124,7 @@ def _search(
     evaluator = Evaluator(source, batch=batch)
     if search or schedule is None:
         taylor = TaylorSeer(2, "sigma")
-        found = schedule_for_budget(
-            evaluator, lambda _: taylor, calls=calls, psnr_db=psnr_db, seconds=seconds, evaluations=search
-        )
+        found = schedule_for_budget(evaluator, lambda _: taylor, calls=calls, psnr_db=psnr_db, evaluations=search)
         console.print(f"TaylorSeer there: {found.score.psnr_db:.2f} dB after {found.evaluations} schedules")
         schedule = found.schedule
     if refine:

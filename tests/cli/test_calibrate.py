@@ -63,8 +63,6 @@ def test_budgets_choose_the_calls(tmp_path: Path) -> None:
     by_bound = run(tmp_path / "bound", tmp_path, "--psnr-db", "20", "--search", "3")
     assert by_bound.exit_code == 0, by_bound.output
     assert len(full_steps(tmp_path / "bound")) < 12
-    too_short = run(tmp_path / "short", tmp_path, "--seconds", "0.000001")
-    assert "seconds must allow one full call" in message(too_short)
 
 
 def test_a_schedule_is_refined_by_fits(tmp_path: Path) -> None:
@@ -93,8 +91,8 @@ def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--calls", "3", "--psnr-db", "20"], "give one budget: --calls, --psnr-db or --seconds"),
-        (["--seconds", "20", "--search", "0"], "--psnr-db and --seconds need a --search of at least 1"),
+        (["--calls", "3", "--psnr-db", "20"], "give one budget: --calls or --psnr-db"),
+        (["--psnr-db", "20", "--search", "0"], "--psnr-db needs a --search of at least 1"),
         (["--calls", "60"], "num_full must be at most 12"),
         (["--calls", "12", "--search", "0"], "schedule must leave a step to forecast"),
     ],
