@@ -16,8 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", default="a lighthouse in a storm, oil on canvas")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--predictor", help="folder or hub id of a LESA predictor; without, TaylorSeer in sigma")
-    parser.add_argument("--interval", type=int, default=7, help="interval of the published schedule (with --predictor)")
+    parser.add_argument("--predictor", help="folder or hub id of a saved predictor; without, TaylorSeer in sigma")
     arguments = parser.parse_args()
 
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
@@ -31,8 +30,7 @@ def main() -> None:
 
     sample("plain")
     if arguments.predictor:
-        predictor = lesa.LesaPredictor.from_pretrained(arguments.predictor).to("cuda")
-        lesa.enable(pipe, predictor, lesa.Schedule.interval(arguments.steps, arguments.interval))
+        lesa.enable(pipe, lesa.load_predictor(arguments.predictor))
     else:
         lesa.enable(pipe)
     sample("accelerated")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,9 @@ def main() -> None:
     torch.manual_seed(0)
     predictor = lesa.LesaPredictor(num_steps=arguments.steps).to(device)
     schedule = lesa.Schedule.interval(arguments.steps, arguments.interval)
-    result = train(predictor, source, schedule, TrainingConfig(batch_size=arguments.batch), out=arguments.out)
+    result = train(
+        predictor, source, schedule, replace(TrainingConfig.tuned(), batch_size=arguments.batch), out=arguments.out
+    )
     print(f"{result.updates} updates in {result.seconds:.0f} s; try it: examples/flux.py --predictor {arguments.out}")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

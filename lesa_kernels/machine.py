@@ -24,7 +24,8 @@ def device_name(device: torch.device) -> str:
 def one_thread() -> Generator[None, None, None]:
     """Let torch compute with one CPU thread: a small model loses more while threads wait for each other than it gains.
 
-    With two threads on two busy cores, a training of seconds was not done after minutes.
+    With two threads on two busy cores, a training of seconds was not done after minutes. The number is the process's: a
+    Python thread that first uses torch within the block keeps it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from lesa_kernels.checks import check_decreasing, check_int
+from lesa_kernels.checks import check_decreasing, check_int, check_type
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
 # What one launch of `forecast_into` takes.
@@ -294,6 +294,7 @@ def _resolve_rows(steps: int, schedule: Schedule, rule: RowRule, first_step: int
 
 
 def _check_row(step: int, row: Row, first_step: int) -> None:
+    check_type(f"the row of step {step}", row, Row, "a Row or None")
     if not row.terms:
         raise ValueError(f"the row of step {step} must read at least one feature, got none")
     if not all(math.isfinite(value) for value in (*row.terms.values(), row.offset)):

@@ -1,4 +1,4 @@
-// The kernel of identity and push: a copy between tensors of any strides, converting between feature dtypes.
+// The kernel of identity and push: a copy between tensors of any strides. The conversions between dtypes are push's.
 #pragma once
 
 #include <algorithm>

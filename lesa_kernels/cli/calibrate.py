@@ -80,12 +80,16 @@ def calibrate(
 ) -> None:
     """Find the best steps to run in full, fit a predictor for the others through the model's tail, and save it.
 
-    For models that are called once a step, without true guidance. Runs in one process.
+    For models that are called once a step, without classifier-free guidance (two calls a step). Runs in one process.
     """
     common.check_modules("lesa calibrate", "diffusers")
     console = common.make_console()
     if calls is not None and psnr_db is not None:
         raise typer.BadParameter("give one budget: --calls or --psnr-db")
+    if calls is not None and calls >= steps:
+        raise typer.BadParameter(
+            f"--calls must be below --steps {steps}, so that a step is left to forecast, got {calls}"
+        )
     if not search and psnr_db is not None:
         raise typer.BadParameter("--psnr-db needs a --search of at least 1")
     with common.command("Interrupted, nothing is saved."):
@@ -125,14 +129,14 @@ def _search(
     if search or schedule is None:
         taylor = TaylorSeer(2, "sigma")
         found = schedule_for_budget(evaluator, lambda _: taylor, calls=calls, psnr_db=psnr_db, evaluations=search)
-        console.print(f"TaylorSeer there: {found.score.psnr_db:.2f} dB after {found.evaluations} schedules")
+        console.print(f"TaylorSeer's best of {found.evaluations} schedules: {found.score.psnr_db:.2f} dB")
         schedule = found.schedule
     if refine:
         make = partial(fit, source, rounds=_ROUNDS_TO_TRY, batch=batch, progress=False)
         uniform = Schedule.uniform_in_sigma(source.sigmas, len(schedule.full_steps))
         starts = list(dict.fromkeys([schedule, uniform]))[:refine]
         found = search_schedule(evaluator, starts, make, evaluations=refine)
-        console.print(f"fitted there: {found.score.psnr_db:.2f} dB on its own runs after {found.evaluations} schedules")
+        console.print(f"a fit's best of {found.evaluations} schedules: {found.score.psnr_db:.2f} dB on its own runs")
         schedule = found.schedule
     return schedule
 

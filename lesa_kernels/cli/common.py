@@ -59,7 +59,8 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise and of first weights.
 Capture = Annotated[
     str | None,
     typer.Option(
-        help="For models that are not known: the submodule whose first argument is forecast.", rich_help_panel=RUNS
+        help="For a model without an entry: the submodule whose first argument is forecast.",
+        rich_help_panel=RUNS,
     ),
 ]
 Device = Annotated[

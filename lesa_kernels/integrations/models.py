@@ -53,6 +53,9 @@ def register_adapter(adapter: Adapter) -> None:
     Args:
         adapter: names the class.
     """
+    check_type("adapter", adapter, Adapter, "an Adapter")
+    check_type("the model of an Adapter", adapter.model, str, "the name of a class")
+    check_type("the blocks of an Adapter", adapter.blocks, (tuple, list), "paths of lists of blocks")
     _ADAPTERS[adapter.model] = adapter
 
 
@@ -68,13 +71,23 @@ def find_adapter(model: nn.Module, capture: str | None = None) -> Adapter:
     if capture is not None and capture != adapter.capture:
         adapter = replace(adapter, capture=capture, tail=None, lora_scale="")
     try:
-        model.get_submodule(adapter.capture)
+        captured = model.get_submodule(adapter.capture)
     except AttributeError:
         known = f"no adapter for {name}; there are adapters for {', '.join(sorted(_ADAPTERS))}, and"
         raise ValueError(
             f"lesa: {name + ':' if kinds or capture is not None else known} the model has no submodule "
             f'{adapter.capture!r} to capture at; capture="..." names another one, and register_adapter adds an adapter'
         ) from None
+    if isinstance(captured, nn.ModuleList | nn.ModuleDict):
+        raise ValueError(
+            f"lesa: {name}: capture must be a submodule that is called, "
+            f"{adapter.capture!r} is a {type(captured).__name__}"
+        )
+    for path in adapter.blocks:
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"lesa: {name}: blocks of its Adapter must be submodules, there is no {path!r}") from None
     if not adapter.blocks:
         adapter = replace(adapter, blocks=find_block_lists(model))
     if adapter.capture == MODEL_OUTPUT and adapter.tail is None:

@@ -310,7 +310,7 @@ def load_pipeline(model: str, *, device: str = "cpu", dtype: torch.dtype = torch
 
     try:
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: of a class that diffusers does not have
         raise ValueError(f"model must be a folder or a hub id of a diffusers pipeline, got {model}: {error}") from error
     if offload:
         pipe.enable_model_cpu_offload(device=device)

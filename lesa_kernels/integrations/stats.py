@@ -54,7 +54,7 @@ class Summary:
             steps = ", ".join(f"{error:.3g} (step {step})" for step, error in self.errors)
             lines.append(f"checked steps would have been forecast with a relative error of {steps}")
         lines += [f"without forecasts from some step on: {self.refused}"] if self.refused else []
-        return "\n".join(lines + ([self.plan] if self.plan else []))
+        return "\n".join(lines + ([f"plan: {self.plan}"] if self.plan else []))
 
 
 @dataclass

@@ -134,14 +134,14 @@ def _check_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
     written, count = ring[slot], feature.numel()
     start, at = written.data_ptr(), feature.data_ptr()
     end, other_end = start + count * written.element_size(), at + count * feature.element_size()
-    if start < other_end and at < end and (start, end) != (at, other_end) and _is_walked_alike(written, feature):
+    if start < other_end and at < end and (start, end) != (at, other_end) and _share_layout(written, feature):
         raise ValueError(
             f"lesa::{op}: feature must not overlap a part of the slot that it is written to, "
             f"got memory {at - start} bytes after the slot's"
         )
 
 
-def _is_walked_alike(a: Tensor, b: Tensor) -> bool:
+def _share_layout(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have no gaps and their elements lie in the same order."""
     both_contiguous = a.is_contiguous() and b.is_contiguous()
     return both_contiguous or (a.stride() == b.stride() and is_dense(a))

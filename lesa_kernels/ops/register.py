@@ -25,7 +25,7 @@ MakeTensor: TypeAlias = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Op:
-    """What one op is. All functions but `example` and the last two take the op's arguments, in order.
+    """What one op is. `reference`, `check` and `fake` take the op's arguments in order, `check` after the op's name.
 
     Args:
         schema: str, its name, arguments and results in torch's notation.

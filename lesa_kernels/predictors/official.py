@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import re
 import reprlib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,71 +25,42 @@ _PUBLISHED_THRESHOLDS = {False: (0.9, 0.5, 0.0), True: (0.9, 0.4, 0.0)}
 # Of the part that describes the tensors, a few hundred bytes each.
 _LARGEST_PICKLE = 1 << 20
 _MOST_DIMENSIONS = 8
-# Hashing tuples in tuples recurses in C: 100,000 deep it still fits an ordinary stack.
-_MOST_TUPLES = 20_000
-# What torch.save writes, and what the same data take in newer protocols. INST, OBJ and EXT find classes in other ways,
-# and for bytes pickle takes memory before it sees that the data end.
-_OPCODES = {
-    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "FLOAT"),
-    *("BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE", "UNICODE"),
-    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS"),
-    *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET"),
-    *("BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
-    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
+# Stands for every object that no checkpoint of ours needs.
+_UNKNOWN = object()
+# Opcodes that pickle reads as it does anywhere: those of torch.save, and of the same data in newer protocols.
+_AS_USUAL = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT),
+    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.UNICODE, pickle.EMPTY_DICT, pickle.EMPTY_LIST),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+)
+
+
+def _rebuild_tensor(storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Any:
+    """Return a view of a storage that the file holds; of any other, such as one of integers, a placeholder."""
+    if not isinstance(storage, Tensor):
+        return _UNKNOWN
+    if len(size) > _MOST_DIMENSIONS or not all(isinstance(extent, int) for extent in size):
+        raise ValueError(f"a tensor must have a shape of at most {_MOST_DIMENSIONS} integers")
+    # Strides can make a tensor of any size from one element: the archive must hold every element.
+    if math.prod(size) > storage.numel():
+        raise ValueError(f"a tensor of shape {tuple(size)} has more elements than its storage, {storage.numel()}")
+    return storage.as_strided(size, stride, offset)
+
+
+def _rebuild_parameter(tensor: object, *_: object) -> object:
+    """Return the tensor itself."""
+    return tensor
+
+
+_CALLED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): dict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 }
-
-
-class _Unknown:
-    """Stands for every object that no checkpoint of ours needs; takes any arguments and any state, and keeps none."""
-
-    def __new__(cls, *_: object) -> _Unknown:
-        return super().__new__(cls)
-
-    def __init__(self, *_: object) -> None:
-        """Ignore the arguments."""
-
-    def __setstate__(self, state: object) -> None:
-        """Ignore the state."""
-
-
-class _Dict(dict[Any, Any]):
-    """Stands for an OrderedDict, whose attributes (torch's `_metadata`) are dropped."""
-
-    def __setstate__(self, state: object) -> None:
-        """Ignore the state."""
-
-
-class _RebuildTensor:
-    """Stands for torch's function; unlike a function, it has no attributes that a stream could set."""
-
-    __slots__ = ()
-
-    def __call__(self, storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Any:
-        """Return a view of a storage that the file holds; of any other, such as one of integers, an `_Unknown`."""
-        if not isinstance(storage, Tensor):
-            return _Unknown()
-        if len(size) > _MOST_DIMENSIONS or not all(isinstance(extent, int) for extent in size):
-            raise ValueError(f"a tensor must have a shape of at most {_MOST_DIMENSIONS} integers")
-        # Strides can make a tensor of any size from one element: the archive must hold every element.
-        if math.prod(size) > storage.numel():
-            raise ValueError(f"a tensor of shape {tuple(size)} has more elements than its storage, {storage.numel()}")
-        return storage.as_strided(size, stride, offset)
-
-
-class _RebuildParameter:
-    """Stands for torch's function."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor: object, *_: object) -> object:
-        """Return the tensor itself."""
-        return tensor
-
-
-_KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _Dict,
-    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+_DTYPES = {
     ("torch", "FloatStorage"): torch.float32,
     ("torch", "HalfStorage"): torch.float16,
     ("torch", "BFloat16Storage"): torch.bfloat16,
@@ -97,35 +68,47 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads the pickle of an archive; every name in it becomes one of `_KNOWN` or an inert placeholder.
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    """What an unpickler does for each opcode."""
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        raise ValueError(f"torch.save does not use the opcode {bytes([code])!r}")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Reads the pickle of an archive: builds tensors and containers, and a placeholder for everything else.
+
+    Python's own in Python, as that in C hashes whatever is a key and sets whatever is a state. It imports nothing,
+    calls nothing but `_CALLED`, drops states and the items of unknown objects, and refuses other opcodes.
 
     Args:
         archive: the file.
         name: of the pickle in it.
-
-    Raises:
-        ValueError: when the pickle does what torch.save does not do.
     """
 
+    # Of the base; its types are not published.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    dispatch: ClassVar = _Opcodes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _AS_USUAL})
+
     def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
-        data = archive.read(name)
-        _check_opcodes(data)
-        super().__init__(io.BytesIO(data))
+        super().__init__(io.BytesIO(archive.read(name)))
         self._archive = archive
         self._folder = name.removesuffix("data.pkl")
         self._storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name; a class of its own for an unknown one, so that nothing outlives the file."""
-        known = _KNOWN.get((module, name))
-        return type("_Unknown", (_Unknown,), {}) if known is None else known
+        """Return what stands for a name."""
+        known: dict[tuple[str, str], Any] = {**_CALLED, **_DTYPES}
+        return known.get((module, name), _UNKNOWN)
 
     def persistent_load(self, persistent_id: Any) -> object:
         """Return the storage that a tensor refers to, as a flat tensor."""
         _, dtype, key, *_ = persistent_id
         if not isinstance(dtype, torch.dtype):
-            return _Unknown()
+            return _UNKNOWN
         if not isinstance(key, str):
             raise ValueError("a storage's key must be a text")
         if key not in self._storages:
@@ -134,18 +117,49 @@ class _Unpickler(pickle.Unpickler):
             self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self._storages[key]
 
+    def _call(self) -> None:
+        arguments, called = self.stack.pop(), self.stack.pop()
+        known = any(called is each for each in _CALLED.values())
+        self.append(called(*arguments) if known else _UNKNOWN)
 
-def _check_opcodes(data: bytes) -> None:
-    """Refuse a stream whose reading could take more memory or stack than its size."""
-    tuples = 0
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in _OPCODES:
-            raise ValueError(f"torch.save does not use the opcode {opcode.name}")
-        if opcode.name == "LONG_BINPUT" and (argument or 0) > len(data):
-            raise ValueError(f"a memo must be smaller than the pickle, got the number {argument}")
-        tuples += opcode.name.startswith("TUPLE")
-    if tuples > _MOST_TUPLES:
-        raise ValueError(f"a pickle must hold at most {_MOST_TUPLES} tuples, got {tuples}")
+    def _drop(self) -> None:
+        self.stack.pop()
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(target, dict) else ():
+            # Of tuples in tuples even the hash may take forever.
+            target[key if isinstance(key, str | int) else _UNKNOWN] = value
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def _extend(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
+
+    def _append_set(self) -> None:
+        self.append(_UNKNOWN)
+
+    def _pop_set(self) -> None:
+        self.pop_mark()
+        self.append(_UNKNOWN)
+
+    dispatch.update(
+        {
+            pickle.REDUCE[0]: _call,
+            pickle.NEWOBJ[0]: _call,
+            pickle.BUILD[0]: _drop,
+            pickle.SETITEM[0]: _set_item,
+            pickle.SETITEMS[0]: lambda self: self._set(self.pop_mark()),
+            pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
+            pickle.APPENDS[0]: lambda self: self._extend(self.pop_mark()),
+            pickle.ADDITEMS[0]: lambda self: self._extend(self.pop_mark()),
+            pickle.EMPTY_SET[0]: _append_set,
+            pickle.FROZENSET[0]: _pop_set,
+        }
+    )
 
 
 def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = None) -> dict[str, LesaPredictor]:

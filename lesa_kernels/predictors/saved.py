@@ -16,7 +16,7 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lesa_kernels.files import opened_tensors, read_json, replacing_all, shortened
+from lesa_kernels.files import opened_tensors, parsed, read_json, replacing_all, shortened
 
 if TYPE_CHECKING:
     from lesa_kernels.predictors.lesa import LesaPredictor
@@ -111,7 +111,10 @@ class Saved(nn.Module, PyTorchModelHubMixin):
         if not weights.exists():
             raise FileNotFoundError(f"{where}: must hold {SAFETENSORS_SINGLE_FILE}")
         with opened_tensors(weights) as tensors:
-            if (tensors.metadata() or {}).get(_DIGEST, digest) != digest:
+            metadata = tensors.metadata() or {}
+            # Earlier versions kept the config itself in the header.
+            earlier = _digest(parsed(metadata["config"], weights)) if "config" in metadata else digest
+            if metadata.get(_DIGEST, earlier) != digest:
                 raise ValueError(
                     f"{where}: {CONFIG_NAME} must be the config of the weights beside it, they were saved with another "
                     "(a save was cut short, or the file was edited): save the predictor again"

@@ -20,10 +20,10 @@ BELOW: dict[str, set[str]] = {
     "stopwatch": set(),
     "trajectories": {"checks"},
     "files": set(),
-    "ring": {"ops", "stopwatch"},
+    "ring": {"ops"},
     "predictors": {"plan", "ops", "files"},
     "session": {"plan", "ring"},
-    "integrations": {"session", "predictors", "trajectories"},
+    "integrations": {"session", "predictors", "trajectories", "stopwatch"},
     "training": {"session", "predictors", "trajectories", "machine"},
     "cli": {"integrations", "training", "backends"},
 }

@@ -55,7 +55,7 @@ def test_a_fit_serves_the_pipeline_with_its_own_schedule(form: str, kind: type, 
 def test_without_a_budget_it_takes_a_fifth_of_the_steps_and_searches_for_them(tmp_path: Path) -> None:
     result = run(tmp_path / "out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "TaylorSeer there:" in result.output
+    assert "TaylorSeer's best of" in result.output
     assert len(full_steps(tmp_path / "out")) == 3
 
 
@@ -68,8 +68,8 @@ def test_budgets_choose_the_calls(tmp_path: Path) -> None:
 def test_a_schedule_is_refined_by_fits(tmp_path: Path) -> None:
     result = run(tmp_path / "out", tmp_path, "--calls", "4", "--search", "0", "--refine", "3")
     assert result.exit_code == 0, result.output
-    assert "fitted there:" in result.output and "after 3 schedules" in result.output
-    assert "TaylorSeer there" not in result.output
+    assert "a fit's best of 3 schedules:" in result.output
+    assert "TaylorSeer's best" not in result.output
     assert len(full_steps(tmp_path / "out")) == 4
 
 
@@ -93,8 +93,8 @@ def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
     [
         (["--calls", "3", "--psnr-db", "20"], "give one budget: --calls or --psnr-db"),
         (["--psnr-db", "20", "--search", "0"], "--psnr-db needs a --search of at least 1"),
-        (["--calls", "60"], "num_full must be at most 12"),
-        (["--calls", "12", "--search", "0"], "schedule must leave a step to forecast"),
+        (["--calls", "60"], "--calls must be below --steps 12"),
+        (["--calls", "12", "--search", "0"], "--calls must be below --steps 12"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(arguments: list[str], expected: str, tmp_path: Path) -> None:

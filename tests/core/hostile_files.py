@@ -47,6 +47,12 @@ def harm(marker: Path) -> dict[str, Calls]:
     return {"system": Calls(os.system, command), "eval": Calls(eval, code), "exec": Calls(exec, code)}
 
 
+def _twice(number: int) -> bytes:
+    """Make a pair of the last object and itself."""
+    place = struct.pack("<I", number)
+    return b"r" + place + b"j" + place + b"\x86"
+
+
 def pickles(marker: Path) -> dict[str, bytes]:
     """Pickles of torch.save's form and of other forms."""
     found = {
@@ -70,7 +76,8 @@ def pickles(marker: Path) -> dict[str, bytes]:
         "a bytearray of 1 TiB": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
         "state of a class": b"\x80\x02cos\nsystem\n}X\x0c\x00\x00\x00__setstate__Nsb.",
         "attributes of a class": b"\x80\x02cos\nsystem\nN}X\x08\x00\x00\x00__init__Ns\x86b.",
-        "a key of as many tuples as there may be": b"\x80\x02})" + b"\x85" * 19_999 + b"Ns.",
+        "a key that takes forever to hash": b"\x80\x02})" + b"".join(_twice(n) for n in range(60)) + b"Ns.",
+        "80,000 names": b"\x80\x02(" + b"cos\nsystem\n" * 80_000 + b"t.",
         "a key of tuples in tuples": b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.",
         "a name of tuples in tuples": b"\x80\x04)" + b"\x85" * 200_000 + b"\x8c\x01a\x93)R.",
         "a list in itself": b"\x80\x02]q\x00h\x00a.",
@@ -225,6 +232,8 @@ FOLDERS: dict[str, Make] = {
     "a tensor of 4 TiB": replaced("model.safetensors", header(0, a=tensor([2**40], 2**42))),
     "a shape of 2**64": replaced("model.safetensors", header(0, a=tensor([2**32, 2**32], 0))),
     "a shape of nothing": replaced("model.safetensors", header(0, a=tensor([0, 2**40], 0))),
+    "a config of before that is none": replaced("model.safetensors", header(0, __metadata__={"config": "[" * 10**5})),
+    "a config of before that is another": replaced("model.safetensors", header(0, __metadata__={"config": "{}"})),
     "a digest of another config": replaced("model.safetensors", header(0, __metadata__={"config_sha256": "0"})),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -141,6 +142,33 @@ def test_a_plan_refuses_parameters_that_are_not_finite() -> None:
         predictor.latent[2].bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="the row of step 8 must be finite"):
         predictor.plan(SIGMAS, Schedule.explicit(10, [0]))
+
+
+class _Settings(dict):  # type: ignore[type-arg]
+    """A config that allows attributes, as some libraries have it."""
+
+
+class _Names(list):  # type: ignore[type-arg]
+    pass
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        _Settings(rate=1e-4),
+        collections.defaultdict(int, a=1),
+        collections.deque([1, 2]),
+        _Names("ab"),
+        {(1, 2): {3}},
+        10**700,
+    ],
+    ids=["dict", "defaultdict", "deque", "list", "tuple as key", "long number"],
+)
+def test_what_a_checkpoint_holds_beside_its_model_does_not_matter(tmp_path: Path, config: object) -> None:
+    predictor = LesaPredictor(num_steps=10, hidden_dim=8)
+    torch.save({"config": config, "model": predictor.state_dict()}, tmp_path / "file.pt")
+    loaded = load_official(tmp_path / "file.pt")["cond"]
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in predictor.state_dict().items())
 
 
 def test_save_and_load(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel, WanTransformer3DModel
+from tiny_flux import tiny_transformer
 from tiny_models import MODELS, block_calls, sample_of
 from torch import Tensor, nn
 
@@ -230,6 +231,7 @@ def test_an_output_of_several_tensors_is_no_feature() -> None:
         ("tail", None, r"Own: the model has no submodule 'tail'"),
         ("head", None, r"Own has no list of blocks: .*register_adapter\(Adapter\('Own', blocks=\(\.\.\.\)\)\)"),
         (None, Adapter("Own", capture="head", blocks=("body",)), "body must be an nn.ModuleList of blocks, got Module"),
+        (None, Adapter("Own", capture="head", blocks=("body.nope",)), "there is no 'body.nope'"),
     ],
 )
 def test_a_structure_that_is_not_understood_is_refused_at_once(
@@ -290,3 +292,14 @@ def test_subclasses_of_diffusers_models_are_found() -> None:
     model = Finetuned(num_attention_heads=2, attention_head_dim=16, in_channels=4, text_dim=8, num_layers=1, ffn_dim=8)
     found = find_adapter(model)
     assert (found.capture, found.blocks, found.tail) == ("norm_out", ("blocks",), None)
+
+
+def test_a_list_of_modules_is_no_capture_point() -> None:
+    with pytest.raises(ValueError, match=r"capture must be a submodule that is called, '\w+' is a ModuleList"):
+        enable(tiny_transformer(), Reuse(), SPARSE, sigmas=SIGMAS, capture="transformer_blocks")
+
+
+@pytest.mark.parametrize("adapter", [Own, Adapter(Own), Adapter("Own", blocks="body")])  # type: ignore[arg-type]
+def test_an_adapter_of_something_else_is_refused(adapter: Adapter) -> None:
+    with pytest.raises(TypeError, match="must be"):
+        register_adapter(adapter)

@@ -35,7 +35,7 @@ class Told(RecordedSource):
 
     def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
         """See `TrajectorySource.run`."""
-        self._tell("playing")
+        self._tell("sampling")
         super().run(runs, policy)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from lesa_kernels.ops import OPS
 from tools.gpu_check.processes import Job, run_all
 from tools.gpu_check.records import LEFT_OUT, Record
 from tools.gpu_check.settings import RECORDS, ROOT, Settings
@@ -15,11 +16,7 @@ TESTS = (
     "tests/gpu/test_kernels.py",
     "tests/gpu/test_autograd.py",
     "tests/gpu/test_execution.py",
-    "tests/triton/test_kan.py",
-    "tests/triton/test_predict.py",
-    "tests/triton/test_forecast.py",
-    "tests/triton/test_gram.py",
-    "tests/triton/test_identity.py",
+    *sorted({f"tests/triton/test_{op.family}.py" for op in OPS.values()}),
     "tests/gpu/test_large.py",
 )
 DIFFUSERS = (

@@ -1,6 +1,6 @@
 """`forecast`, `forecast_into` and `push`: elementwise, out[m] = sum_k c[m, k] * in[k] + d[m] in one pass, and a copy.
 
-Tensors that share one dense layout are walked as they lie in memory. Of others, inputs are first made contiguous and
+Tensors that share one dense layout are read as they lie in memory. Of others, inputs are first made contiguous and
 slots of a ring are written through a temporary.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
@@ -133,7 +133,7 @@ def launch_combine(
 
     Args:
         op: whose launch it is, for error messages.
-        inputs: K tensors that are walked flat, or the ring alone.
+        inputs: K tensors that are read flat, or the ring alone.
         outputs: M tensors, likewise.
         coefficients: [M, K] or [K].
         offsets: [M] or one element.

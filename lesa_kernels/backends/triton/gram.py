@@ -1,7 +1,7 @@
 """`gram`: all products of up to 16 features and the constant 1 in one pass, then a launch that writes the matrix.
 
 More features are taken two groups of 8 at a time: 24 are read twice each, 64 seven times. Features that share one dense
-layout are walked as they lie in memory, others are first made contiguous.
+layout are read as they lie in memory, others are first made contiguous.
 
 Sums are float32 over a thread's vector, over its tiles and over the program's threads, float64 over programs, always in
 the same order and without atomics; products that leave float32's range are summed again in float64. The sums stand as
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lesa_kernels.backends.triton.launch import OPTIONS, launch, on_device_of, skew_of, walkable
+from lesa_kernels.backends.triton.launch import OPTIONS, in_memory_order, launch, on_device_of, skew_of
 from lesa_kernels.backends.triton.tiles import Pass, add, chosen, tile_of, write_partials, zeros
 
 GROUP = 8
@@ -125,7 +125,7 @@ def matrix(
 def gram(features: Sequence[Tensor]) -> Tensor:
     """`reference.gram`; features that do not share a dense layout are copied."""
     inputs = len(features)
-    flat = walkable(features)
+    flat = in_memory_order(features)
     result = features[0].new_empty((inputs + 1, inputs + 1), dtype=torch.float64)
     with on_device_of(flat[0]):
         for second in range(GROUP, max(inputs, GROUP + 1), GROUP):

@@ -78,14 +78,14 @@ def _dense_strides(tensor: Tensor) -> list[tuple[int, int]] | None:
 
 
 def share_dense_layout(tensors: Sequence[Tensor]) -> bool:
-    """Return whether tensors of one shape are contiguous or permuted alike: then memory can be walked in its order."""
+    """Return whether tensors of one shape are contiguous or permuted alike: then memory can be read in its order."""
     if all(tensor.is_contiguous() for tensor in tensors):
         return True
     strides = _dense_strides(tensors[0])
     return strides is not None and all(_dense_strides(tensor) == strides for tensor in tensors[1:])
 
 
-def walkable(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def in_memory_order(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return tensors of one shape as they are where they share a dense layout, contiguous copies otherwise."""
     return tuple(tensors) if share_dense_layout(tensors) else contiguous(tensors)
 

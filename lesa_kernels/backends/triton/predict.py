@@ -2,7 +2,7 @@
 
 S_k = sum g h_k, S_b = sum g, for a loss also sum |error|; g is the gradient of the forecast. Sums are float32: over a
 thread's vector, over its tiles, over the program's threads, and over programs in `finish`, always in the same order and
-without atomics. Tensors that share one dense layout are walked as they lie in memory; others are first made contiguous,
+without atomics. Tensors that share one dense layout are read as they lie in memory; others are first made contiguous,
 and `out` is then written through a temporary.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
@@ -22,12 +22,12 @@ from lesa_kernels.backends.triton.forecast import launch_combine, mixed
 from lesa_kernels.backends.triton.launch import (
     OPTIONS,
     contiguous,
+    in_memory_order,
     launch,
     on_device_of,
     power_of_2,
     share_dense_layout,
     skew_of,
-    walkable,
 )
 from lesa_kernels.backends.triton.tiles import Pass, add, tile_of, write_partials, zeros
 from lesa_kernels.ops.register import fresh_like
@@ -192,7 +192,7 @@ def predict_backward(
     inputs = len(history)
     grad_history = [fresh_like(feature) for feature in history] if history_needs_grad else []
     # Gradients of the history are contiguous, whatever the history is.
-    grad, *history = contiguous([grad, *history]) if history_needs_grad else walkable([grad, *history])
+    grad, *history = contiguous([grad, *history]) if history_needs_grad else in_memory_order([grad, *history])
     with on_device_of(grad):
         run = Pass(grad, inputs, inputs + 1, WARPS_PER_PROCESSOR)
         run.launch(
@@ -219,7 +219,7 @@ def predict_l1(
     inputs = len(history)
     features: Sequence[Tensor] = [*history, target]
     direct = out is None or share_dense_layout([*features, out])
-    features = walkable(features) if direct else contiguous(features)
+    features = in_memory_order(features) if direct else contiguous(features)
     *history, target = features
     written = out if direct or out is None else fresh_like(out)
     loss = target.new_empty((), dtype=torch.float32)
