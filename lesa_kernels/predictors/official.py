@@ -208,11 +208,12 @@ def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = No
 def _read_state(file: Path) -> dict[str, Tensor]:
     """Return the tensors of `model`."""
     size = regular(file).stat().st_size
-    if not zipfile.is_zipfile(file):
-        raise ValueError(f"{file}: not a checkpoint written by torch.save (no zip archive), or truncated")
     try:
         with zipfile.ZipFile(file) as archive:
             content = _read_archive(archive, size)
+    except zipfile.BadZipFile as error:
+        reason = f"no zip archive, or truncated: {error}"
+        raise ValueError(f"{file}: not a checkpoint written by torch.save ({reason})") from error
     except Exception as error:
         # Whatever a damaged or hostile stream provokes in the parser means the same to the user.
         raise ValueError(f"{file}: not a readable checkpoint ({type(error).__name__}: {shortened(error)})") from error

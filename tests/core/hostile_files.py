@@ -143,6 +143,8 @@ def _wide(folder: Path) -> Path:
 
 def official(marker: Path) -> dict[str, Make]:
     found = {f"pickle: {name}": archive(data) for name, data in pickles(marker).items()}
+    end = b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 3) + b"PK\x05\x06" + bytes(18)
+    found["an archive on three disks"] = placed("file.pt", lambda file: file.write_bytes(bytes(100) + end))
     found["many pickles"] = archive(b"N.", **{"other/data.pkl": b"N."})
     found |= {"zip bomb": _bomb, "tensors that share": _sharing, "expanded": _expanded, "wide": _wide}
     return found
