@@ -1,4 +1,4 @@
-"""What a user would run instead of the kernels. Benchmarks import these and never retype them."""
+"""Computes what the kernels do as users would without them. Benchmarks import these and never retype them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What memory allows: the bandwidth of one large copy, and the pages that an allocator hands out fresh."""
+"""Times the limits of memory: one large copy, and the pages that an allocator hands out fresh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cases share: sizes, names of variants, tolerances and random features."""
+"""Provides the sizes, names of variants, tolerances and random features that cases share."""
 
 from __future__ import annotations
 

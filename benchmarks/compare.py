@@ -1,4 +1,4 @@
-"""Two commits in one run: each in a process of its own, the samples interleaved."""
+"""Compares two commits in one run: each in a process of its own, the samples interleaved."""
 
 from __future__ import annotations
 

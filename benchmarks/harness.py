@@ -1,4 +1,4 @@
-"""Measuring: a correctness gate, variants interleaved in one process, cold caches, quantiles, share of a copy."""
+"""Checks and times variants: a correctness gate, samples interleaved in one process, cold caches, quantiles."""
 
 from __future__ import annotations
 

@@ -33,14 +33,14 @@ class Case:
 
     Args:
         method: name of the predictor.
-        placement: where its full steps lie.
+        full_steps: the name of its schedule.
         predictor: makes the others.
         schedule: the full steps.
         chunk: forecasts that are made at once, None for those of a segment.
     """
 
     method: str
-    placement: str
+    full_steps: str
     predictor: Predictor
     schedule: Schedule
     chunk: int | None
@@ -104,9 +104,9 @@ def markdown(lines: Sequence[Line], samples: int) -> str:
     """Lay out the lines as a table."""
     here = origin(torch.device("cpu"))
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    head = ["predictor", "placed", "at once", *names]
+    head = ["predictor", "full steps", "at once", *names]
     rows = [
-        [line.case.method, line.case.placement, "a segment" if line.case.chunk is None else str(line.case.chunk)]
+        [line.case.method, line.case.full_steps, "a segment" if line.case.chunk is None else str(line.case.chunk)]
         + [f"{quality:.2f} dB, {size / 2**20:.1f} MiB" for quality, size in line.found]
         for line in lines
     ]

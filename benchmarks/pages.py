@@ -1,4 +1,4 @@
-"""What commands write into pages that are otherwise written by hand."""
+"""Replaces the parts of pages that commands write."""
 
 from __future__ import annotations
 

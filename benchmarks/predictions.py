@@ -1,4 +1,4 @@
-"""What the kernels should reach on a GPU, written down before it was measured: read beside the rows of results.csv.
+"""Lists what the kernels should reach on a GPU, written down before it was measured, beside the rows of results.csv.
 
 `python -m benchmarks.predictions` writes the table of docs/gpu.md.
 """

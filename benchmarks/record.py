@@ -1,4 +1,4 @@
-"""Keeping what a run finds at once: rows of the results, and JSON lines, so that a run that is ended loses nothing."""
+"""Keeps results at once, as rows and as JSON lines, so that a run that is ended loses nothing."""
 
 from __future__ import annotations
 

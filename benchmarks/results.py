@@ -1,4 +1,4 @@
-"""The rows of the results: where they were measured, how they are kept and shown."""
+"""Reads, writes and shows the rows of the results, with the machine and commit of each."""
 
 from __future__ import annotations
 

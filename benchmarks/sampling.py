@@ -1,4 +1,4 @@
-"""A whole sampling run of the digits model, plain and accelerated: what the kernels and the hooks are for."""
+"""Times a whole sampling run of the digits model, plain and accelerated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measures on a kind of device, what matters most first."""
+"""Lists the cases for a kind of device, the most important first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases of the plots: how the time of a forecast grows with the elements, the inputs and the rows."""
+"""Times a forecast against its elements, inputs and rows, for the plots."""
 
 from __future__ import annotations
 

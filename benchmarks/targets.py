@@ -1,4 +1,4 @@
-"""What the kernels have to reach, and whether a run's results do."""
+"""Lists the targets of the kernels, and judges a run's results by them."""
 
 from __future__ import annotations
 

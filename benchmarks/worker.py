@@ -1,4 +1,4 @@
-"""One side of a comparison of two commits: measures cases on request, one JSON object a line.
+"""Measures cases on request, one JSON object a line, for one side of a comparison of two commits.
 
 `{"open": n}` makes and checks case n of the suite and answers `{"title", "variants"}` or `{"title", "error"}`;
 `{"round": turn}` answers with the seconds of one sample of each variant.

@@ -1,4 +1,4 @@
-"""Checks of arguments: each says the argument, what is required and what came."""
+"""Checks arguments; each refusal names the argument, what is required and what came."""
 
 from __future__ import annotations
 

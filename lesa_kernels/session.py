@@ -1,4 +1,4 @@
-"""One sampling run: full steps push their feature, the other steps take their forecast from the ring."""
+"""Runs a plan: full steps push their feature, the other steps take their forecast from the ring."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How good accelerated samples are, on small models that were trained here: `python -m benchmarks.quality`."""
+"""Compares the images of all methods, on small models that it trains: `python -m benchmarks.quality`."""

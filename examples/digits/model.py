@@ -1,4 +1,4 @@
-"""A small FLUX transformer that draws handwritten digits, and the loop that samples it.
+"""Makes and samples a small FLUX transformer that draws handwritten digits.
 
 The model is diffusers' own `FluxTransformer2DModel`, only smaller. An image of 28x28 pixels, -1 (paper) to 1 (ink),
 is 49 tokens of 4x4 pixels. The class stands where FLUX has its text, as a one-hot vector: one text token and the pooled

@@ -1,4 +1,4 @@
-"""The digits model as a diffusers pipeline, to try on any machine what one does with a large model."""
+"""Wraps the digits model as a diffusers pipeline, to try on any machine what one does with a large model."""
 
 from __future__ import annotations
 

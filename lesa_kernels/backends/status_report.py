@@ -1,4 +1,4 @@
-"""`lesa.status()`: which kernel serves which op on which device, and why."""
+"""Reports which kernel serves which op on which device, and why: `lesa.status()`."""
 
 from __future__ import annotations
 

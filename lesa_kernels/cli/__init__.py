@@ -1,4 +1,4 @@
-"""The command `lesa`."""
+"""Puts the commands of `lesa` together."""
 
 from __future__ import annotations
 

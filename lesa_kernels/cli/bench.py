@@ -1,4 +1,4 @@
-"""`lesa bench`: run the benchmarks of the checkout that this package was installed from."""
+"""Runs `lesa bench`: the benchmarks of the checkout that this package was installed from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lesa calibrate`: search the full steps for a budget, fit a predictor to them, and save it."""
+"""Runs `lesa calibrate`: searches the full steps for a budget, fits a predictor to them, and saves it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lesa train`: the paper's training of a LESA predictor, while the pipeline samples."""
+"""Runs `lesa train`: trains a LESA predictor as in the paper, while the pipeline samples."""
 
 from __future__ import annotations
 

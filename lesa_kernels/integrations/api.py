@@ -1,4 +1,4 @@
-"""`lesa.enable`, `disable`, `enabled` and `summary` for diffusers' pipelines and transformers."""
+"""Turns forecasts on and off for diffusers' pipelines and transformers, and sums up their runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the ops' arguments that several families share (csrc/contract.h is the same contract in C++).
+"""Checks the arguments of ops, where several families share a check (csrc/contract.h is the same contract in C++).
 
 Every message says the op, the argument, what is required and what came. A check raises TypeError for a wrong kind of
 argument (None, layout, dtype) and ValueError for a wrong count, shape, device, slot or memory; `register.Op` makes a

@@ -1,4 +1,4 @@
-"""What the references compute with: the dtype of sums, weighted sums, and how exact a kernel must be."""
+"""Defines the dtype of sums, weighted sums, and how exact a kernel must be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Kolmogorov-Arnold network that gives LESA's gain, in the published layout of parameters."""
+"""Computes LESA's gain by a Kolmogorov-Arnold network, in the published layout of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LESA's learned predictor (arXiv 2602.20497): per noise range some mixing weights, a bias, a KAN for the gain."""
+"""Forecasts by LESA (arXiv 2602.20497): for each noise range mixing weights, a bias, and a KAN for the gain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A predictor with coefficients of its own for every step: what fits yield, and the form of L2P (arXiv 2604.26365)."""
+"""Forecasts with coefficients of its own for every step: the result of fits, and the form of L2P (arXiv 2604.26365)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training-free predictors over full features: plain reuse, TaylorSeer and HiCache."""
+"""Forecasts from full features without training: plain reuse, TaylorSeer and HiCache."""
 
 from __future__ import annotations
 

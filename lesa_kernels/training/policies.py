@@ -1,4 +1,4 @@
-"""Policies that fits and searches share: one follows plans, one records the latents of unaccelerated runs."""
+"""Follows plans, and records the latents of unaccelerated runs, for fits and searches."""
 
 from __future__ import annotations
 

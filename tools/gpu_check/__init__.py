@@ -1,1 +1,1 @@
-"""One command for a machine with a GPU: build, test, check memory accesses, measure, report (`make gpu-check`)."""
+"""Checks and measures on a machine with a GPU, and writes a report: `make gpu-check`."""

@@ -1,4 +1,4 @@
-"""Calls of every op: inputs that can be drawn anew in place, and what the op must then return.
+"""Makes calls of every op: inputs that can be drawn anew in place, and what the op must then return.
 
 Tensors are made on torch's default device, which the caller sets (`with torch.device("cuda"):`).
 """

@@ -1,4 +1,4 @@
-"""The phases of a check, their limits, and how they follow each other: none stops another."""
+"""Runs the phases of a check, each within its limit; none stops another."""
 
 from __future__ import annotations
 

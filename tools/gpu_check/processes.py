@@ -1,4 +1,4 @@
-"""Child processes: where their output goes, how long they may take, and how they are ended."""
+"""Runs child processes within a time limit, and keeps their output."""
 
 from __future__ import annotations
 

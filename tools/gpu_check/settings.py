@@ -1,4 +1,4 @@
-"""What all phases of a check share: the device, the folders, the environment of child processes."""
+"""Provides the device, the folders and the environment of child processes to all phases of a check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes a record of each test as soon as it ends, and frees what a failed one held."""
+"""Writes a record of each test as soon as it ends, and frees what a failed one held: a plugin of pytest."""
 
 from __future__ import annotations
 

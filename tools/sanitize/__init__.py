@@ -1,1 +1,1 @@
-"""The CPU library under AddressSanitizer, UBSan and ThreadSanitizer (`make sanitize`)."""
+"""Runs the CPU library under AddressSanitizer, UBSan and ThreadSanitizer: `make sanitize`."""
