@@ -46,6 +46,10 @@ class Adapter:
     blocks: tuple[str, ...] = ()
     lora_scale: str = ""
 
+    def __post_init__(self) -> None:
+        check_type("the model of an Adapter", self.model, str, "the name of a class")
+        check_type("the blocks of an Adapter", self.blocks, (tuple, list), "paths of lists of blocks")
+
 
 def register_adapter(adapter: Adapter) -> None:
     """Make `lesa.enable` serve a model class, or serve it in another way; the last registration counts.
@@ -54,8 +58,6 @@ def register_adapter(adapter: Adapter) -> None:
         adapter: names the class.
     """
     check_type("adapter", adapter, Adapter, "an Adapter")
-    check_type("the model of an Adapter", adapter.model, str, "the name of a class")
-    check_type("the blocks of an Adapter", adapter.blocks, (tuple, list), "paths of lists of blocks")
     _ADAPTERS[adapter.model] = adapter
 
 

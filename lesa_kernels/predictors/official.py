@@ -10,6 +10,7 @@ import reprlib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -50,17 +51,21 @@ def _rebuild_tensor(storage: object, offset: int, size: tuple[int, ...], stride:
     return storage.as_strided(size, stride, offset)
 
 
+def _empty_dict() -> dict[Any, Any]:
+    """Return a dict; torch.save fills it item by item, and `dict` itself would hash what it is called with."""
+    return {}
+
+
 def _rebuild_parameter(tensor: object, *_: object) -> object:
     """Return the tensor itself."""
     return tensor
 
 
-_CALLED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): dict,
+# The only objects that may be called, and the dtypes of storages.
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _empty_dict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-}
-_DTYPES = {
     ("torch", "FloatStorage"): torch.float32,
     ("torch", "HalfStorage"): torch.float16,
     ("torch", "BFloat16Storage"): torch.bfloat16,
@@ -79,7 +84,8 @@ class _Unpickler(pickle._Unpickler):
     """Reads the pickle of an archive: builds tensors and containers, and a placeholder for everything else.
 
     Python's own in Python, as that in C hashes whatever is a key and sets whatever is a state. It imports nothing,
-    calls nothing but `_CALLED`, drops states and the items of unknown objects, and refuses other opcodes.
+    calls nothing but the functions of `_KNOWN`, drops states and the items of unknown objects, and refuses other
+    opcodes.
 
     Args:
         archive: the file.
@@ -101,8 +107,7 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name."""
-        known: dict[tuple[str, str], Any] = {**_CALLED, **_DTYPES}
-        return known.get((module, name), _UNKNOWN)
+        return _KNOWN.get((module, name), _UNKNOWN)
 
     def persistent_load(self, persistent_id: Any) -> object:
         """Return the storage that a tensor refers to, as a flat tensor."""
@@ -119,8 +124,7 @@ class _Unpickler(pickle._Unpickler):
 
     def _call(self) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
-        known = any(called is each for each in _CALLED.values())
-        self.append(called(*arguments) if known else _UNKNOWN)
+        self.append(called(*arguments) if isinstance(called, FunctionType) else _UNKNOWN)
 
     def _drop(self) -> None:
         self.stack.pop()

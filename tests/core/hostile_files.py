@@ -77,6 +77,9 @@ def pickles(marker: Path) -> dict[str, bytes]:
         "state of a class": b"\x80\x02cos\nsystem\n}X\x0c\x00\x00\x00__setstate__Nsb.",
         "attributes of a class": b"\x80\x02cos\nsystem\nN}X\x08\x00\x00\x00__init__Ns\x86b.",
         "a key that takes forever to hash": b"\x80\x02})" + b"".join(_twice(n) for n in range(60)) + b"Ns.",
+        "a dict of a key that takes forever to hash": (
+            b"\x80\x02ccollections\nOrderedDict\n])" + b"".join(_twice(n) for n in range(60)) + b"N\x86a\x85R."
+        ),
         "80,000 names": b"\x80\x02(" + b"cos\nsystem\n" * 80_000 + b"t.",
         "a key of tuples in tuples": b"\x80\x02})" + b"\x85" * 200_000 + b"Ns.",
         "a name of tuples in tuples": b"\x80\x04)" + b"\x85" * 200_000 + b"\x8c\x01a\x93)R.",
