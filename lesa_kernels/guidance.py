@@ -173,4 +173,5 @@ def _deviation(tensor: Tensor) -> Tensor:
 
 def _length(tensor: Tensor) -> Tensor:
     """Return the norm of each vector along the last dimension."""
-    return torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
+    return norms
