@@ -331,7 +331,7 @@ def test_quantities_that_are_left_out_are_missed() -> None:
         session.push(0, torch.ones(3))
     session.push(0, torch.ones(3), "u")
     session.push(0, torch.ones(3), "noise")
-    with pytest.raises(RuntimeError, match="must follow a push of .*cc"):
+    with pytest.raises(RuntimeError, match=r"must follow a push of .*cc"):
         session.forecast(1)
     with pytest.raises(RuntimeError, match="must follow the forecast of step 1"):
         session.push(3, torch.ones(3), "u")
