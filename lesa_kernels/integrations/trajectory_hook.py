@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lesa_kernels.integrations.cache_hooks import CacheHook
 from lesa_kernels.integrations.models import Adapter
 from lesa_kernels.integrations.outputs import only_tensor, refilled, uncompiled
-from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility
-from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, StepPolicy
+from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
+from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 
 class TrajectoryHook(CacheHook):
@@ -59,8 +59,7 @@ class TrajectoryHook(CacheHook):
         if reason is not None or self._policy is None:
             raise ValueError(f"lesa: the pipeline cannot be run: {reason or 'there is no policy'}")
         self.latest_step = step
-        name = context.name or ONLY_BRANCH
-        branch = f"{name} {number + 1}" if number else name
+        branch = call_name(context.name, number)
         pending = _PendingCall(self, module, call)
         with torch.set_grad_enabled(self._gradients):
             answer = self._policy(ModelCall(step, pending.blocks, pending.tail, only_tensor(latents), branch))
