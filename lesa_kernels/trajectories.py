@@ -40,7 +40,10 @@ class ModelCall:
 
 
 StepPolicy: TypeAlias = Callable[[ModelCall], "Tensor | None"]
-"""Takes a call and returns the model's output (`call.tail` of a feature), or None where there is no tail."""
+"""Takes a call and returns the model's output, or None where there is no tail.
+
+The output is `call.tail` of a feature, or a tensor of its own in that shape and dtype: then the model need not run.
+"""
 
 
 class StopRun(Exception):

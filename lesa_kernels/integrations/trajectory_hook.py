@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lesa_kernels.integrations.cache_hooks import CacheHook
 from lesa_kernels.integrations.models import Adapter
-from lesa_kernels.integrations.outputs import only_tensor, refilled, uncompiled
+from lesa_kernels.integrations.outputs import layout_of, only_tensor, refilled, uncompiled
 from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
 from lesa_kernels.trajectories import ModelCall, StepPolicy
 
@@ -25,6 +25,8 @@ class TrajectoryHook(CacheHook):
         super().__init__(model, adapter, wrappers)
         self.sigmas: tuple[float, ...] | None = None
         self.latest_step = -1
+        # The latest full call's output, without data: the shape and container of answers that no model call preceded.
+        self.known_output: Any = None
         self._tracker = tracker
         self._position: StepPosition | None = None
         self._policy: StepPolicy | None = None
@@ -60,7 +62,7 @@ class TrajectoryHook(CacheHook):
             raise ValueError(f"lesa: the pipeline cannot be run: {reason or 'there is no policy'}")
         self.latest_step = step
         branch = call_name(context.name, number)
-        pending = _PendingCall(self, module, call)
+        pending = _PendingCall(self, module, call, latents)
         with torch.set_grad_enabled(self._gradients):
             answer = self._policy(ModelCall(step, pending.blocks, pending.tail, only_tensor(latents), branch))
         return pending.output_of(answer, step)
@@ -84,10 +86,11 @@ class TrajectoryHook(CacheHook):
 class _PendingCall:
     """A call of the model while a policy answers it."""
 
-    def __init__(self, hook: CacheHook, module: nn.Module, call: Callable[[], Any]) -> None:
+    def __init__(self, hook: TrajectoryHook, module: nn.Module, call: Callable[[], Any], latents: Any) -> None:
         self._hook = hook
         self._module = module
         self._call = call
+        self._latents = latents
         self._feature: Tensor | None = None
         self._full_output: Any = None
         self._latest_output: Any = None
@@ -103,6 +106,8 @@ class _PendingCall:
         # Policies may keep it; the pipeline may write to the model's output, a CUDA graph to all that it returned.
         self._feature = feature.clone(memory_format=torch.contiguous_format)
         self._full_output = self._latest_output = output
+        if (tensor := only_tensor(output)) is not None:
+            self._hook.known_output = refilled(output, tensor.to("meta"))
         return self._feature
 
     def tail(self, feature: Tensor) -> Tensor:
@@ -119,16 +124,26 @@ class _PendingCall:
         return output
 
     def output_of(self, answer: Tensor | None, step: int) -> Any:
-        """Return a policy's answer as the model's output, in what the model's own lies in."""
-        model_output = only_tensor(self._latest_output)
-        if answer is None or model_output is None:
-            raise TypeError(f"a policy of a pipeline must answer with what call.tail returns, got none at step {step}")
-        if answer.shape != model_output.shape:
+        """Return a policy's answer as the model's output, in what the model's own lies in.
+
+        A policy may answer without the model, once a full call has shown what its outputs look like.
+        """
+        output = self._hook.known_output if self._latest_output is None else self._latest_output
+        tensor = only_tensor(output)
+        if answer is None:
+            raise TypeError(f"a policy of a pipeline must answer with an output of the model, got none at step {step}")
+        if tensor is None:
             raise ValueError(
-                f"a policy must answer with an output of shape {tuple(model_output.shape)}, "
-                f"got {tuple(answer.shape)} at step {step}"
+                f"a policy must call blocks before its first answer without the model, it did not by step {step}"
             )
-        return refilled(self._latest_output, answer.detach())
+        # An earlier call may have been of another number of runs.
+        rows = layout_of(self._latents)[0][0] if self._latest_output is None else tensor.shape[0]
+        expected = (rows, *tensor.shape[1:])
+        if answer.shape != expected:
+            raise ValueError(
+                f"a policy must answer with an output of shape {expected}, got {tuple(answer.shape)} at step {step}"
+            )
+        return refilled(output, answer.detach())
 
 
 @contextmanager

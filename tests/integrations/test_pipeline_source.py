@@ -133,6 +133,36 @@ def test_the_tail_has_the_gradient_of_finite_differences(name: str) -> None:
     assert {name: parameter.requires_grad for name, parameter in case.pipe.transformer.named_parameters()} == before
 
 
+@every_case
+def test_recorded_outputs_are_answers_that_run_no_model(name: str) -> None:
+    case = CASES[name]()
+    source = case.source()
+    outputs: dict[tuple[int, str], list[Tensor]] = {}
+
+    def record(call: ModelCall) -> Tensor:
+        output = in_full(call)
+        outputs.setdefault((call.step, call.branch), []).append(output.clone())
+        return output
+
+    plain = [(source.run([run], record), case.latents[-1])[1] for run in (0, 1)]
+
+    def replay(call: ModelCall) -> Tensor:
+        recorded = outputs[call.step, call.branch]
+        assert call.latents is not None
+        if len(call.latents) == len(recorded[0]):
+            return recorded[0]
+        # Guidance in one call has the runs of each branch together.
+        halves = zip(*(output.chunk(len(output)) for output in recorded), strict=True)
+        return torch.cat([torch.cat(half) for half in halves])
+
+    with counting(*case.models()) as count:
+        source.run([0], replay)
+        assert torch.equal(case.latents[-1], plain[0])
+        source.run([0, 1], replay)
+        torch.testing.assert_close(case.latents[-1], torch.cat(plain), rtol=1e-5, atol=1e-5)
+        assert count.blocks == 0
+
+
 def test_an_answer_with_gradients_reaches_the_pipeline_without() -> None:
     case = flux_case()
     scale = torch.ones((), requires_grad=True)

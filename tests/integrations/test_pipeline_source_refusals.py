@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
 from tiny_flux import tiny_pipeline
 from tiny_pipelines import wan
 from torch import Tensor
@@ -89,7 +91,7 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
 @pytest.mark.parametrize(
     ("policy", "error", "message"),
     [
-        (lambda call: None, TypeError, "must answer with what call.tail returns, got none at step 0"),
+        (lambda call: None, TypeError, "must answer with an output of the model, got none at step 0"),
         (lambda call: call.blocks() and None, RuntimeError, "Boolean value"),
         (lambda call: call.blocks(), ValueError, r"an output of shape \(1, 16, 4\), got \(1, 16, 32\) at step 0"),
         (lambda call: [call.blocks(), call.blocks()], RuntimeError, "blocks must be called at most once"),
@@ -98,6 +100,16 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
 def test_what_a_policy_does_wrong_is_an_error(policy: StepPolicy, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         flux_case().source().run([0], policy)
+
+
+def test_an_answer_without_the_model_has_the_shape_of_its_outputs() -> None:
+    source = flux_case().source()
+    with pytest.raises(ValueError, match="must call blocks before its first answer without the model, it did not by"):
+        source.run([0], lambda call: torch.zeros(1, 16, 4))
+    source.run([0], in_full)
+    for shape, expected in (((1, 16, 4), (2, 16, 4)), ((2, 16, 5), (2, 16, 4))):
+        with pytest.raises(ValueError, match=re.escape(f"an output of shape {expected}, got {shape} at step 0")):
+            source.run([0, 1], lambda call, shape=shape: torch.zeros(shape))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

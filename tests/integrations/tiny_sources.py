@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lesa_kernels import Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import PipelineSource
+from lesa_kernels.integrations.api import find_models
 from lesa_kernels.trajectories import ModelCall, StepPolicy, watch
 
 STEPS = 6
@@ -31,6 +32,9 @@ class Case:
     prompts: list[dict[str, Any]]
     arguments: dict[str, Any]
     latents: list[Tensor] = field(default_factory=list)
+
+    def models(self) -> list[nn.Module]:
+        return [model for model, _ in find_models(self.pipe)]
 
     def source(self, **options: Any) -> PipelineSource:
         def keep(pipe: Any, index: int, t: Tensor, found: dict[str, Any]) -> dict[str, Any]:
