@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_float, check_int
-from lesa_kernels.guidance import Guidance, agrees, find_guidance, rounding_noise
+from lesa_kernels.guidance import Guidance, agrees, find_guidance, own_latents, rounding_noise, seen_velocity
 from lesa_kernels.predictors import SolverPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.policies import batches, run_until_stopped
@@ -335,14 +335,7 @@ class SolverFits:
 
     def _own(self, latents: Tensor, step: _Step) -> Tensor:
         """Return the latents that the model's output moves: one branch's, without channels of a condition."""
-        output = next(iter(step.outputs.values()))
-        if latents.dim() != output.dim() or any(a < b for a, b in zip(latents.shape, output.shape, strict=True)):
-            raise ValueError(
-                f"the model's output must be no larger than its latents, got {tuple(output.shape)} for "
-                f"{tuple(latents.shape)}"
-            )
-        own = latents[tuple(slice(size) for size in output.shape)]
-        return own.chunk(2)[0] if self._is_batched else own
+        return own_latents(latents, next(iter(step.outputs.values())), self._is_batched)
 
     def _velocities(self, step: _Step) -> tuple[Tensor, Tensor]:
         """Return the velocities of both branches, float32."""
@@ -376,8 +369,7 @@ class SolverFits:
         """Return how the velocity of a step came of its branches, None where it did not."""
         before, after = self._own(step.latents, step), self._own(after, step)
         length = sigmas[step.step + 1] - sigmas[step.step]
-        moves = (after != before).any(-1, keepdim=True)
-        seen = (after.float() - before.float()) / length
+        seen, moves = seen_velocity(before, after, length)
         uncond, cond = (each * moves for each in self._velocities(step))
         kinds = (before.dtype, *(output.dtype for output in step.outputs.values()))
         coarsest = max(kinds, key=lambda kind: torch.finfo(kind).eps)
