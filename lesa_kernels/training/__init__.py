@@ -10,6 +10,7 @@ from lesa_kernels.training.schedule_search import (
     schedule_for_budget,
     search_schedule,
 )
+from lesa_kernels.training.solver_fit import SolverFits, fit_solver
 from lesa_kernels.training.store import FeatureStore
 from lesa_kernels.training.tail_fit import fit
 from lesa_kernels.training.trainer import train
@@ -22,10 +23,12 @@ __all__ = [
     "LoopSource",
     "RecordedSource",
     "Score",
+    "SolverFits",
     "TrainingConfig",
     "TrainingResult",
     "fit",
     "fit_lesa",
+    "fit_solver",
     "plot_losses",
     "schedule_for_budget",
     "search_schedule",
