@@ -17,17 +17,18 @@ from torch import Tensor
 
 from lesa_kernels.checks import check_decreasing, check_float
 from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
+from lesa_kernels.integrations.solver_run import SolverRun, scheduler_incompatibility
 from lesa_kernels.integrations.stats import RunStats
-from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility
+from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
 from lesa_kernels.plan import Plan, check_count
-from lesa_kernels.predictors import Predictor
+from lesa_kernels.predictors import Predictor, SolverPredictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.session import Session, check_history
 
 _MAX_PLANS = 16
-# The name of a predictor for all cache contexts.
-_SHARED = ""
+# The name of a predictor for all cache contexts, and of what takes its place where a run starts elsewhere.
+_SHARED, _FALLBACK = "", "training-free"
 
 Predictors: TypeAlias = "Predictor | Mapping[str, Predictor]"
 """One predictor for all cache contexts, or those of each by its name."""
@@ -48,6 +49,11 @@ def default_schedule(sigmas: Sequence[float]) -> Schedule:
     levels = check_decreasing(sigmas)
     steps = len(levels) - 1
     return Schedule.uniform_in_sigma(levels, num_full=min(steps, max(3, -(-steps // 5))))
+
+
+def default_predictor() -> Predictor:
+    """The predictor of `enable` without one; it needs no training."""
+    return TaylorSeer(order=2, variable="sigma")
 
 
 class LesaWarning(UserWarning):
@@ -80,13 +86,16 @@ class Options:
 
 @dataclass
 class BranchState:
-    """The history of one branch."""
+    """The history of one branch; with a learned solver all branches share one."""
 
+    name: str  # of its calls
     session: Session
     full_steps: frozenset[int]
     layout: Layout  # of the latents
     step: int  # of the present call, and after it the step that is due
     feature: Tensor | None = None  # the forecast of the present step, a view of the history; None on a full step
+    solver: SolverRun | None = None
+    output: Any = None  # the solver's answer in the present step; None on a full step
 
 
 @dataclass
@@ -97,6 +106,7 @@ class RunState:
     stats: RunStats
     # By cache context and number of the call within its step.
     branches: dict[tuple[str, int], BranchState] = field(default_factory=dict)
+    solver: SolverRun | None = None
     warned: set[str] = field(default_factory=set)
 
     def warn(self, text: str) -> None:
@@ -105,11 +115,16 @@ class RunState:
             self.warned.add(text)
             warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
 
+    def release(self) -> None:
+        """Release the histories."""
+        self.branches.clear()
+        self.solver = None
+
     def disable_forecasts(self, reason: str) -> None:
         """Run full steps from here on, release the history's memory, and warn once."""
         if self.stats.refused is None:
             self.stats.refused = reason
-            self.branches.clear()
+            self.release()
             self.warn(f"full steps for the rest of this run: {reason}")
 
 
@@ -140,6 +155,8 @@ class CacheState:
         self.siblings: tuple[CacheState, ...] = ()
 
         def make_plan(name: str, sigmas: tuple[float, ...], first_step: int) -> Plan:
+            if name == _FALLBACK:
+                return default_predictor().plan(sigmas, default_schedule, first_step=first_step, chunk=options.chunk)
             predictor = self._predictors[name]
             return predictor.plan(
                 sigmas,
@@ -156,7 +173,7 @@ class CacheState:
         """Drop the present run and its history; the next call begins a new one."""
         if self._run is not None:
             # The traceback of an error may keep the run itself alive.
-            self._run.branches.clear()
+            self._run.release()
         self._run = self._tracker.position = None
 
     @uncompiled()
@@ -168,16 +185,36 @@ class CacheState:
         """
         layout = layout_of(latents)
         run, branch = self._place(context, layout, foreign_cache)
+        if branch is not None and branch.solver is not None:
+            reason = branch.solver.arrive(branch.step, latents)
+            if reason is not None:
+                run.disable_forecasts(reason)
+                branch = None
+            elif branch.session.ring is not None and not run.stats.history_bytes:
+                run.stats.add_ring(branch.session.ring)
         if branch is not None and branch.step not in branch.full_steps:
             run.stats.forecast.start(layout[-1])
             try:
-                branch.feature = branch.session.forecast(branch.step)
+                if branch.solver is None:
+                    branch.feature = branch.session.forecast(branch.step)
+                else:
+                    branch.output = branch.solver.answer(branch.step)
                 return branch
             except RuntimeError as error:
                 run.disable_forecasts(f"the feature of step {branch.step} could not be forecast: {error}")
                 branch = None
         run.stats.full.start(layout[-1])
         return branch
+
+    @uncompiled()
+    def capture_output(self, branch: BranchState, latents: Any, output: Any) -> None:
+        """Keep the output of a full step for a learned solver; see `capture`."""
+        run, solver = self._run, branch.solver
+        if run is None or solver is None:
+            return
+        reason = solver.capture(branch.step, branch.name, latents, output)
+        if reason is not None:
+            run.disable_forecasts(reason)
 
     @uncompiled()
     def capture(self, branch: BranchState, feature: Tensor) -> None:
@@ -212,8 +249,9 @@ class CacheState:
         if branch is None:
             run.stats.full.stop()
             return
-        (run.stats.full if branch.feature is None else run.stats.forecast).stop()
-        branch.feature = None
+        is_full = branch.feature is None and branch.output is None
+        (run.stats.full if is_full else run.stats.forecast).stop()
+        branch.feature = branch.output = None
         branch.step += 1
         num_steps = run.position.num_steps
         if branch.step == num_steps:
@@ -221,6 +259,8 @@ class CacheState:
             run.branches = {
                 key: each for key, each in run.branches.items() if each is not branch and each.step == num_steps - 1
             }
+            if not run.branches:
+                run.solver = None
 
     def disable_forecasts(self, reason: str) -> None:
         """Run full steps for the rest of the present run."""
@@ -246,25 +286,32 @@ class CacheState:
             run.disable_forecasts(reason)
             return run, None
         if branch is None:
-            branch = self._begin_branch(run, context.name, step, layout)
+            branch = self._begin_branch(run, context.name, number, step, layout)
             if branch is not None:
                 run.branches[context.name, number] = branch
         return run, branch
 
     def _begin(self, position: StepPosition) -> RunState:
         """Begin a run, and release what a run that was broken off kept."""
+        solver = None
         for sibling in self.siblings:
             if sibling._run is not None:
-                sibling._run.branches.clear()
+                if sibling._run.position.source is position.source:
+                    # The history of velocities reaches from one model to the other.
+                    solver = sibling._run.solver
+                sibling._run.release()
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
         self.stats = RunStats(max(position.num_steps, 0), self._blocks)
-        self._run = RunState(position, self.stats)
+        self._run = RunState(position, self.stats, solver=solver)
         return self._run
 
-    def _begin_branch(self, run: RunState, context: str, step: int, layout: Layout) -> BranchState | None:
+    def _begin_branch(self, run: RunState, context: str, number: int, step: int, layout: Layout) -> BranchState | None:
         """Plan a branch from its first step on; None where there is no predictor or no plan for it."""
-        name, sigmas = self._find_predictor(context), run.position.sigmas
+        name, sigmas, called = self._find_predictor(context), run.position.sigmas, call_name(context, number)
+        if run.solver is not None:
+            session = run.solver.session
+            return BranchState(called, session, frozenset(session.plan.full_steps), layout, step, solver=run.solver)
         if name is None:
             names = sorted(self._predictors)
             if context:
@@ -274,9 +321,21 @@ class CacheState:
                     f"full steps: the pipeline opens no cache context that says which of the predictors {names} is due"
                 )
             return None
+        predictor = self._predictors[name]
+        is_solver = isinstance(predictor, SolverPredictor)
+        if isinstance(predictor, SolverPredictor):
+            if (reason := scheduler_incompatibility(self._tracker.scheduler)) is not None:
+                run.disable_forecasts(reason)
+                return None
+            if step != predictor.first_step:
+                name, is_solver = _FALLBACK, False
+                run.warn(
+                    f"the run starts at step {step}, the learned solver was fitted for a start at step "
+                    f"{predictor.first_step}: {default_predictor()} forecasts the model's output instead"
+                )
         try:
             plan = self._plan(name, sigmas, step)
-            reason = self._predictors[name].incompatibility(sigmas)
+            reason = predictor.incompatibility(sigmas)
         # Users bring their own predictors and rules, and no fault of theirs should cost an image.
         except Exception as error:
             run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))
@@ -284,8 +343,12 @@ class CacheState:
         if reason is not None:
             run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
         run.stats.plan = run.stats.plan or str(plan)
-        session = Session(plan, history_dtype=self._options.history_dtype)
-        return BranchState(session, frozenset(plan.full_steps), layout, step)
+        if is_solver and isinstance(predictor, SolverPredictor):
+            run.solver = SolverRun(predictor, plan)
+            session = run.solver.session
+        else:
+            session = Session(plan, history_dtype=self._options.history_dtype)
+        return BranchState(called, session, frozenset(plan.full_steps), layout, step, solver=run.solver)
 
     def _find_predictor(self, context: str) -> str | None:
         """Return the name under which a cache context finds its predictor; None where there is none for it."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lesa_kernels.integrations.cache_hooks import CacheHook
 from lesa_kernels.integrations.models import Adapter
 from lesa_kernels.integrations.outputs import layout_of, only_tensor, refilled, uncompiled
-from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility
-from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, StepPolicy
+from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
+from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 
 class AnsweredRun:
@@ -54,8 +54,7 @@ class AnsweredRun:
         if reason is not None:
             raise ValueError(f"lesa: the pipeline cannot be run: {reason}")
         self.latest_step = step
-        name = context.name or ONLY_BRANCH
-        return step, f"{name} {number + 1}" if number else name
+        return step, call_name(context.name, number)
 
     def reset(self) -> None:
         """Forget the step; the next call begins a run."""
