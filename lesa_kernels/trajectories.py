@@ -30,6 +30,7 @@ class ModelCall:
         tail: feature -> the model's output, differentiable in the feature; None where a source holds features only.
         latents: the input of the model, None where a source holds features only.
         branch: of the guidance.
+        model: which one it is of, where several take turns (Wan 2.2); no history of features reaches across them.
     """
 
     step: int
@@ -37,6 +38,7 @@ class ModelCall:
     tail: Callable[[Tensor], Tensor] | None = None
     latents: Tensor | None = None
     branch: str = ONLY_BRANCH
+    model: int = 0
 
 
 StepPolicy: TypeAlias = Callable[[ModelCall], "Tensor | None"]
@@ -147,3 +149,16 @@ def watch(call: ModelCall) -> tuple[Tensor, Tensor | None]:
     """Run the blocks and the tail of a call; return the feature and the output."""
     feature = call.blocks()
     return feature, None if call.tail is None else call.tail(feature)
+
+
+def check_single_model(call: ModelCall) -> None:
+    """Check that a call is of the only model, for those who learn from a history of features.
+
+    Raises:
+        ValueError: when it is of a model that takes turns with another.
+    """
+    if call.model:
+        raise ValueError(
+            "source must run one model, as no history of features reaches from one to another, "
+            f"got a call of a second one at step {call.step}"
+        )

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_flux import tiny_pipeline
-from tiny_pipelines import wan
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="diffusers' pipelines import transformers")
@@ -20,6 +19,7 @@ from tiny_sources import (
     flux_case,
     in_full,
     odd_pipeline,
+    wan22_case,
     wan_case,
 )
 
@@ -137,8 +137,10 @@ def test_pipelines_are_checked() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             PipelineSource(target, ["one"], steps=3)
-    with pytest.raises(ValueError, match="pipe must have one transformer, WanPipeline has two"):
-        PipelineSource(wan(boundary=0.5)[0], ["one"], steps=3)
+    second = wan22_case()
+    second.pipe.transformer_2.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="must have no cache of diffusers enabled"):
+        second.source()
     enable(case.pipe)
     with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) first"):
         case.source()
