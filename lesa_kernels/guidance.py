@@ -163,6 +163,16 @@ def own_latents(latents: Tensor, output: Tensor, is_batched: bool) -> Tensor:
     return own.chunk(2)[0] if is_batched else own
 
 
+def is_doubled(latents: Tensor) -> bool:
+    """Whether a batch holds the same latents twice, as guidance in one call does; waits for the device.
+
+    Args:
+        latents: [B, ...].
+    """
+    halves = latents.chunk(2)
+    return len(latents) % 2 == 0 and torch.equal(halves[0], halves[-1])
+
+
 def seen_velocity(before: Tensor, after: Tensor, length: float) -> tuple[Tensor, Tensor]:
     """Return the velocity that Euler's step between two latents shows.
 

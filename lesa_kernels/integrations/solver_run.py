@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.guidance import agrees, estimate_scale, own_latents, rounding_noise, seen_velocity
+from lesa_kernels.guidance import agrees, estimate_scale, is_doubled, own_latents, rounding_noise, seen_velocity
 from lesa_kernels.integrations.outputs import only_tensor, refilled
 from lesa_kernels.plan import Plan
 from lesa_kernels.predictors import SolverPredictor
@@ -122,7 +122,7 @@ class SolverRun:
         if name in self._velocities:
             return f"step {step} came with a second call of {name!r}"
         first = step == self.session.plan.first_step
-        if self._predictor.is_batched and first and not torch.equal(*before.chunk(2)):
+        if self._predictor.is_batched and first and not is_doubled(before):
             return "the predictor was calibrated with guidance in one call, whose latents are two equal halves"
         self._output = output
         self._due = step
