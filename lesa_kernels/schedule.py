@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lesa_kernels.checks import check_decreasing, check_int, check_list
+from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list
 
 # More than any sampler takes; a number beyond it is a mistake, which would cost gigabytes.
 MAX_STEPS = 10_000
@@ -69,6 +70,38 @@ class Schedule:
             counter = 0 if due else counter + 1
             if due or step == _ALWAYS_FULL:
                 full.append(step)
+        return cls(num_steps, tuple(full))
+
+    @classmethod
+    def growing(cls, num_steps: int, interval: float = 2.0, growth: float = 0.75, warmup: int = 5) -> Schedule:
+        """Spectrum's rule (arXiv 2603.01623): full while warming up, then at intervals that grow by a constant.
+
+        Between the k-th and the (k+1)-th full step after the warm-up lie floor(interval + k * growth) steps; the first
+        comes floor(interval) steps after the last one of the warm-up.
+
+        Args:
+            num_steps: S.
+            interval: N of the paper, at least 1.
+            growth: alpha of the paper, at least 0: how much longer each interval is than the one before.
+            warmup: at least 1.
+
+        Returns:
+            The schedule: 50 steps have 14 full ones with the defaults, the paper's setting for 3.5 times fewer, and
+            with growth=3.0, its setting for 5 times fewer, 0 1 2 3 4 6 11 19 30 44.
+
+        Raises:
+            ValueError: when a number is out of range.
+            TypeError: when it is no number.
+        """
+        num_steps = check_int("num_steps", num_steps, 1, MAX_STEPS)
+        interval, growth = check_float("interval", interval, least=1), check_float("growth", growth, least=0)
+        full = list(range(min(check_int("warmup", warmup, 1), num_steps)))
+        for count in range(num_steps):
+            # Sums of decimal fractions may fall short of a whole number.
+            distance = round(interval + count * growth, 3)
+            if distance >= num_steps - full[-1]:
+                break
+            full.append(full[-1] + math.floor(distance))
         return cls(num_steps, tuple(full))
 
     @classmethod

@@ -5,6 +5,7 @@ from lesa_kernels.predictors.lesa import LesaPredictor
 from lesa_kernels.predictors.linear import LinearPredictor
 from lesa_kernels.predictors.official import load_official
 from lesa_kernels.predictors.saved import load_predictor
+from lesa_kernels.predictors.spectrum import Spectrum
 from lesa_kernels.predictors.taylor import HiCache, Reuse, TaylorSeer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LinearPredictor",
     "Predictor",
     "Reuse",
+    "Spectrum",
     "TaylorSeer",
     "load_official",
     "load_predictor",
