@@ -13,6 +13,7 @@ from benchmarks.quality.setting import Setting
 from lesa_kernels.predictors import HiCache, LesaPredictor, LinearPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import Evaluator, TrainingConfig, fit, fit_lesa, search_schedule, train
+from lesa_kernels.trajectories import TrajectorySource
 
 PUBLISHED, UNIFORM = "published rule", "uniform in sigma"
 TAYLORS, OWN = "best for TaylorSeer", "best for coefficients"
@@ -94,12 +95,20 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
         yield by(name, PUBLISHED, predictor, published)
 
 
+def _fit(source: TrajectorySource, schedule: Schedule, rounds: int) -> LinearPredictor:
+    """Fit coefficients to runs without guidance."""
+    found = fit(source, schedule, rounds=rounds, batch=len(source), progress=False)
+    if not isinstance(found, LinearPredictor):
+        raise TypeError(f"the runs must be without guidance, got the branches {sorted(found)}")
+    return found
+
+
 def _own_schedule(setting: Setting, starts: list[Schedule], effort: Effort) -> Schedule:
     """Search for the schedule that serves coefficients best: each that is tried gets a fit of its own."""
     source = setting.learning(effort.runs)
 
     def make(schedule: Schedule) -> LinearPredictor:
-        return fit(source, schedule, rounds=2, batch=len(source), progress=False)
+        return _fit(source, schedule, rounds=2)
 
     evaluator = Evaluator(source, batch=len(source), progress=False)
     return search_schedule(evaluator, starts, make, evaluations=effort.coefficients, progress=False).schedule
@@ -108,7 +117,7 @@ def _own_schedule(setting: Setting, starts: list[Schedule], effort: Effort) -> S
 def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
     """Yield what is fitted to the latents, closed loop."""
     source, batch = setting.learnt_from, len(setting.learnt_from)
-    tail = fit(source, schedule, rounds=3, batch=batch, progress=False)
+    tail = _fit(source, schedule, rounds=3)
     yield TAIL, tail
     yield LESA_TAIL, fit_lesa(source, tail, batch=batch, progress=False)
 
