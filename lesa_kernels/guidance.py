@@ -140,6 +140,54 @@ def agrees(made: Tensor, velocity: Tensor, noise: float = 0.0) -> bool:
     return bool(size > 0 and error <= _TOLERANCE * size + noise)
 
 
+def own_latents(latents: Tensor, output: Tensor, is_batched: bool) -> Tensor:
+    """Return the latents that a model's output moves: without channels of a condition, those of one branch.
+
+    Args:
+        latents: [B, ...], what the model got.
+        output: [B, ...], no larger in any dimension.
+        is_batched: whether both branches are halves of the batch.
+
+    Returns:
+        A view.
+
+    Raises:
+        ValueError: when the output is larger.
+    """
+    if latents.dim() != output.dim() or any(a < b for a, b in zip(latents.shape, output.shape, strict=True)):
+        raise ValueError(
+            f"the model's output must be no larger than its latents, got {tuple(output.shape)} for "
+            f"{tuple(latents.shape)}"
+        )
+    own = latents[tuple(slice(size) for size in output.shape)]
+    return own.chunk(2)[0] if is_batched else own
+
+
+def is_doubled(latents: Tensor) -> bool:
+    """Whether a batch holds the same latents twice, as guidance in one call does; waits for the device.
+
+    Args:
+        latents: [B, ...].
+    """
+    halves = latents.chunk(2)
+    return len(latents) % 2 == 0 and torch.equal(halves[0], halves[-1])
+
+
+def seen_velocity(before: Tensor, after: Tensor, length: float) -> tuple[Tensor, Tensor]:
+    """Return the velocity that Euler's step between two latents shows.
+
+    Args:
+        before: [B, ...].
+        after: like before.
+        length: sigma_next - sigma of the step.
+
+    Returns:
+        [B, ...] float32, and [B, ..., 1]: which vectors along the last dimension moved. Those of a condition do not,
+        whatever the model says of them.
+    """
+    return (after.float() - before.float()) / length, (after != before).any(-1, keepdim=True)
+
+
 def rounding_noise(latents: Tensor, velocity: Tensor, dtype: torch.dtype, length: float) -> float:
     """Return the norm of what rounding may do to the velocity that two latents show.
 

@@ -71,17 +71,19 @@ class TrajectorySource(Protocol):
         """
 
 
-def check_source(source: object) -> None:
+def check_source(source: object, *, may_start_late: bool = False) -> None:
     """Check that an argument is a source with at least one run.
 
     Raises:
         TypeError: when it is something else.
-        ValueError: when it has no runs.
+        ValueError: when it has no runs, or they start late where they may not.
     """
     if not all(hasattr(source, name) for name in ("sigmas", "run", "__len__")):
         raise TypeError(f"source must have sigmas, a length and run(), got {type(source).__name__}")
     if len(source) < 1:  # type: ignore[arg-type]
         raise ValueError("source must hold at least one run, got none")
+    if not may_start_late and (first := getattr(source, "first_step", 0)):
+        raise ValueError(f"source must start its runs at step 0, they start at step {first}: fit_solver takes such")
 
 
 class RecordedSource:

@@ -36,6 +36,7 @@ NEEDED = {
     "integrations": "diffusers",
     "digits": "diffusers",
     "triton": "triton",
+    "benchmarks/test_forecasters.py": "diffusers",
     "benchmarks/test_history.py": "diffusers",
     "benchmarks/test_hooks.py": "diffusers",
     "benchmarks/test_quality.py": "diffusers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -79,7 +80,8 @@ class PipelineSource:
     feature of its own, or answer without the model. The pipeline goes on with its answers. A run starts from the same
     noise in any batch. Guidance calls the model in branches of their own (Qwen-Image, Wan), or once with the latents
     twice, [uncond, cond] (SD3). Two transformers that take turns (Wan 2.2) are one source; `ModelCall.model` says which
-    runs. The pipeline itself must not be enabled (`lesa.disable`), and it is left as it was found.
+    runs. Image-to-image starts at a later step, `first_step`, which `fit_solver` alone takes. The pipeline itself must
+    not be enabled (`lesa.disable`), and it is left as it was found.
 
     Args:
         pipe: a pipeline with a transformer and a scheduler; offloading, LoRA and torch.compile are as with `enable`.
@@ -113,9 +115,11 @@ class PipelineSource:
         from lesa_kernels.integrations.trajectory_hook import AnsweredRun, TrajectoryHook
 
         self._steps = check_int("steps", steps, 1)
+        self._parts = 1  # that each interval of the pipeline's noise levels is divided into
         _check_pipeline(pipe)
         self._pipe = pipe
         self._seed = seed
+        self._capture = capture
         each = {
             name: value
             for name, value in call_arguments.items()
@@ -152,17 +156,51 @@ class PipelineSource:
         sigmas = self._answered.sigmas
         if sigmas is None:
             raise ValueError("lesa: the pipeline did not call its transformer, so its noise levels are not known")
-        if len(sigmas) != self._steps + 1:
-            raise ValueError(f"the pipeline must have {self._steps} steps as asked for, it has {len(sigmas) - 1}")
+        if len(sigmas) != self._steps * self._parts + 1:
+            wanted = self._steps * self._parts
+            raise ValueError(f"the pipeline must have {wanted} steps as asked for, it has {len(sigmas) - 1}")
         return check_decreasing(sigmas, "the noise levels of the pipeline's scheduler")
+
+    @cached_property
+    def first_step(self) -> int:
+        """The step at which the runs start: 0, or later for image-to-image; the model does not run."""
+        found: list[int] = []
+
+        def stop(call: ModelCall) -> Tensor:
+            found.append(call.step)
+            raise StopRun
+
+        self._probe(stop)
+        return found[0] if found else 0
+
+    def refined(self, parts: int = 4) -> PipelineSource:
+        """Return the same runs with finer steps, as a target for `fit_solver`: nearer to the solution of the equation.
+
+        Args:
+            parts: each interval between the pipeline's noise levels is divided evenly into so many.
+
+        Returns:
+            A source of `parts` times as many steps, which passes all levels of this one.
+
+        Raises:
+            TypeError: when parts is no integer.
+            ValueError: when it is below 2.
+        """
+        finer = PipelineSource(
+            self._pipe, self._prompts, steps=self._steps, seed=self._seed, capture=self._capture, **self._shared
+        )
+        finer._parts = self._parts * check_int("parts", parts, 2)
+        return finer
 
     @cached_property
     def branches(self) -> tuple[str, ...]:
         """The branches of guidance that call the model in the first step; this runs it there."""
         found: list[str] = []
+        steps: set[int] = set()
 
         def look(call: ModelCall) -> Tensor | None:
-            if call.step:
+            steps.add(call.step)
+            if len(steps) > 1:
                 raise StopRun
             found.append(call.branch)
             return watch(call)[1]
@@ -184,6 +222,8 @@ class PipelineSource:
     def identity(self) -> str:
         """A hash of what the runs are made from beside the model: prompts, arguments, seed, and who runs when."""
         facts: tuple[object, ...] = (self._steps, self._seed)
+        if self._parts > 1:
+            facts = (*facts, self._parts)
         if len(self._models) > 1:
             facts = (*facts, getattr(self._pipe.config, "boundary_ratio", None))
         digest = hashlib.sha256(repr(facts).encode())
@@ -197,8 +237,8 @@ class PipelineSource:
         """See `TrajectorySource.run`. The policy runs with gradients where this is called with gradients.
 
         Raises:
-            ValueError: when the pipeline is enabled, skips a step (image-to-image), has other sigmas than before, or
-                its model needs an adapter.
+            ValueError: when the pipeline is enabled, skips a step on its way, has other sigmas than before, or its
+                model needs an adapter.
         """
         last = len(self.sigmas) - 2
         self._run_batch(runs, policy)
@@ -224,6 +264,8 @@ class PipelineSource:
             for hook in self._hooks:
                 stack.enter_context(hook.attached())
             stack.enter_context(_silent(self._pipe))
+            if self._parts > 1:
+                stack.enter_context(_divided(self._pipe.scheduler, self._parts))
             stack.enter_context(torch.no_grad())
             try:
                 self._pipe(num_inference_steps=self._steps, generator=generators, **arguments, **self._shared)
@@ -302,6 +344,35 @@ def _together(values: list[Any]) -> Any:
     if all(isinstance(value, list) for value in values):
         return list(itertools.chain.from_iterable(values))
     return values
+
+
+@contextmanager
+def _divided(scheduler: Any, parts: int) -> Generator[None, None, None]:
+    """Divide the intervals between a scheduler's noise levels for the length of a with statement.
+
+    The levels are set once the scheduler has made its own: those that it is given it would shift once more.
+    """
+    set_timesteps = scheduler.set_timesteps
+
+    def divide(levels: Tensor) -> Tensor:
+        shares = torch.arange(parts, device=levels.device, dtype=levels.dtype) / parts
+        return (levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * shares).flatten()
+
+    # retrieve_timesteps looks at the names of its arguments.
+    @functools.wraps(set_timesteps)
+    def set_finer(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        sigmas, timesteps = scheduler.sigmas, scheduler.timesteps
+        end = sigmas[-1:].to(timesteps) * scheduler.config.num_train_timesteps
+        scheduler.sigmas = torch.cat([divide(sigmas), sigmas[-1:]])
+        scheduler.timesteps = divide(torch.cat([timesteps, end]))
+        scheduler.num_inference_steps = len(scheduler.timesteps)
+
+    scheduler.set_timesteps = set_finer
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
 
 
 @contextmanager

@@ -186,7 +186,7 @@ class CacheState:
         layout = layout_of(latents)
         run, branch = self._place(context, layout, foreign_cache)
         if branch is not None and branch.solver is not None:
-            reason = branch.solver.arrive(branch.step, latents)
+            reason = _reason(branch.solver.arrive, branch.step, latents)
             if reason is not None:
                 run.disable_forecasts(reason)
                 branch = None
@@ -212,7 +212,7 @@ class CacheState:
         run, solver = self._run, branch.solver
         if run is None or solver is None:
             return
-        reason = solver.capture(branch.step, branch.name, latents, output)
+        reason = _reason(solver.capture, branch.step, branch.name, latents, output)
         if reason is not None:
             run.disable_forecasts(reason)
 
@@ -356,3 +356,11 @@ class CacheState:
             return _SHARED if self._is_shared else context
         # A pipeline that opens no context has an unnamed one, and nothing says that its calls are of several branches.
         return "cond" if not context and tuple(self._predictors) == ("cond",) else None
+
+
+def _reason(act: Callable[..., str | None], *arguments: Any) -> str | None:
+    """Let a learned solver act, and return why it cannot; a failure ends the forecasts, not the run."""
+    try:
+        return act(*arguments)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"the learned solver failed: {error}"

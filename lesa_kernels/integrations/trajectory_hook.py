@@ -49,7 +49,8 @@ class AnsweredRun:
         reason = find_incompatibility(position, context, step, number, foreign_cache)
         if position is not self._position:
             reason = self._begin(position) or reason
-        if reason is None and step > self.latest_step + 1:
+        # Image-to-image begins late.
+        if reason is None and step > self.latest_step + 1 and self.latest_step >= 0:
             reason = f"step {step} came where step {self.latest_step + 1} was due; a source runs every step"
         if reason is not None:
             raise ValueError(f"lesa: the pipeline cannot be run: {reason}")

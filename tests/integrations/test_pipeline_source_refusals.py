@@ -33,7 +33,6 @@ FLUX_PROMPTS = embeddings(pooled=True)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"begin": 1}, "step 1 came where step 0 was due; a source runs every step"),
         ({"loops": 2}, "a second denoising loop began within one call"),
         ({"loops": 0}, "did not call its transformer"),
         ({"extra_steps": 1}, "must have 3 steps as asked for, it has 4"),
