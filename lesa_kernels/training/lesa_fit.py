@@ -21,6 +21,7 @@ from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, minimi
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.training.tail_fit import (
     MOST_ROUNDS,
+    WORTHWHILE,
     ClosedLoopRuns,
     Coefficients,
     FitSegment,
@@ -100,7 +101,8 @@ def fit_lesa(
             free = LevenbergMarquardt(vector(by_branch, segment), name=segment.name)
             runs.minimize(free, by_branch, segment, rounds=1)
             form = SegmentPredictor(history, len(segment.steps))
-            search = LevenbergMarquardt(form.nearest(free.best, free.damped_gram), form.nearest, segment.name)
+            start = form.nearest(free.best, free.damped_gram)
+            search = LevenbergMarquardt(start, form.nearest, segment.name, worthwhile=WORTHWHILE)
             runs.minimize(search, by_branch, segment, most - 1)
             runs.report(search, segment, "the nearest form's", is_limited=rounds is not None)
             form.choose(search.best)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_int
-from lesa_kernels.guidance import Guidance, find_guidance, rounding_noise
+from lesa_kernels.guidance import Guidance, find_guidance, rounding_noise, seen_velocity
 from lesa_kernels.machine import MANY_ELEMENTS, one_thread
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
 from lesa_kernels.trajectories import (
+    HALVES,
     ONLY_BRANCH,
     ModelCall,
     StepPolicy,
@@ -311,7 +312,7 @@ class _Observer:
         self, step: int, latents: Tensor, after: Tensor, outputs: Mapping[str, Tensor], length: float
     ) -> None:
         """Find out by which guidance a step moved the latents; in the first step also which branch is which."""
-        seen = (after.float() - latents.float()) / length
+        seen, _ = seen_velocity(latents, after, length)
         kinds = (latents.dtype, *(output.dtype for output in outputs.values()))
         noise = rounding_noise(after, seen, max(kinds, key=lambda kind: torch.finfo(kind).eps), abs(length))
         branches, sign = self._known.branches, self._known.sign
@@ -372,6 +373,6 @@ def _find_branches(seen: _SeenStep, rows: int) -> Branches:
         )
     if len(names) == 1:
         if len(seen.latents) == 2 * rows and torch.equal(*seen.latents.chunk(2)):
-            return Branches(("uncond", "cond"), is_batched=True)
+            return Branches(HALVES, is_batched=True)
         return Branches(names)
     return Branches(names[::-1] if names[1] == "uncond" else names)

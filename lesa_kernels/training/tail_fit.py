@@ -29,7 +29,8 @@ from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
 _TAYLOR_ORDER = 2
-# Far above what any fit took; each converged in 5 to 20.
+# Of the squared distance: a thousandth of the distance.
+WORTHWHILE = 2e-3
 MOST_ROUNDS = 40
 
 Coefficients: TypeAlias = dict[int, dict[int, float]]
@@ -95,7 +96,7 @@ def fit(
         runs = ClosedLoopRuns(source, resolved, batch, bar)
         coefficients = {branch: dict(start) for branch in runs.branches}
         for segment in runs.track("fitting segment by segment", most):
-            search = LevenbergMarquardt(vector(coefficients, segment), name=segment.name)
+            search = LevenbergMarquardt(vector(coefficients, segment), name=segment.name, worthwhile=WORTHWHILE)
             runs.minimize(search, coefficients, segment, most)
             runs.report(search, segment, "TaylorSeer's", is_limited=rounds is not None)
     found = {
