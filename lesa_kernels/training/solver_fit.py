@@ -204,7 +204,14 @@ class SolverFits:
                     self._batches[number] = replace(own, target=[finer.target[place] for place in places])
 
     def full_steps(self, schedule: Schedule | ScheduleRule) -> tuple[int, ...]:
-        """Return the full steps of a schedule for runs that begin where those of the source do."""
+        """Return the full steps of a schedule for runs that begin where those of the source do.
+
+        Args:
+            schedule: which steps are full, or a rule that makes it from the sigmas.
+
+        Raises:
+            ValueError: when it is for another number of steps.
+        """
         resolved = schedule if isinstance(schedule, Schedule) else schedule(self.sigmas)
         if resolved.num_steps != len(self.sigmas) - 1:
             raise ValueError(f"schedule must have {len(self.sigmas) - 1} steps, got {resolved.num_steps}")
@@ -217,6 +224,9 @@ class SolverFits:
         Args:
             schedule: which steps are full.
             progress: show a bar.
+
+        Returns:
+            The predictor.
         """
         full = self.full_steps(schedule)
         predictor = SolverPredictor(
