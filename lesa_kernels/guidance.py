@@ -117,7 +117,8 @@ def find_guidance(uncond: Tensor, cond: Tensor, velocity: Tensor, noise: float =
             factor = (velocity * guided).sum(_dims(guided)) / guided.square().sum(_dims(guided)).clamp_min(1e-20)
             change = _ratio(_deviation, cond, guided).flatten() - 1
             share = ((factor - 1) * change).sum() / change.square().sum().clamp_min(1e-20)
-            guidance = Guidance(guidance.scale, rule, float(share))
+            # Beyond, the factor could turn the velocity around, which is what a model's other sign does.
+            guidance = Guidance(guidance.scale, rule, float(share.clamp(0, 1)))
         made = guidance.combine(uncond, cond)
         if agrees(made, velocity, noise):
             errors[guidance] = float((made - velocity).norm())

@@ -19,6 +19,9 @@ from lesa_kernels.checks import check_decreasing, check_int, check_type
 ONLY_BRANCH = "cond"
 """The branch of models that are called once a step; guidance adds others ("uncond"), each with a history of its own."""
 
+HALVES = ("uncond", "cond")
+"""The branches of guidance in one call of the model: the halves of its batch, in this order in most pipelines (SD3)."""
+
 
 @dataclass(frozen=True)
 class ModelCall:

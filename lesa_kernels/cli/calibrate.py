@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from typing import Annotated
@@ -80,7 +81,7 @@ def calibrate(
 ) -> None:
     """Find the best steps to run in full, fit a predictor for the others through the model's tail, and save it.
 
-    For models that are called once a step, without classifier-free guidance (two calls a step). Runs in one process.
+    With classifier-free guidance each branch gets a predictor of its own. Runs in one process.
     """
     common.check_modules("lesa calibrate", "diffusers")
     console = common.make_console()
@@ -104,9 +105,10 @@ def calibrate(
             schedule = _search(source, calls, psnr_db, search, refine, batch, console)
             console.print(common.full_steps(schedule), soft_wrap=True)
             torch.manual_seed(seed)
-            save_predictors({ONLY_BRANCH: _fitted(form, source, schedule, batch)}, out)
+            predictors = _fitted(form, source, schedule, batch)
+            save_predictors(predictors, out)
     common.show_files(out, console)
-    lines = pipeline.next_lines(f'lesa.load_predictor("{out}")')
+    lines = pipeline.next_lines(common.loading(predictors, out))
     console.print("\n" + lines, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -141,7 +143,13 @@ def _search(
     return schedule
 
 
-def _fitted(form: Form, source: TrajectorySource, schedule: Schedule, batch: int) -> LinearPredictor | LesaPredictor:
-    """Fit a predictor."""
+def _fitted(
+    form: Form, source: TrajectorySource, schedule: Schedule, batch: int
+) -> Mapping[str, LinearPredictor | LesaPredictor]:
+    """Fit the predictor of each branch of guidance, or of the only one."""
     fitted = fit(source, schedule, batch=batch)
-    return fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)
+    if not isinstance(fitted, LinearPredictor):
+        if form is Form.lesa:
+            raise ValueError("--form lesa fits a model without guidance; --form coefficients fits each of its branches")
+        return fitted
+    return {ONLY_BRANCH: fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import reprlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from lesa_kernels.checks import check_float, check_int, check_list, check_type
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.policies import PlanPolicy, batches, reference_run
+from lesa_kernels.training.policies import PlanPolicy, SmallModels, batches, reference_run
 from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
@@ -22,7 +22,7 @@ from lesa_kernels.trajectories import TrajectorySource, check_source
 _MOVES = (4, 2, 1)
 _FEWEST_CALLS = 3
 
-MakePredictor = Callable[[Schedule], Predictor]
+MakePredictor = Callable[[Schedule], Predictor | Mapping[str, Predictor]]
 """Makes what forecasts at a schedule: a constant for TaylorSeer, a fit for learned coefficients."""
 
 
@@ -45,7 +45,7 @@ class Evaluator:
     """Compares accelerated with unaccelerated runs from the same noise.
 
     Args:
-        source: runs a model that is called once a step and steps as Euler does.
+        source: runs a model that steps as Euler does, with guidance of two branches or without.
         batch: runs sampled as one batch.
         progress: show a bar while the unaccelerated runs are sampled.
     """
@@ -59,17 +59,22 @@ class Evaluator:
         with progress_bar(progress) as bar:
             recording = bar.track(self._parts, description="sampling unaccelerated runs")
             self._references = [reference_run(source, runs, [steps]) for runs in recording]
+        self._small = SmallModels()
 
     @torch.no_grad()
-    def __call__(self, predictor: Predictor, schedule: Schedule) -> Score:
-        """Sample all runs with a predictor and a schedule, and compare."""
-        plan = predictor.plan(self.sigmas, schedule)
+    def __call__(self, predictor: Predictor | Mapping[str, Predictor], schedule: Schedule) -> Score:
+        """Sample all runs with a predictor, or one of each branch of guidance, and a schedule, and compare."""
+        plans = (
+            predictor.plan(self.sigmas, schedule)
+            if isinstance(predictor, Predictor)
+            else {branch: each.plan(self.sigmas, schedule) for branch, each in predictor.items()}
+        )
         ratios: list[Tensor] = []
         full: list[float] = []
         forecast: list[float] = []
         for runs, reference in zip(self._parts, self._references, strict=True):
-            policy = PlanPolicy(plan, reference.sign)
-            self.source.run(runs, policy)
+            policy = PlanPolicy(plans, reference)
+            self.source.run(runs, self._small.limit(policy))
             if policy.final is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")
             ratios.append(_psnr_db(policy.final, reference.latents[len(self.sigmas) - 1]))
@@ -163,7 +168,7 @@ def search_schedule(
 def _score(evaluator: Evaluator, make: MakePredictor, schedule: Schedule) -> Score:
     """Evaluate the predictor that is made for a schedule."""
     predictor = make(schedule)
-    check_type("make(schedule)", predictor, Predictor, "a Predictor")
+    check_type("make(schedule)", predictor, (Predictor, Mapping), "a Predictor or a mapping of them")
     score = evaluator(predictor, schedule)
     check_type("evaluator(predictor, schedule)", score, Score, "a Score")
     return score
