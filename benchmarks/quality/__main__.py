@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +45,9 @@ def compare(
     for name in chosen:
         method = METHODS[name]
         for kind in (tables.DEFAULT, tables.BEST):
-            found = {(row.seed, row.method, row.schedule): row for row in rows if (row.data, row.calls) == (data.name, calls)}
+            found = {
+                (row.seed, row.method, row.schedule): row for row in rows if (row.data, row.calls) == (data.name, calls)
+            }
             if (seed, name, kind) in found or (kind == tables.BEST and method.searched is None):
                 continue
             schedule = method.default(setting, calls)
@@ -121,7 +123,7 @@ def main(
     console.print(f"{time.monotonic() - begin:.0f} s; rows: {out}, picture: {plot}")
 
 
-def _check(option: str, values: list[str] | list[int] | None, known: dict[str, object] | dict[int, int]) -> None:
+def _check(option: str, values: Sequence[str | int] | None, known: Iterable[str | int]) -> None:
     """Check an option that takes some values alone."""
     for value in values or ():
         if value not in known:

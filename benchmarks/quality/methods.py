@@ -16,11 +16,12 @@ from benchmarks.quality.measures import psnr
 from benchmarks.quality.setting import Samples, Setting
 from lesa_kernels.predictors import LesaPredictor, Predictor
 from lesa_kernels.schedule import Schedule
+from lesa_kernels.training.schedule_search import Judge
 from lesa_kernels.training import (
-    RecordedSource,
     SolverFits,
     TrainingConfig,
     even_schedules,
+    fit,
     fit_solver,
     search_schedule,
     train,
@@ -29,6 +30,7 @@ from lesa_kernels.training import (
 INTERVALS = {10: 7, 8: 10, 6: 22}
 """Calls of the blocks at 50 steps -> interval of the published rule."""
 
+TAIL = "coefficients through the tail"
 SOLVER, SOLVER_FEW, SOLVER_MANY = "learned solver", "learned solver, 8 runs", "learned solver, 96 runs"
 LESA, LESA_TUNED, L2P = "LESA as published", "LESA, tuned", "closed form on features (L2P)"
 EULER, BASHFORTH = "Euler", "Adams-Bashforth 2"
@@ -93,6 +95,11 @@ def _learned(runs: int, window: int, samples: Samples, setting: Setting, schedul
     return samples.forecast(predictor, schedule)
 
 
+def _through_tail(samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+    source = setting.known.first(FEATURE_RUNS).source()
+    return samples.forecast(fit(source, schedule, batch=len(source), progress=False), schedule)
+
+
 def _least_squares(samples: Samples, setting: Setting, schedule: Schedule) -> Images:
     features = setting.known.first(FEATURE_RUNS).features
     return samples.forecast(fit_features(features, setting.known.sigmas, schedule, window=3), schedule)
@@ -100,10 +107,8 @@ def _least_squares(samples: Samples, setting: Setting, schedule: Schedule) -> Im
 
 def _trained(config: Callable[[], TrainingConfig], samples: Samples, setting: Setting, schedule: Schedule) -> Images:
     torch.manual_seed(0)
-    parts = zip(*(feature.split(2) for feature in setting.known.first(FEATURE_RUNS).features), strict=True)
-    source = RecordedSource([list(part) for part in parts], setting.known.sigmas)
     predictor = LesaPredictor(setting.known.steps)
-    train(predictor, source, schedule, config(), progress=False)
+    train(predictor, setting.known.first(FEATURE_RUNS).recorded, schedule, config(), progress=False)
     return samples.forecast(predictor, schedule)
 
 
@@ -121,6 +126,7 @@ METHODS: dict[str, Method] = {
     },
     EULER: Method("solver", partial(_solved, 1), uniform, EULER),
     BASHFORTH: Method("solver", partial(_solved, 2), uniform, BASHFORTH),
+    TAIL: Method("calibrated", _through_tail, uniform, SOLVER),
     L2P: Method("calibrated", _least_squares, uniform),
     LESA: Method("trained", partial(_trained, TrainingConfig.published), published),
     LESA_TUNED: Method("trained", partial(_trained, TrainingConfig.tuned), published),
@@ -138,14 +144,18 @@ def find_schedule(setting: Setting, name: str, calls: int, effort: Effort) -> Sc
         effort: of the search.
     """
     method, known = METHODS[name], setting.known
-    if method.kind == "calibrated":
-        source = known.first(2 * effort.runs).source()
-        judge = SolverFits(source, held_out=effort.runs, batch=len(source), progress=False).psnr_db
-    else:
-        judged = known.first(effort.runs)
-
-        def judge(schedule: Schedule) -> float:
-            return psnr(method.sample(judged, setting, schedule)[0], judged.plain)[0]
-
+    judge = _judge_of_fits(known, effort) if method.kind == "calibrated" else _judge_of(method, setting, effort)
     starts = even_schedules(known.sigmas, calls)
     return search_schedule(judge, starts, placements=effort.placements, progress=False).schedule
+
+
+def _judge_of_fits(known: Samples, effort: Effort) -> Judge:
+    """Judge by the learned solver, on runs held out from its fit."""
+    source = known.first(2 * effort.runs).source()
+    return SolverFits(source, held_out=effort.runs, batch=len(source), progress=False).psnr_db
+
+
+def _judge_of(method: Method, setting: Setting, effort: Effort) -> Judge:
+    """Judge by the images of a method that learns nothing."""
+    judged = setting.known.first(effort.runs)
+    return lambda schedule: psnr(method.sample(judged, setting, schedule)[0], judged.plain)[0]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from examples.emoji import emoji_model as emoji
+from examples.emoji.emoji_pipeline import EmojiPipeline
+from examples.emoji.train_emoji import main as train_emoji
 from torch import Tensor
 
 from examples.digits import model as digits
@@ -16,12 +19,11 @@ from examples.digits.pipeline import DigitsPipeline
 from examples.digits.solvers import solve as solve_digits
 from examples.digits.train_model import Data as Digits
 from examples.digits.train_model import main as train_digits
-from examples.emoji import emoji_model as emoji
-from examples.emoji.emoji_pipeline import EmojiPipeline
-from examples.emoji.train_emoji import main as train_emoji
 from lesa_kernels.integrations import PipelineSource, enabled, recorded, summary
+from lesa_kernels.integrations.state import Predictors
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
+from lesa_kernels.trajectories import RecordedSource
 
 STEPS = 50
 CONVERGED_STEPS = 200
@@ -122,15 +124,17 @@ class Samples:
         self._data = data
         self._first_seed = first_seed
         self._offset = offset
+        self._first: dict[int, Samples] = {}
         pipe.set_progress_bar_config(disable=True)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @cache
     def first(self, count: int) -> Samples:
-        """Return the first of the samples alone."""
-        return Samples(self._data, self.pipe, count, self._first_seed, self._offset, self.steps)
+        """Return the first of the samples alone; the same object for the same count."""
+        if count not in self._first:
+            self._first[count] = Samples(self._data, self.pipe, count, self._first_seed, self._offset, self.steps)
+        return self._first[count]
 
     def source(self) -> PipelineSource:
         """Return the samples as runs to learn from."""
@@ -151,7 +155,7 @@ class Samples:
     @cached_property
     def plain(self) -> Tensor:
         """Images with all steps in full, [B, ...] from -1 to 1."""
-        return self._sampled()
+        return self.sampled()
 
     @cached_property
     def converged(self) -> Tensor:
@@ -163,28 +167,35 @@ class Samples:
     def features(self) -> list[Tensor]:
         """The features of the samples with all steps in full, in one call each, [B or 2 B, ...]."""
         with recorded(self.pipe) as features:
-            self._sampled()
+            self.sampled()
         return features
 
-    def forecast(self, predictor: Predictor, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
+    @property
+    def recorded(self) -> RecordedSource:
+        """The same features as runs to train on, two samples each where one call holds one sample."""
+        parts = zip(*(feature.split(2) for feature in self.features), strict=True)
+        return RecordedSource([list(part) for part in parts], self.sigmas)
+
+    def forecast(self, predictor: Predictors, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
         """Return images with forecasts, as users get them, and the steps that were full.
 
         Raises:
             RuntimeError: when the run went on without forecasts.
         """
         with enabled(self.pipe, predictor, schedule):
-            images = self._sampled()
+            images = self.sampled()
             refused = summary(self.pipe).refused
         if refused is not None:
             raise RuntimeError(f"the run was sampled without forecasts: {refused}")
-        return images, predictor.plan(self.sigmas, schedule).full_steps
+        first = predictor if isinstance(predictor, Predictor) else next(iter(predictor.values()))
+        return images, first.plan(self.sigmas, schedule).full_steps
 
     def solved(self, schedule: Schedule, order: Literal[1, 2]) -> Tensor:
         """Return images by a solver that takes the full steps only."""
         levels = [self.sigmas[step] for step in schedule.full_steps] + [self.sigmas[-1]]
         return self._data.solve(self.pipe, self.noise, self.prompts, levels, order)
 
-    def _sampled(self) -> Tensor:
+    def sampled(self) -> Tensor:
         """Sample, with whatever is enabled."""
         generators = [torch.Generator().manual_seed(self._first_seed + number) for number in range(len(self))]
         images: Tensor = self.pipe(
