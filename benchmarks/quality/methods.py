@@ -16,7 +16,6 @@ from benchmarks.quality.measures import psnr
 from benchmarks.quality.setting import Samples, Setting
 from lesa_kernels.predictors import LesaPredictor, Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.schedule_search import Judge
 from lesa_kernels.training import (
     SolverFits,
     TrainingConfig,
@@ -26,6 +25,7 @@ from lesa_kernels.training import (
     search_schedule,
     train,
 )
+from lesa_kernels.training.schedule_search import Judge
 
 INTERVALS = {10: 7, 8: 10, 6: 22}
 """Calls of the blocks at 50 steps -> interval of the published rule."""

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from examples.emoji import emoji_model as emoji
-from examples.emoji.emoji_pipeline import EmojiPipeline
-from examples.emoji.train_emoji import main as train_emoji
 from torch import Tensor
 
 from examples.digits import model as digits
@@ -19,6 +16,9 @@ from examples.digits.pipeline import DigitsPipeline
 from examples.digits.solvers import solve as solve_digits
 from examples.digits.train_model import Data as Digits
 from examples.digits.train_model import main as train_digits
+from examples.emoji import emoji_model as emoji
+from examples.emoji.emoji_pipeline import EmojiPipeline
+from examples.emoji.train_emoji import main as train_emoji
 from lesa_kernels.integrations import PipelineSource, enabled, recorded, summary
 from lesa_kernels.integrations.state import Predictors
 from lesa_kernels.predictors import Predictor

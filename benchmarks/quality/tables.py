@@ -271,7 +271,7 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
         fidelity = [[name, *(_fidelity(_best(by_method[name], count)) for count in calls)] for name in ranked]
         parts += [
-            f"**{data}**, PSNR in dB against all calls, mean (lowest to highest) over models; by default over all three, at "
+            f"**{data}**, PSNR in dB against all calls, mean (lowest to highest) over models: by default over all, at "
             "the best schedule over the two that it was not searched on:",
             _grid(["method", *heads], body),
             f"**{data}**, at the better schedule: SSIM against all calls, and PSNR in dB against a converged run:",
