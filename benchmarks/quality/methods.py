@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.quality.least_squares import fit_features
 from benchmarks.quality.setting import Setting
-from lesa_kernels.predictors import HiCache, LesaPredictor, LinearPredictor, Predictor, Reuse, TaylorSeer
+from lesa_kernels.predictors import HiCache, LesaPredictor, Predictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import Evaluator, TrainingConfig, fit, fit_lesa, search_schedule, train
+from lesa_kernels.training import Evaluator, SelectedRuns, TrainingConfig, fit, fit_lesa, search_schedule, train
 
 PUBLISHED, UNIFORM = "published rule", "uniform in sigma"
 TAYLORS, OWN = "best for TaylorSeer", "best for coefficients"
@@ -47,7 +47,7 @@ class Effort:
     Args:
         taylor: schedules to try with TaylorSeer.
         coefficients: schedules to fit coefficients for, near the uniform one and near the best for TaylorSeer.
-        runs: that those fits learn from.
+        runs: that those fits learn from, and as many others that they are judged on.
     """
 
     taylor: int = 80
@@ -69,7 +69,9 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
     taylor = TaylorSeer(2, "sigma")
     evaluator = Evaluator(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
     uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
-    taylors = search_schedule(evaluator, uniform, lambda _: taylor, evaluations=effort.taylor, progress=False).schedule
+    taylors = search_schedule(
+        lambda schedule: evaluator(taylor, schedule), uniform, placements=effort.taylor, progress=False
+    ).schedule
     own = _own_schedule(setting, [uniform, taylors], effort)
 
     def by(name: str, schedule_name: str, predictor: Predictor, schedule: Schedule) -> Sampled:
@@ -96,13 +98,14 @@ def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iter
 
 def _own_schedule(setting: Setting, starts: list[Schedule], effort: Effort) -> Schedule:
     """Search for the schedule that serves coefficients best: each that is tried gets a fit of its own."""
-    source = setting.learning(effort.runs)
+    source = setting.learning(2 * effort.runs)
+    fitted_to, judged_on = (SelectedRuns(source, range(first, first + effort.runs)) for first in (0, effort.runs))
+    evaluator = Evaluator(judged_on, batch=effort.runs, progress=False)
 
-    def make(schedule: Schedule) -> LinearPredictor:
-        return fit(source, schedule, rounds=2, batch=len(source), progress=False)
+    def judge(schedule: Schedule) -> float:
+        return evaluator(fit(fitted_to, schedule, rounds=2, batch=effort.runs, progress=False), schedule)
 
-    evaluator = Evaluator(source, batch=len(source), progress=False)
-    return search_schedule(evaluator, starts, make, evaluations=effort.coefficients, progress=False).schedule
+    return search_schedule(judge, starts, placements=effort.coefficients, progress=False).schedule
 
 
 def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
