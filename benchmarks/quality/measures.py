@@ -37,7 +37,7 @@ def ssim(images: Tensor, reference: Tensor) -> float:
     pairs = zip(images.clamp(-1, 1).numpy(), reference.clamp(-1, 1).numpy(), strict=True)
     channels = 0 if images.dim() == 4 else None
     values = [
-        structural_similarity(one, other, win_size=_WINDOW, data_range=2.0, channel_axis=channels)
+        structural_similarity(one, other, win_size=_WINDOW, data_range=2.0, channel_axis=channels)  # type: ignore[no-untyped-call]
         for one, other in pairs
     ]
     return sum(map(float, values)) / len(values)
