@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lesa_kernels.checks import check_decreasing, check_int, check_type
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -22,16 +22,26 @@ MAX_INPUTS = 64
 MAX_OUTPUTS = 64
 
 
+Term: TypeAlias = "int | tuple[int, str]"
+"""A tensor of a step: its feature, or with a name one of several *quantities* that a full step hands in."""
+
+
+def step_of(term: Term) -> int:
+    """Return the step of a term."""
+    return term if isinstance(term, int) else term[0]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One forecast: sum over terms of coefficient * feature of that step, plus an offset.
+    """One forecast: sum over terms of coefficient * that tensor, plus an offset.
 
     Args:
-        terms: coefficient of each earlier step that the forecast reads, full or forecast alike.
+        terms: coefficient of each tensor that the forecast reads: features of earlier steps, full or forecast alike, or
+            quantities of full steps.
         offset: added to every element.
     """
 
-    terms: dict[int, float]
+    terms: Mapping[Any, float]  # of Term; Mapping is invariant in its keys, and most rows have steps alone
     offset: float = 0.0
 
 
@@ -41,11 +51,12 @@ RowRule: TypeAlias = Callable[[int, Sequence[int]], "Row | None"]
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of the forecast kernel: M features from K resident ones.
+    """One call of the forecast kernel: M tensors from K resident ones. Steps with equal rows share one.
 
     Args:
-        steps: the M steps whose features it makes.
-        inputs: the K steps whose features it reads.
+        steps: the steps that it serves.
+        output: for each of them, which of the M tensors is its forecast.
+        inputs: the K terms that it reads.
         read: their slots.
         write: the M slots that it fills.
         coefficients: M rows of K, float64.
@@ -53,7 +64,8 @@ class Launch:
     """
 
     steps: tuple[int, ...]
-    inputs: tuple[int, ...]
+    output: tuple[int, ...]
+    inputs: tuple[Term, ...]
     read: tuple[int, ...]
     write: tuple[int, ...]
     coefficients: tuple[tuple[float, ...], ...]
@@ -65,13 +77,13 @@ class Check:
     """What a full step would have been forecast from, to be compared with its feature.
 
     Args:
-        inputs: the K steps whose features the forecast reads.
+        inputs: the K terms that the forecast reads.
         read: their slots, which hold them until the feature of the full step lies in its own.
         coefficients: K, float64.
         offset: added to every element.
     """
 
-    inputs: tuple[int, ...]
+    inputs: tuple[Term, ...]
     read: tuple[int, ...]
     coefficients: tuple[float, ...]
     offset: float
@@ -83,13 +95,13 @@ class Segment:
 
     Args:
         full_step: the full step.
-        slot: where its feature goes, None when nothing reads it.
+        slots: where its terms go: its feature or its quantities, without those that nothing reads.
         launches: one for the whole segment, or several when the plan was made with a chunk.
         check: what the full step is compared with, None where it is not.
     """
 
     full_step: int
-    slot: int | None
+    slots: Mapping[Term, int]
     launches: tuple[Launch, ...]
     check: Check | None = None
 
@@ -121,6 +133,12 @@ class Plan:
     def full_steps(self) -> tuple[int, ...]:
         """The steps on which the blocks run: the schedule's, and those for which the history was too short."""
         return tuple(segment.full_step for segment in self.segments)
+
+    @property
+    def quantities(self) -> frozenset[str]:
+        """The quantities that full steps hand in; none where they hand in their feature."""
+        terms = [term for segment in self.segments for term in segment.slots]
+        return frozenset(term[1] for term in terms if not isinstance(term, int))
 
     @property
     def speedup(self) -> float:
@@ -160,8 +178,8 @@ class Plan:
     def passes(self) -> tuple[int, int]:
         """Features read and forecasts written, all in all: (as planned, step by step)."""
         launches = [launch for segment in self.segments for launch in segment.launches]
-        outputs = sum(len(launch.steps) for launch in launches)
-        return sum(len(launch.inputs) for launch in launches) + outputs, self.num_terms + outputs
+        reads, writes = sum(len(launch.inputs) for launch in launches), sum(len(launch.write) for launch in launches)
+        return reads + writes, self.num_terms + sum(len(launch.steps) for launch in launches)
 
     def describe(self, shape: Sequence[int] | None = None, itemsize: int = 2) -> str:
         """Describe the plan in a few lines.
@@ -189,8 +207,9 @@ class Plan:
                 first, last = launch.steps[0], launch.steps[-1]
                 steps = f"step {first}" if first == last else f"steps {first}-{last}"
                 lines.append(
-                    f"  after {segment.full_step}: {steps} from {len(launch.inputs)} features, of steps "
-                    + " ".join(map(str, launch.inputs))
+                    f"  after {segment.full_step}: {steps} from {len(launch.inputs)} "
+                    f"{'tensors' if self.quantities else 'features'}, of steps "
+                    + " ".join(map(str, dict.fromkeys(map(step_of, launch.inputs))))
                 )
         ring = f"ring: {self.num_slots} slots"
         if shape is not None:
@@ -300,7 +319,7 @@ def _check_row(step: int, row: Row, first_step: int) -> None:
     if not all(math.isfinite(value) for value in (*row.terms.values(), row.offset)):
         raise ValueError(f"the row of step {step} must be finite, got {row.terms} and offset {row.offset}")
     for source in row.terms:
-        if not first_step <= source < step:
+        if not first_step <= step_of(source) < step:
             raise ValueError(f"the row of step {step} must read steps {first_step} to {step - 1}, got step {source}")
 
 
@@ -312,44 +331,59 @@ def _check_of(step: int, full: Sequence[int], schedule: Schedule, rule: RowRule,
     _check_row(step, row, first_step)
     if len(row.terms) > MAX_INPUTS:
         raise ValueError(f"a check reads at most {MAX_INPUTS} features, got {len(row.terms)} for step {step}")
-    inputs = tuple(sorted(row.terms))
+    inputs = tuple(sorted(row.terms, key=_order))
     return Check(inputs, (), tuple(row.terms[source] for source in inputs), row.offset)
 
 
 def _compose(full: Sequence[int], rows: dict[int, Row], steps: int, chunk: int) -> list[Segment]:
     """Express each launch's rows over the features that are resident when it runs. No slots are assigned yet."""
     segments = []
+    resident: dict[int, int] = {}  # forecast step -> the step whose tensor is its own too
     for position, full_step in enumerate(full):
         end = full[position + 1] if position + 1 < len(full) else steps
         forecasts = range(full_step + 1, end)
         chunks = [forecasts[start : start + chunk] for start in range(0, len(forecasts), chunk)]
-        segments.append(Segment(full_step, None, tuple(_compose_launch(each, rows) for each in chunks)))
+        segments.append(Segment(full_step, {}, tuple(_compose_launch(each, rows, resident) for each in chunks)))
     return segments
 
 
-def _compose_launch(steps: Sequence[int], rows: dict[int, Row]) -> Launch:
-    """Substitute the launch's own forecasts into later rows, so that every row reads resident features only."""
+def _compose_launch(steps: Sequence[int], rows: dict[int, Row], resident: dict[int, int]) -> Launch:
+    """Substitute the launch's own forecasts into later rows, so that every row reads resident tensors only."""
     composed: dict[int, Row] = {}
     for step in steps:
-        terms: dict[int, float] = {}
+        terms: dict[Term, float] = {}
         offset = rows[step].offset
         for source, coefficient in rows[step].terms.items():
-            inner = composed.get(source, Row({source: 1.0}))
+            own = composed.get(source) if isinstance(source, int) else None
+            inner = own or Row({resident.get(source, source) if isinstance(source, int) else source: 1.0})
             offset += coefficient * inner.offset
-            for resident, weight in inner.terms.items():
-                terms[resident] = terms.get(resident, 0.0) + coefficient * weight
+            for term, weight in inner.terms.items():
+                terms[term] = terms.get(term, 0.0) + coefficient * weight
         composed[step] = Row(terms, offset)
-    inputs = tuple(sorted({source for row in composed.values() for source in row.terms}))
+        resident[step] = next(earlier for earlier, row in composed.items() if row == composed[step])
+    distinct = [step for step in steps if resident[step] == step]
+    inputs = tuple(sorted({source for step in distinct for source in composed[step].terms}, key=_order))
     if len(inputs) > MAX_INPUTS:
         raise ValueError(f"a launch reads at most {MAX_INPUTS} features, got {len(inputs)} for steps {list(steps)}")
-    coefficients = tuple(tuple(composed[step].terms.get(source, 0.0) for source in inputs) for step in steps)
-    offsets = tuple(composed[step].offset for step in steps)
-    return Launch(tuple(steps), inputs, (), (), coefficients, offsets)
+    coefficients = tuple(tuple(composed[step].terms.get(source, 0.0) for source in inputs) for step in distinct)
+    offsets = tuple(composed[step].offset for step in distinct)
+    output = tuple(distinct.index(resident[step]) for step in steps)
+    return Launch(tuple(steps), output, inputs, (), (), coefficients, offsets)
 
 
-def _last_uses(segments: Iterable[Segment]) -> dict[int, int]:
-    """Return the last event at which each slot is needed; pushes and launches are numbered as they happen."""
-    last: dict[int, int] = {}
+def _order(term: Term) -> tuple[int, str]:
+    """Order terms by their steps."""
+    return (term, "") if isinstance(term, int) else term
+
+
+def _outputs(launch: Launch) -> list[int]:
+    """Return the steps by which the tensors of a launch are known: the first that each serves."""
+    return [launch.steps[launch.output.index(row)] for row in range(len(launch.coefficients))]
+
+
+def _last_uses(segments: Iterable[Segment]) -> dict[Term, int]:
+    """Return the last event at which each tensor is needed; pushes and launches are numbered as they happen."""
+    last: dict[Term, int] = {}
     event = 0
     for segment in segments:
         if segment.check is not None:
@@ -358,7 +392,7 @@ def _last_uses(segments: Iterable[Segment]) -> dict[int, int]:
         event += 1
         for launch in segment.launches:
             # A forecast is handed out between its own launch and the next event.
-            last.update(dict.fromkeys(launch.steps, event))
+            last.update(dict.fromkeys(_outputs(launch), event))
             last.update(dict.fromkeys(launch.inputs, event))
             event += 1
     return last
@@ -370,31 +404,31 @@ class _Slots:
     def __init__(self) -> None:
         self.count = 0
         self._free: list[int] = []
-        self._held: dict[int, int] = {}
+        self._held: dict[Term, int] = {}
 
-    def take(self, step: int) -> int:
-        """Give a step a slot."""
+    def take(self, term: Term) -> int:
+        """Give a term a slot."""
         if self._free:
             slot = min(self._free)
             self._free.remove(slot)
         else:
             slot = self.count
             self.count += 1
-        self._held[step] = slot
+        self._held[term] = slot
         return slot
 
-    def of(self, step: int) -> int:
-        """Return the slot of a step."""
-        return self._held[step]
+    def of(self, term: Term) -> int:
+        """Return the slot of a term."""
+        return self._held[term]
 
-    def release(self, steps: Iterable[int]) -> None:
-        """Take the slots of steps back."""
-        for step in steps:
-            self._free.append(self._held.pop(step))
+    def release(self, terms: Iterable[Term]) -> None:
+        """Take the slots of terms back."""
+        for term in terms:
+            self._free.append(self._held.pop(term))
 
-    def expired(self, last: dict[int, int], event: int) -> list[int]:
-        """Return the steps that nothing needs at or after an event."""
-        return [step for step in self._held if last[step] < event]
+    def expired(self, last: dict[Term, int], event: int) -> list[Term]:
+        """Return the terms that nothing needs at or after an event."""
+        return [term for term in self._held if last[term] < event]
 
 
 def _assign_slots(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
@@ -403,16 +437,17 @@ def _assign_slots(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int
     placed = []
     for segment in segments:
         slots.release(slots.expired(last, event))
-        slot = slots.take(segment.full_step) if segment.full_step in last else None
+        handed_in = sorted((term for term in last if step_of(term) == segment.full_step), key=_order)
+        own = {term: slots.take(term) for term in handed_in}
         check = segment.check and replace(segment.check, read=tuple(map(slots.of, segment.check.inputs)))
         event += 1
         launches = []
         for launch in segment.launches:
             slots.release(slots.expired(last, event))
-            read = tuple(slots.of(step) for step in launch.inputs)
-            slots.release([step for step in launch.inputs if last[step] == event])
-            write = tuple(map(slots.take, launch.steps))
+            read = tuple(map(slots.of, launch.inputs))
+            slots.release([term for term in launch.inputs if last[term] == event])
+            write = tuple(map(slots.take, _outputs(launch)))
             launches.append(replace(launch, read=read, write=write))
             event += 1
-        placed.append(replace(segment, slot=slot, launches=tuple(launches), check=check))
+        placed.append(replace(segment, slots=own, launches=tuple(launches), check=check))
     return tuple(placed), slots.count

@@ -1,4 +1,4 @@
-"""Runs a plan: full steps push their feature, the other steps take their forecast from the ring."""
+"""Runs a plan: full steps push their feature (or their quantities), the others take their forecast from the ring."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from lesa_kernels.checks import check_type
 from lesa_kernels.ops.contract import FEATURE_DTYPES, check_dense, check_feature
 from lesa_kernels.ops.numerics import arithmetic_dtype
-from lesa_kernels.plan import Check, Launch, Plan, Segment
+from lesa_kernels.plan import Check, Launch, Plan, Segment, Term
 from lesa_kernels.ring import Ring
 
 
@@ -45,11 +45,12 @@ class Session:
             step: (segment, launch, row)
             for segment in plan.segments
             for launch in segment.launches
-            for row, step in enumerate(launch.steps)
+            for step, row in zip(launch.steps, launch.output, strict=True)
         }
         self._checks: dict[int, tuple[Tensor, Tensor]] = {}
         self._errors: dict[int, Tensor] = {}
         self._full_step: int | None = None
+        self._pushed: set[Term] = set()
         self._launched: Launch | None = None
 
     @property
@@ -70,14 +71,17 @@ class Session:
         """Forget the run; the ring's memory is kept."""
         self._errors.clear()
         self._full_step = None
+        self._pushed.clear()
         self._launched = None
 
-    def push(self, step: int, feature: Tensor) -> None:
-        """Hand in the feature of a full step; it is copied.
+    def push(self, step: int, feature: Tensor, quantity: str | None = None) -> None:
+        """Hand in the feature of a full step, or one of its quantities; it is copied.
 
         Args:
             step: a full step of the plan, the one after the last that was pushed, or the first one (a new run).
             feature: [*feature], any strides. A new run may bring another shape, dtype or device.
+            quantity: which of `plan.quantities` it is, in any order; None for a plan that has none. What the step does
+                not need is left aside.
 
         Raises:
             ValueError: when the step is not full, or the feature's shape or device changes within a run.
@@ -91,20 +95,30 @@ class Session:
         segment = self._segments.get(step)
         if segment is None:
             raise ValueError(f"step must be a full step of the plan {self.plan.full_steps}, got {step}")
-        starts = step == self.plan.first_step
+        if quantity not in (self.plan.quantities or (None,)):
+            wanted = f"one of {sorted(self.plan.quantities)}" if self.plan.quantities else "None"
+            raise ValueError(f"quantity must be {wanted}, as the plan reads them, got {quantity!r}")
+        term: Term = step if quantity is None else (step, quantity)
+        # A step may hand in several quantities; any of them begins it.
+        begins = step != self._full_step or self._launched is not None or term in self._pushed
+        starts = begins and step == self.plan.first_step
         if starts:
             self.reset()
-        elif self._previous[step] != self._full_step:
+        elif begins and self._previous[step] != self._full_step:
             raise RuntimeError(
                 f"step {step} must follow a push of step {self._previous[step]}, the last was {self._full_step}"
             )
-        elif (unfinished := self._unfinished()) is not None:
+        elif begins and (unfinished := self._unfinished()) is not None:
             raise RuntimeError(f"step {step} must follow the forecast of step {unfinished}, which was left out")
         ring = self._ring_for(feature, starts)
-        if segment.slot is not None:
-            ring.push(feature, segment.slot)
+        slot = segment.slots.get(term)
+        if slot is not None:
+            ring.push(feature, slot)
             if segment.check is not None:
-                self._errors[step] = ring.error(*self._checks[step], segment.check.read, segment.slot)
+                self._errors[step] = ring.error(*self._checks[step], segment.check.read, slot)
+        if begins:
+            self._pushed.clear()
+        self._pushed.add(term)
         self._feature_dtype = feature.dtype
         self._full_step = step
         self._launched = None
@@ -141,6 +155,8 @@ class Session:
             done = -1 if self._launched is None else segment.launches.index(self._launched)
             if segment.launches.index(launch) != done + 1:
                 raise RuntimeError(f"step {launch.steps[0]} must come in its turn: chunks run once, in order")
+            if missing := [term for term in segment.slots if term not in self._pushed]:
+                raise RuntimeError(f"step {step} must follow a push of {missing[0]}, which was left out")
             self._ring.forecast(*self._rows[launch.steps[0]], launch.read, launch.write)
             self._launched = launch
         return self._ring[launch.write[row]].to(self._feature_dtype)
@@ -188,7 +204,7 @@ def check_history(dtype: torch.dtype | None) -> None:
 def _row_tensors(launch: Launch, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     kind = arithmetic_dtype(dtype)
     return (
-        torch.tensor(launch.coefficients, dtype=kind, device=device).reshape(len(launch.steps), len(launch.inputs)),
+        torch.tensor(launch.coefficients, dtype=kind, device=device).reshape(len(launch.write), len(launch.inputs)),
         torch.tensor(launch.offsets, dtype=kind, device=device),
     )
 

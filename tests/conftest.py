@@ -37,6 +37,7 @@ NEEDED = {
     "digits": "diffusers",
     "emoji": "diffusers",
     "triton": "triton",
+    "benchmarks/test_forecasters.py": "diffusers",
     "benchmarks/test_history.py": "diffusers",
     "benchmarks/test_hooks.py": "diffusers",
     "benchmarks/test_quality.py": "diffusers",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lesa_kernels.integrations.models import count_blocks, find_adapter
-from lesa_kernels.integrations.state import CacheState, Options, Predictors
+from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_adapter
+from lesa_kernels.integrations.state import CacheState, Options, Predictors, default_predictor
 from lesa_kernels.integrations.stats import Summary, summarize
 from lesa_kernels.integrations.steps import StepTracker
-from lesa_kernels.predictors import Predictor, TaylorSeer
+from lesa_kernels.predictors import Predictor, SolverPredictor
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
 
@@ -46,7 +46,8 @@ def enable(
             gives.
         predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
-            a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
+            a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too. Where
+            one call holds both branches, as equal halves of its latents (SD3), "uncond" is for the first half.
         schedule: which steps are full, or a rule that makes it from the sigmas; None takes the one that the predictor
             was made for, or else `default_schedule`.
         scheduler: of a bare transformer: the diffusers scheduler whose `step` the loop calls.
@@ -74,12 +75,19 @@ def enable(
 
     options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
     models = find_models(target)
-    chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
+    chosen = default_predictor() if predictor is None else predictor
     _check_predictor(chosen)
     if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
         raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
     if any(getattr(model, "is_cache_enabled", False) for model, _ in models):
         raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
+    if isinstance(chosen, SolverPredictor):
+        # It takes the place of the whole model, whatever this is made of.
+        unused = {"capture": capture, "history_dtype": history_dtype, "check_every": check_every}
+        for name, value in unused.items():
+            if value is not None:
+                raise ValueError(f"lesa.enable: {name} must be None for a learned solver, got {value!r}")
+        capture = MODEL_OUTPUT
     hooks = []
     for model, wrappers in models:
         tracker = StepTracker(target if is_pipeline(target) else None, scheduler, sigmas)
@@ -186,6 +194,10 @@ def _check_predictor(predictor: object) -> None:
     if not predictor:
         raise ValueError("lesa.enable: a mapping of predictors must have at least one entry, got none")
     for name, each in predictor.items():
+        if isinstance(each, SolverPredictor):
+            raise TypeError(
+                f"lesa.enable: a learned solver serves all cache contexts at once, got a mapping with one for {name!r}"
+            )
         if not isinstance(name, str) or not isinstance(each, Predictor):
             raise TypeError(
                 "lesa.enable: a mapping of predictors must go from names of cache contexts to Predictors, "

@@ -275,6 +275,11 @@ class ForecastHook(CacheHook):
         branch = self.state.enter(self.contexts.current, latents, getattr(module, "is_cache_enabled", False))
         if branch is None:
             output = call()
+        elif branch.solver is not None:
+            output = branch.output
+            if output is None:
+                output = call()
+                self.state.capture_output(branch, latents, output)
         elif branch.feature is None:
             output, feature, reason = self.run_full(module, call)
             if reason is not None:

@@ -16,18 +16,21 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_decreasing, check_float
+from lesa_kernels.integrations.halves import HalvesSession, are_equal_halves
 from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
+from lesa_kernels.integrations.solver_run import SolverRun, scheduler_incompatibility
 from lesa_kernels.integrations.stats import RunStats
-from lesa_kernels.integrations.steps import StepPosition, StepTracker, find_incompatibility
+from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
 from lesa_kernels.plan import Plan, check_count
-from lesa_kernels.predictors import Predictor
+from lesa_kernels.predictors import Predictor, SolverPredictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.session import Session, check_history
+from lesa_kernels.trajectories import HALVES, ONLY_BRANCH
 
 _MAX_PLANS = 16
-# The name of a predictor for all cache contexts.
-_SHARED = ""
+# The name of a predictor for all cache contexts, and of what takes its place where a run starts elsewhere.
+_SHARED, _FALLBACK = "", "training-free"
 
 Predictors: TypeAlias = "Predictor | Mapping[str, Predictor]"
 """One predictor for all cache contexts, or those of each by its name."""
@@ -48,6 +51,11 @@ def default_schedule(sigmas: Sequence[float]) -> Schedule:
     levels = check_decreasing(sigmas)
     steps = len(levels) - 1
     return Schedule.uniform_in_sigma(levels, num_full=min(steps, max(3, -(-steps // 5))))
+
+
+def default_predictor() -> Predictor:
+    """The predictor of `enable` without one; it needs no training."""
+    return TaylorSeer(order=2, variable="sigma")
 
 
 class LesaWarning(UserWarning):
@@ -80,13 +88,16 @@ class Options:
 
 @dataclass
 class BranchState:
-    """The history of one branch."""
+    """The history of one branch; with a learned solver all branches share one."""
 
-    session: Session
+    name: str  # of its calls
+    session: Session | HalvesSession
     full_steps: frozenset[int]
     layout: Layout  # of the latents
     step: int  # of the present call, and after it the step that is due
     feature: Tensor | None = None  # the forecast of the present step, a view of the history; None on a full step
+    solver: SolverRun | None = None
+    output: Any = None  # the solver's answer in the present step; None on a full step
 
 
 @dataclass
@@ -97,6 +108,7 @@ class RunState:
     stats: RunStats
     # By cache context and number of the call within its step.
     branches: dict[tuple[str, int], BranchState] = field(default_factory=dict)
+    solver: SolverRun | None = None
     warned: set[str] = field(default_factory=set)
 
     def warn(self, text: str) -> None:
@@ -105,11 +117,16 @@ class RunState:
             self.warned.add(text)
             warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
 
+    def release(self) -> None:
+        """Release the histories."""
+        self.branches.clear()
+        self.solver = None
+
     def disable_forecasts(self, reason: str) -> None:
         """Run full steps from here on, release the history's memory, and warn once."""
         if self.stats.refused is None:
             self.stats.refused = reason
-            self.branches.clear()
+            self.release()
             self.warn(f"full steps for the rest of this run: {reason}")
 
 
@@ -140,6 +157,8 @@ class CacheState:
         self.siblings: tuple[CacheState, ...] = ()
 
         def make_plan(name: str, sigmas: tuple[float, ...], first_step: int) -> Plan:
+            if name == _FALLBACK:
+                return default_predictor().plan(sigmas, default_schedule, first_step=first_step, chunk=options.chunk)
             predictor = self._predictors[name]
             return predictor.plan(
                 sigmas,
@@ -156,7 +175,7 @@ class CacheState:
         """Drop the present run and its history; the next call begins a new one."""
         if self._run is not None:
             # The traceback of an error may keep the run itself alive.
-            self._run.branches.clear()
+            self._run.release()
         self._run = self._tracker.position = None
 
     @uncompiled()
@@ -167,11 +186,22 @@ class CacheState:
         cache of diffusers is on too.
         """
         layout = layout_of(latents)
-        run, branch = self._place(context, layout, foreign_cache)
+        run, branch = self._place(context, latents, layout, foreign_cache)
+        solver = None if branch is None else branch.solver
+        if branch is not None and solver is not None:
+            reason = _reason(solver.arrive, branch.step, latents)
+            if reason is not None:
+                run.disable_forecasts(reason)
+                branch = None
+            elif (ring := solver.session.ring) is not None and not run.stats.history_bytes:
+                run.stats.add_ring(ring)
         if branch is not None and branch.step not in branch.full_steps:
             run.stats.forecast.start(layout[-1])
             try:
-                branch.feature = branch.session.forecast(branch.step)
+                if branch.solver is None:
+                    branch.feature = branch.session.forecast(branch.step)
+                else:
+                    branch.output = branch.solver.answer(branch.step)
                 return branch
             except RuntimeError as error:
                 run.disable_forecasts(f"the feature of step {branch.step} could not be forecast: {error}")
@@ -180,19 +210,31 @@ class CacheState:
         return branch
 
     @uncompiled()
+    def capture_output(self, branch: BranchState, latents: Any, output: Any) -> None:
+        """Keep the output of a full step for a learned solver; see `capture`."""
+        run, solver = self._run, branch.solver
+        if run is None or solver is None:
+            return
+        reason = _reason(solver.capture, branch.step, branch.name, latents, output)
+        if reason is not None:
+            run.disable_forecasts(reason)
+
+    @uncompiled()
     def capture(self, branch: BranchState, feature: Tensor) -> None:
         """Keep the feature of a full step; a failure ends the forecasts, not the run."""
         run, session, step = self._run, branch.session, branch.step
         if run is None:
             return
-        known = session.ring is not None
+        sessions = session.sessions if isinstance(session, HalvesSession) else (session,)
+        unknown = [each for each in sessions if each.ring is None]
         try:
             session.push(step, feature)
         except (ValueError, TypeError, RuntimeError) as error:
             run.disable_forecasts(f"the feature of step {step} could not be kept: {error}")
             return
-        if not known and session.ring is not None:
-            run.stats.add_ring(session.ring)
+        for each in unknown:
+            if each.ring is not None:
+                run.stats.add_ring(each.ring)
         measured, limit = session.errors.get(step), self._options.max_error
         if measured is not None:
             run.stats.errors.append((step, measured))
@@ -212,8 +254,9 @@ class CacheState:
         if branch is None:
             run.stats.full.stop()
             return
-        (run.stats.full if branch.feature is None else run.stats.forecast).stop()
-        branch.feature = None
+        is_full = branch.feature is None and branch.output is None
+        (run.stats.full if is_full else run.stats.forecast).stop()
+        branch.feature = branch.output = None
         branch.step += 1
         num_steps = run.position.num_steps
         if branch.step == num_steps:
@@ -221,13 +264,17 @@ class CacheState:
             run.branches = {
                 key: each for key, each in run.branches.items() if each is not branch and each.step == num_steps - 1
             }
+            if not run.branches:
+                run.solver = None
 
     def disable_forecasts(self, reason: str) -> None:
         """Run full steps for the rest of the present run."""
         if self._run is not None:
             self._run.disable_forecasts(reason)
 
-    def _place(self, context: Any, layout: Layout, foreign_cache: bool) -> tuple[RunState, BranchState | None]:
+    def _place(
+        self, context: Any, latents: Any, layout: Layout, foreign_cache: bool
+    ) -> tuple[RunState, BranchState | None]:
         """Return the run and the branch of a call, None for one that runs in full and is not captured."""
         position, step, number = self._tracker.place(context)
         run = self._run
@@ -246,50 +293,93 @@ class CacheState:
             run.disable_forecasts(reason)
             return run, None
         if branch is None:
-            branch = self._begin_branch(run, context.name, step, layout)
+            branch = self._begin_branch(run, context.name, number, step, latents, layout)
             if branch is not None:
                 run.branches[context.name, number] = branch
         return run, branch
 
     def _begin(self, position: StepPosition) -> RunState:
         """Begin a run, and release what a run that was broken off kept."""
+        solver = None
         for sibling in self.siblings:
             if sibling._run is not None:
-                sibling._run.branches.clear()
+                if sibling._run.position.source is position.source:
+                    # The history of velocities reaches from one model to the other.
+                    solver = sibling._run.solver
+                sibling._run.release()
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
         self.stats = RunStats(max(position.num_steps, 0), self._blocks)
-        self._run = RunState(position, self.stats)
+        self._run = RunState(position, self.stats, solver=solver)
         return self._run
 
-    def _begin_branch(self, run: RunState, context: str, step: int, layout: Layout) -> BranchState | None:
+    def _begin_branch(
+        self, run: RunState, context: str, number: int, step: int, latents: Any, layout: Layout
+    ) -> BranchState | None:
         """Plan a branch from its first step on; None where there is no predictor or no plan for it."""
-        name, sigmas = self._find_predictor(context), run.position.sigmas
-        if name is None:
-            names = sorted(self._predictors)
+        sigmas, called = run.position.sigmas, call_name(context, number)
+        if run.solver is not None:
+            shared = run.solver.session
+            return BranchState(called, shared, frozenset(shared.plan.full_steps), layout, step, solver=run.solver)
+        names = self._find_predictors(context, called, latents)
+        if not names:
+            known = sorted(self._predictors)
             if context:
-                run.warn(f"full steps for the cache context {context!r}: there are predictors for {names} alone")
+                run.warn(f"full steps for the cache context {context!r}: there are predictors for {known} alone")
             else:
                 run.warn(
-                    f"full steps: the pipeline opens no cache context that says which of the predictors {names} is due"
+                    f"full steps: the pipeline opens no cache context that says which of the predictors {known} is "
+                    "due, and its latents are not two equal halves"
                 )
             return None
+        predictor = self._predictors[names[0]]
+        is_solver = isinstance(predictor, SolverPredictor)
+        if isinstance(predictor, SolverPredictor):
+            if (reason := scheduler_incompatibility(self._tracker.scheduler)) is not None:
+                run.disable_forecasts(reason)
+                return None
+            if step != predictor.first_step:
+                names, is_solver = (_FALLBACK,), False
+                run.warn(
+                    f"the run starts at step {step}, the learned solver was fitted for a start at step "
+                    f"{predictor.first_step}: {default_predictor()} forecasts the model's output instead"
+                )
         try:
-            plan = self._plan(name, sigmas, step)
-            reason = self._predictors[name].incompatibility(sigmas)
+            plans = [self._plan(name, sigmas, step) for name in names]
+            reason = predictor.incompatibility(sigmas)
+            session = self._session(plans)
         # Users bring their own predictors and rules, and no fault of theirs should cost an image.
         except Exception as error:
             run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))
             return None
         if reason is not None:
             run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
-        run.stats.plan = run.stats.plan or str(plan)
-        session = Session(plan, history_dtype=self._options.history_dtype)
-        return BranchState(session, frozenset(plan.full_steps), layout, step)
+        run.stats.plan = run.stats.plan or str(plans[0])
+        if is_solver and isinstance(predictor, SolverPredictor):
+            run.solver = SolverRun(predictor, plans[0])
+            session = run.solver.session
+        return BranchState(called, session, frozenset(plans[0].full_steps), layout, step, solver=run.solver)
 
-    def _find_predictor(self, context: str) -> str | None:
-        """Return the name under which a cache context finds its predictor; None where there is none for it."""
-        if self._is_shared or context in self._predictors:
-            return _SHARED if self._is_shared else context
-        # A pipeline that opens no context has an unnamed one, and nothing says that its calls are of several branches.
-        return "cond" if not context and tuple(self._predictors) == ("cond",) else None
+    def _session(self, plans: Sequence[Plan]) -> Session | HalvesSession:
+        """Return the history of one branch, or of both that a call holds."""
+        dtype = self._options.history_dtype
+        return Session(plans[0], history_dtype=dtype) if len(plans) == 1 else HalvesSession(plans, dtype)
+
+    def _find_predictors(self, context: str, called: str, latents: Any) -> tuple[str, ...]:
+        """Return the name under which a call finds its predictor, or those of the halves of its batch; none if none."""
+        if self._is_shared:
+            return (_SHARED,)
+        if context:
+            return next(((name,) for name in (called, context) if name in self._predictors), ())
+        # A pipeline that opens no context has an unnamed one, whose calls have numbers, and may hold both branches.
+        if all(name.partition(" ")[0] == ONLY_BRANCH for name in self._predictors):
+            return (called if called in self._predictors else ONLY_BRANCH,)
+        return HALVES if set(self._predictors) == set(HALVES) and are_equal_halves(latents) else ()
+
+
+def _reason(act: Callable[..., str | None], *arguments: Any) -> str | None:
+    """Let a learned solver act, and return why it cannot; a failure ends the forecasts, not the run."""
+    try:
+        return act(*arguments)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"the learned solver failed: {error}"

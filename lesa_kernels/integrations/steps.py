@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lesa_kernels.checks import check_decreasing
+from lesa_kernels.trajectories import ONLY_BRANCH
 
 # Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
 _MAX_FLOW_SIGMA = 1.001
@@ -38,6 +39,12 @@ class StepPosition:
 
     def __post_init__(self) -> None:
         self.num_steps = len(self.sigmas) - 1
+
+
+def call_name(context: str, number: int) -> str:
+    """Return the name of a call of the model: its cache context, and a number after the first of a step."""
+    name = context or ONLY_BRANCH
+    return f"{name} {number + 1}" if number else name
 
 
 class StepTracker:
@@ -98,6 +105,11 @@ class StepTracker:
         position.calls[name] = position.calls.get(name, 0) + 1
         self.position = position
         return position, step, number
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler, None where sigmas were given."""
+        return self._scheduler
 
     def read_levels(self) -> tuple[float, ...]:
         """Return the S+1 noise levels of the run that begins; on a GPU this is the one wait of a run.

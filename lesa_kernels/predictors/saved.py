@@ -21,6 +21,7 @@ from lesa_kernels.files import opened_tensors, parsed, read_json, replacing_all,
 if TYPE_CHECKING:
     from lesa_kernels.predictors.lesa import LesaPredictor
     from lesa_kernels.predictors.linear import LinearPredictor
+    from lesa_kernels.predictors.solver import SolverPredictor
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _KIND = "predictor"
@@ -163,7 +164,7 @@ def assembled(
     return module
 
 
-def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredictor | LinearPredictor:
+def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredictor | LinearPredictor | SolverPredictor:
     """Load a predictor of any kind, as its `save_pretrained` wrote it.
 
     Args:
@@ -179,9 +180,10 @@ def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredicto
     """
     from lesa_kernels.predictors.lesa import LesaPredictor
     from lesa_kernels.predictors.linear import LinearPredictor
+    from lesa_kernels.predictors.solver import SolverPredictor
 
-    kinds: dict[str, type[LesaPredictor | LinearPredictor]] = {
-        kind.__name__: kind for kind in (LesaPredictor, LinearPredictor)
+    kinds: dict[str, type[LesaPredictor | LinearPredictor | SolverPredictor]] = {
+        kind.__name__: kind for kind in (LesaPredictor, LinearPredictor, SolverPredictor)
     }
     where = str(folder_or_hub_id)
     config, _ = _found(where, {name: options[name] for name in _HUB_OPTIONS if name in options})

@@ -142,7 +142,7 @@ def test_reuse_and_schedule_rules() -> None:
 
 def test_full_features_that_nothing_reads_are_not_stored() -> None:
     plan = Reuse().plan(SIGMAS, Schedule.explicit(20, range(20)))
-    assert plan.num_slots == 0 and all(segment.slot is None for segment in plan.segments)
+    assert plan.num_slots == 0 and not any(segment.slots for segment in plan.segments)
     session = Session(plan)
     for step in range(20):
         session.push(step, torch.randn(3))
@@ -298,3 +298,51 @@ def test_the_plan_prints_itself(flux_sigmas: list[float]) -> None:
     assert "ring: 8 slots, 192.0 MiB" in text
     assert "after 16: steps 17-22 from 8 features, of steps 9 10 11 12 13 14 15 16" in text
     assert "passes over memory: 89 instead of 328" in text
+
+
+def _quantities(step: int, full: Sequence[int]) -> Row:
+    """A row over two quantities of the last two full steps and one of the first."""
+    recent = full[-2:]
+    terms = {(each, name): 0.1 * each + len(name) for each in recent for name in ("u", "cc")}
+    return Row({**terms, (full[0], "noise"): 0.5})
+
+
+def test_quantities_of_full_steps_are_read_as_features_are() -> None:
+    plan = compile_plan(SIGMAS, Schedule.explicit(20, [0, 3, 7]), _quantities)
+    assert plan.quantities == {"u", "cc", "noise"}
+    assert "tensors" in str(plan)
+    assert all(len(launch.write) == 1 for segment in plan.segments for launch in segment.launches), "equal rows: one"
+    tensors = {(step, name): torch.randn(5) for step in plan.full_steps for name in ("u", "cc", "noise")}
+    session = Session(plan)
+    for _ in range(2):  # a second run finds the memory of the first
+        for step in range(20):
+            if plan.is_full(step):
+                for name in ("noise", "cc", "u"):
+                    session.push(step, tensors[step, name], name)
+                continue
+            row = _quantities(step, [full for full in plan.full_steps if full < step])
+            expected = sum(value * tensors[term] for term, value in row.terms.items())
+            torch.testing.assert_close(session.forecast(step), expected)
+
+
+def test_quantities_that_are_left_out_are_missed() -> None:
+    session = Session(compile_plan(SIGMAS, Schedule.explicit(20, [0, 3, 7]), _quantities))
+    with pytest.raises(ValueError, match="quantity must be one of"):
+        session.push(0, torch.ones(3))
+    session.push(0, torch.ones(3), "u")
+    session.push(0, torch.ones(3), "noise")
+    with pytest.raises(RuntimeError, match=r"must follow a push of .*cc"):
+        session.forecast(1)
+    with pytest.raises(RuntimeError, match="must follow the forecast of step 1"):
+        session.push(3, torch.ones(3), "u")
+    plain = Session(TaylorSeer().plan(SIGMAS, Schedule.explicit(20, [0, 3, 7])))
+    with pytest.raises(ValueError, match="quantity must be None"):
+        plain.push(0, torch.ones(3), "u")
+
+
+def test_reuse_computes_a_segment_once() -> None:
+    plan = Reuse().plan(SIGMAS, Schedule.explicit(20, [0, 3, 7]))
+    assert [len(launch.write) for segment in plan.segments for launch in segment.launches] == [1, 1, 1]
+    session = Session(plan)
+    session.push(0, torch.arange(3.0))
+    assert session.forecast(1).tolist() == session.forecast(2).tolist() == [0, 1, 2]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
 from tiny_flux import tiny_pipeline
-from tiny_pipelines import wan
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="diffusers' pipelines import transformers")
@@ -18,6 +19,7 @@ from tiny_sources import (
     flux_case,
     in_full,
     odd_pipeline,
+    wan22_case,
     wan_case,
 )
 
@@ -31,7 +33,6 @@ FLUX_PROMPTS = embeddings(pooled=True)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"begin": 1}, "step 1 came where step 0 was due; a source runs every step"),
         ({"loops": 2}, "a second denoising loop began within one call"),
         ({"loops": 0}, "did not call its transformer"),
         ({"extra_steps": 1}, "must have 3 steps as asked for, it has 4"),
@@ -89,7 +90,7 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
 @pytest.mark.parametrize(
     ("policy", "error", "message"),
     [
-        (lambda call: None, TypeError, "must answer with what call.tail returns, got none at step 0"),
+        (lambda call: None, TypeError, "must answer with an output of the model, got none at step 0"),
         (lambda call: call.blocks() and None, RuntimeError, "Boolean value"),
         (lambda call: call.blocks(), ValueError, r"an output of shape \(1, 16, 4\), got \(1, 16, 32\) at step 0"),
         (lambda call: [call.blocks(), call.blocks()], RuntimeError, "blocks must be called at most once"),
@@ -98,6 +99,16 @@ def test_a_model_that_is_more_than_its_capture_point_is_refused() -> None:
 def test_what_a_policy_does_wrong_is_an_error(policy: StepPolicy, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         flux_case().source().run([0], policy)
+
+
+def test_an_answer_without_the_model_has_the_shape_of_its_outputs() -> None:
+    source = flux_case().source()
+    with pytest.raises(ValueError, match="must call blocks before its first answer without the model, it did not by"):
+        source.run([0], lambda call: torch.zeros(1, 16, 4))
+    source.run([0], in_full)
+    for shape, expected in (((1, 16, 4), (2, 16, 4)), ((2, 16, 5), (2, 16, 4))):
+        with pytest.raises(ValueError, match=re.escape(f"an output of shape {expected}, got {shape} at step 0")):
+            source.run([0, 1], lambda call, shape=shape: torch.zeros(shape))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -125,8 +136,10 @@ def test_pipelines_are_checked() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             PipelineSource(target, ["one"], steps=3)
-    with pytest.raises(ValueError, match="pipe must have one transformer, WanPipeline has two"):
-        PipelineSource(wan(boundary=0.5)[0], ["one"], steps=3)
+    second = wan22_case()
+    second.pipe.transformer_2.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="must have no cache of diffusers enabled"):
+        second.source()
     enable(case.pipe)
     with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) first"):
         case.source()

@@ -1,0 +1,551 @@
+"""Fits the learned solver: ridge least squares in closed loop, segment after segment.
+
+The runs follow the coefficients found so far. What a model answered at a full step depends on the full steps before it
+alone, so it is kept under these: a later segment, or another schedule that begins alike, does not call the model again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lesa_kernels.checks import check_float, check_int
+from lesa_kernels.guidance import (
+    Guidance,
+    agrees,
+    find_guidance,
+    is_doubled,
+    own_latents,
+    rounding_noise,
+    seen_velocity,
+)
+from lesa_kernels.predictors import SolverPredictor
+from lesa_kernels.schedule import Schedule, ScheduleRule
+from lesa_kernels.training.policies import batches, run_until_stopped
+from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
+
+_WINDOW = 3
+# Of the diagonal: it takes nothing from what the data say, and keeps coefficients of like columns small.
+_RIDGE = 1e-4
+# Relative to the larger of 1 and the scale: by how much guidance of one kind may seem to vary from step to step.
+_SAME_SCALE = 0.02
+
+
+@torch.no_grad()
+def fit_solver(
+    source: TrajectorySource,
+    schedule: Schedule | ScheduleRule,
+    *,
+    window: int = _WINDOW,
+    ridge: float = _RIDGE,
+    target: TrajectorySource | None = None,
+    batch: int = 1,
+    progress: bool = True,
+) -> SolverPredictor:
+    """Fit a learned solver; the model is called S times a run for the references, and once at each full step.
+
+    Args:
+        source: runs a model whose latents go by Euler's steps of a flow, with guidance of two branches or without.
+        schedule: which steps are full.
+        window: K, full steps whose velocities count.
+        ridge: of the least squares, relative to each column's mean square.
+        target: runs from the same noise whose latents are to be reached instead of `source`'s own: with finer levels,
+            among which are all of `source`'s (see `PipelineSource.refined`).
+        batch: runs sampled as one batch.
+        progress: show a bar.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        TypeError: when an argument is of another type.
+        ValueError: when an argument is out of range, or the source has no runs, no tail, guidance of another kind, or
+            steps that are not Euler's.
+        FloatingPointError: when latents are not finite; names the step.
+    """
+    fits = SolverFits(source, window=window, ridge=ridge, target=target, batch=batch, progress=progress)
+    return fits.fit(schedule, progress=progress)
+
+
+@dataclass
+class _Step:
+    """What a run shows at one step: its latents before the step, and the output of each call of the model."""
+
+    step: int
+    latents: Tensor
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Watcher:
+    """A policy that answers calls by a function, and hands each step to another once the next step begins."""
+
+    def __init__(self, answer: Callable[[ModelCall], Tensor], close: Callable[[_Step, Tensor], None]) -> None:
+        self.last: _Step | None = None
+        self._answer = answer
+        self._close = close
+
+    def __call__(self, call: ModelCall) -> Tensor:
+        if call.latents is None or call.tail is None:
+            raise ValueError("source must run a model with its tail and latents; this one holds features only")
+        if self.last is None or call.step != self.last.step:
+            done, self.last = self.last, _Step(call.step, call.latents.detach().clone())
+            if done is not None:
+                self._close(done, self.last.latents)
+        output = self._answer(call)
+        # A loop may write to what it gets.
+        self.last.outputs[call.branch] = output.detach().clone()
+        return output
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some runs that are sampled together: their numbers, x_T, which rows of the latents move, and what is to be met.
+
+    Tokens of a condition do not move; `moves` is [runs, ..., 1]. `target` holds the latents of the unaccelerated runs
+    before each step, and at the end.
+    """
+
+    runs: Sequence[int]
+    noise: Tensor
+    moves: Tensor
+    target: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a batch shows at a full step: the model's outputs by call, and float32 latents and velocities.
+
+    Without guidance `uncond`, `cond` and `velocity`, which the scheduler gets, are one.
+    """
+
+    outputs: Mapping[str, Tensor]
+    latents: Tensor
+    uncond: Tensor
+    cond: Tensor
+    velocity: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(
+            each.nbytes for each in (*self.outputs.values(), self.latents, self.uncond, self.cond, self.velocity)
+        )
+
+
+class SolverFits:
+    """Fits learned solvers to the runs of one source, at any number of schedules.
+
+    The unaccelerated runs are sampled when it is made.
+
+    Args:
+        source: see `fit_solver`.
+        held_out: so many of its last runs are not fitted to; `psnr_db` is measured on them.
+        window: see `fit_solver`.
+        ridge: see `fit_solver`.
+        target: see `fit_solver`.
+        batch: see `fit_solver`.
+        memory: bytes of answers of the model that are kept for schedules that begin alike.
+        progress: show a bar while the unaccelerated runs are sampled.
+
+    Raises:
+        TypeError, ValueError: see `fit_solver`; also when no run is left to fit to.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        source: TrajectorySource,
+        *,
+        held_out: int = 0,
+        window: int = _WINDOW,
+        ridge: float = _RIDGE,
+        target: TrajectorySource | None = None,
+        batch: int = 1,
+        memory: int = 4 << 30,
+        progress: bool = True,
+    ) -> None:
+        check_source(source, may_start_late=True)
+        self.sigmas = source.sigmas
+        self.window = check_int("window", window, 1)
+        self.held_out = check_int("held_out", held_out, 0)
+        if self.held_out >= len(source):
+            raise ValueError(f"held_out must leave a run to fit to, got {held_out} of {len(source)} runs")
+        if len(self.sigmas) < 3:
+            raise ValueError(f"source must have at least 2 steps, got {len(self.sigmas) - 1}")
+        self.first_step = 0
+        self.model_calls = 0  # steps of single runs at which the model was called
+        self._source = source
+        self._ridge = check_float("ridge", ridge, above=0)
+        self._memory = check_int("memory", memory, 0)
+        self._answers: OrderedDict[tuple[int, ...], list[_Answer]] = OrderedDict()
+        self._found: dict[tuple[int, ...], Tensor] = {}
+        self._branches: tuple[str, ...] = ()
+        self._is_batched = False
+        self._sign = 1.0
+        self._batches: list[_Batch] = []
+        seen: dict[int, list[Guidance]] = {}
+        with progress_bar(progress) as bar:
+            for runs in bar.track(batches(source, batch), description="sampling unaccelerated runs"):
+                self._batches.append(self._sample(source, runs, seen))
+            self._guidance = _steadied(seen, len(self.sigmas) - 1)
+            if target is not None:
+                check_source(target, may_start_late=True)
+                places = _places(self.sigmas, target.sigmas)
+                for number, own in enumerate(bar.track(self._batches, description="sampling the runs to be reached")):
+                    finer = self._sample(target, own.runs, {})
+                    if not torch.allclose(finer.noise, own.noise, rtol=1e-2, atol=1e-2):
+                        raise ValueError("target must begin its runs with the noise of those of source")
+                    self._batches[number] = replace(own, target=[finer.target[place] for place in places])
+
+    def full_steps(self, schedule: Schedule | ScheduleRule) -> tuple[int, ...]:
+        """Return the full steps of a schedule for runs that begin where those of the source do.
+
+        Args:
+            schedule: which steps are full, or a rule that makes it from the sigmas.
+
+        Raises:
+            ValueError: when it is for another number of steps.
+        """
+        resolved = schedule if isinstance(schedule, Schedule) else schedule(self.sigmas)
+        if resolved.num_steps != len(self.sigmas) - 1:
+            raise ValueError(f"schedule must have {len(self.sigmas) - 1} steps, got {resolved.num_steps}")
+        return (self.first_step, *(step for step in resolved.full_steps if step > self.first_step))
+
+    @torch.no_grad()
+    def fit(self, schedule: Schedule | ScheduleRule, *, progress: bool = True) -> SolverPredictor:
+        """Fit the coefficients of a schedule; see `fit_solver`.
+
+        Args:
+            schedule: which steps are full.
+            progress: show a bar.
+
+        Returns:
+            The predictor.
+        """
+        full = self.full_steps(schedule)
+        predictor = SolverPredictor(
+            self.sigmas,
+            full,
+            self.window,
+            self._branches,
+            self._is_batched,
+            [self._guidance[step] for step in full] if self._branches else [],
+            self._sign,
+        )
+        with progress_bar(progress) as bar:
+            for position in bar.track(range(len(full)), description="fitting segment by segment"):
+                found = self._coefficients(full[: position + 1], self._end(full, position))
+                terms = predictor.terms(position)
+                columns = [column for column, term in enumerate(terms) if term is not None]
+                predictor.coefficients[position, columns] = found
+        return predictor
+
+    @torch.no_grad()
+    def psnr_db(self, schedule: Schedule | ScheduleRule) -> float:
+        """Return how near the held-out runs end to the unaccelerated ones, by the fit to the others.
+
+        Args:
+            schedule: which steps are full.
+
+        Returns:
+            -20 log10 of the relative error of the final latents, mean over the held-out runs; over all runs where none
+            is held out.
+        """
+        full = self.full_steps(schedule)
+        ratios = []
+        for number, each in enumerate(self._batches):
+            chosen = [row for row, run in enumerate(each.runs) if not self.held_out or run >= self._fitted]
+            if not chosen:
+                continue
+            aim = each.target[-1].to(each.noise.device).float()
+            error = (self._reached(full, len(self.sigmas) - 1, number) - aim) * each.moves
+            sizes = [(part * each.moves)[chosen].flatten(1).norm(dim=1) for part in (error, aim)]
+            ratios.append(-20 * (sizes[0] / sizes[1]).clamp_min(1e-6).log10())
+        return torch.cat(ratios).mean().item()
+
+    def include_held_out(self) -> None:
+        """Fit to all runs from now on; what was found without the held-out ones is forgotten."""
+        self.held_out = 0
+        self._answers.clear()
+        self._found.clear()
+
+    def eulers(self) -> SolverFits:
+        """Return the same runs without coefficients: `psnr_db` is then of Euler's method on the full steps alone."""
+        plain = copy(self)
+        plain.model_calls, plain._answers, plain._found = 0, OrderedDict(), {}
+        # Beyond all data, so that nothing is added to Euler's step.
+        plain._ridge = 1e30
+        return plain
+
+    @property
+    def _fitted(self) -> int:
+        """How many runs are fitted to: the first ones."""
+        return len(self._source) - self.held_out
+
+    def _end(self, full: Sequence[int], position: int) -> int:
+        """Return the step at which a segment ends."""
+        return full[position + 1] if position + 1 < len(full) else len(self.sigmas) - 1
+
+    def _sample(self, source: TrajectorySource, runs: Sequence[int], seen: dict[int, list[Guidance]]) -> _Batch:
+        """Sample some runs in full; learn how the pipeline makes a velocity of the model's outputs."""
+        latents: list[Tensor] = []
+        first, sigmas, latest = -1, source.sigmas, Guidance(1.0)
+
+        def close(done: _Step, after: Tensor) -> None:
+            nonlocal first, latest
+            if not latents:
+                first = done.step
+                self._learn_calls(done, after, len(runs), sigmas)
+            latents.append(self._own(done.latents, done).cpu())
+            latest = self._guidance_of(done, after, sigmas)
+            seen.setdefault(done.step, []).append(latest)
+
+        watcher = _Watcher(lambda call: self._called(call, runs), close)
+        source.run(runs, watcher)
+        last = watcher.last
+        if last is None or not latents:
+            raise ValueError("source must call its model in at least 2 steps")
+        answer = self._answer(last, latest)
+        noise, before = latents[0].to(answer.latents), answer.latents
+        end = before + (sigmas[-1] - sigmas[last.step]) * answer.velocity
+        if not bool(torch.isfinite(end).all()):
+            raise FloatingPointError("the latents of the unaccelerated runs are not finite at the end")
+        if source is self._source:
+            self.first_step = first
+        moves = (before != noise).any(-1, keepdim=True)
+        # Steps before the first are of no run.
+        target = (
+            [latents[0]] * first + latents + [self._own(last.latents, last).cpu(), torch.where(moves, end, noise).cpu()]
+        )
+        return _Batch(runs, noise, moves, target)
+
+    def _called(self, call: ModelCall, runs: Sequence[int]) -> Tensor:
+        """Run the model."""
+        self.model_calls += len(runs)
+        output = watch(call)[1]
+        if output is None:
+            raise ValueError("source must run a model with its tail; this one holds features only")
+        return output
+
+    def _learn_calls(self, step: _Step, after: Tensor, rows: int, sigmas: Sequence[float]) -> None:
+        """Find out which calls are branches of guidance, and the sign of the model's output."""
+        names = list(step.outputs)
+        branches: tuple[str, ...] = ()
+        is_batched = len(names) == 1 and len(step.latents) == 2 * rows and is_doubled(step.latents)
+        if is_batched:
+            branches = ("uncond", "cond")
+        elif len(names) == 2:
+            # Of two calls without names the rule says which is which, where that makes a difference.
+            branches = tuple(sorted(names, key=lambda name: name != "uncond"))
+        elif len(names) > 2:
+            raise ValueError(f"source must call its model once or twice a step, got the calls {names} in one step")
+        self._branches, self._is_batched, self._sign = branches, is_batched, 1.0
+        output = self._velocities(step)[1]
+        moved = self._own(after, step).float() - self._own(step.latents, step).float()
+        if (moved * (sigmas[step.step + 1] - sigmas[step.step]) * output).sum() < 0:
+            self._sign = -1.0
+        if (
+            self._branches
+            and not is_batched
+            and "uncond" not in names
+            and self._try_guidance(step, after, sigmas) is None
+        ):
+            self._branches = branches[::-1]
+
+    def _own(self, latents: Tensor, step: _Step) -> Tensor:
+        """Return the latents that the model's output moves: one branch's, without channels of a condition."""
+        return own_latents(latents, next(iter(step.outputs.values())), self._is_batched)
+
+    def _velocities(self, step: _Step) -> tuple[Tensor, Tensor]:
+        """Return the velocities of both branches, float32."""
+        outputs = [self._sign * output.float() for output in step.outputs.values()]
+        if self._is_batched:
+            uncond, cond = outputs[0].chunk(2)
+            return uncond, cond
+        if not self._branches:
+            return outputs[0], outputs[0]
+        by_name = dict(zip(step.outputs, outputs, strict=True))
+        if set(by_name) != set(self._branches):
+            raise ValueError(f"source must make the calls {self._branches} in every step, got {tuple(by_name)}")
+        return by_name[self._branches[0]], by_name[self._branches[1]]
+
+    def _guidance_of(self, step: _Step, after: Tensor, sigmas: Sequence[float]) -> Guidance:
+        """Return how the velocity of a step came of its branches.
+
+        Raises:
+            ValueError: when it did not, or the step is not Euler's.
+        """
+        found = self._try_guidance(step, after, sigmas)
+        if found is None:
+            raise ValueError(
+                "source must step as Euler does, latents + (sigma_next - sigma) * velocity, with guidance that is "
+                f"linear, rescaled or norm-preserving; step {step.step} moved the latents elsewhere: another solver, "
+                "stochastic sampling, skip-layer or projected guidance?"
+            )
+        return found
+
+    def _try_guidance(self, step: _Step, after: Tensor, sigmas: Sequence[float]) -> Guidance | None:
+        """Return how the velocity of a step came of its branches, None where it did not."""
+        before, after = self._own(step.latents, step), self._own(after, step)
+        length = sigmas[step.step + 1] - sigmas[step.step]
+        seen, moves = seen_velocity(before, after, length)
+        uncond, cond = (each * moves for each in self._velocities(step))
+        kinds = (before.dtype, *(output.dtype for output in step.outputs.values()))
+        coarsest = max(kinds, key=lambda kind: torch.finfo(kind).eps)
+        noise = rounding_noise(after, seen, coarsest, abs(length))
+        if not self._branches:
+            return Guidance(1.0) if agrees(cond, seen, noise) else None
+        return find_guidance(uncond, cond, seen, noise)
+
+    def _answer(self, step: _Step, guidance: Guidance) -> _Answer:
+        """Return what a full step shows."""
+        uncond, cond = self._velocities(step)
+        velocity = guidance.combine(uncond, cond) if self._branches else cond
+        return _Answer(step.outputs, self._own(step.latents, step).float(), uncond, cond, velocity)
+
+    def _observe(self, full: tuple[int, ...]) -> list[_Answer]:
+        """Return what all batches show at the last of some full steps, which come first in a schedule."""
+        if full not in self._answers:
+            self._answers[full] = [self._run(full, number) for number in range(len(self._batches))]
+        self._answers.move_to_end(full)
+        answers = self._answers[full]
+        while len(self._answers) > 1 and self._used() > self._memory:
+            self._answers.popitem(last=False)
+        return answers
+
+    def _used(self) -> int:
+        """Return the bytes that kept answers take."""
+        return sum(each.nbytes for answers in self._answers.values() for each in answers)
+
+    def _run(self, full: tuple[int, ...], number: int) -> _Answer:
+        """Sample a batch up to a full step; what earlier full steps answered is known."""
+        runs, due = self._batches[number].runs, full[-1]
+        known = {step: self._observe(full[: position + 1])[number] for position, step in enumerate(full[:-1])}
+        answers: dict[int, Tensor] = {}
+        for position, step in enumerate(full[:-1]):
+            if full[position + 1] > step + 1:
+                answers[step] = self._velocity(full[: position + 1], full[position + 1], number)
+        shown: _Step | None = None
+
+        def answer(call: ModelCall) -> Tensor:
+            if call.step == due:
+                return self._called(call, runs)
+            if call.step in known:
+                return known[call.step].outputs[call.branch]
+            begin = max(step for step in known if step < call.step)
+            like = next(iter(known[begin].outputs.values()))
+            velocity = (self._sign * answers[begin]).to(like.dtype)
+            return torch.cat([velocity, velocity]) if self._is_batched else velocity
+
+        def close(done: _Step, after: Tensor) -> None:
+            nonlocal shown
+            if done.step == due:
+                shown = done
+                raise StopRun
+
+        watcher = _Watcher(answer, close)
+        run_until_stopped(self._source, runs, watcher)
+        shown = shown or watcher.last
+        if shown is None or shown.step != due:
+            raise ValueError(f"source must run all {len(self.sigmas) - 1} steps, it ended before step {due}")
+        return self._answer(shown, self._guidance[due])
+
+    def _columns(self, full: tuple[int, ...], number: int) -> list[Tensor]:
+        """Return what the coefficients of a segment count for, in the order of `SolverPredictor.terms`, float32."""
+        recent = [self._observe(full[: len(full) - k])[number] for k in range(min(self.window, len(full)))]
+        noise = self._batches[number].noise
+        if not self._branches:
+            return [noise, *(each.velocity for each in recent)]
+        return [noise, *(each.uncond for each in recent), *(each.cond - each.uncond for each in recent)]
+
+    def _coefficients(self, full: tuple[int, ...], end: int) -> Tensor:
+        """Return the coefficients of the segment from the last of some full steps to its end, float64."""
+        key = (*full, end)
+        if key in self._found:
+            return self._found[key]
+        begin = full[-1]
+        sums: Tensor | None = None
+        count = len(self._columns(full, 0))
+        if end > begin + 1:
+            for number, each in enumerate(self._batches):
+                rows = sum(run < self._fitted for run in each.runs)
+                if not rows:
+                    continue
+                answer = self._observe(full)[number]
+                aim = each.target[end].to(answer.latents)
+                left = aim - answer.latents - (self.sigmas[end] - self.sigmas[begin]) * answer.velocity
+                parts = [part[:rows] * each.moves[:rows] for part in (*self._columns(full, number), left)]
+                products = torch.ops.lesa.gram(parts)[:-1, :-1].cpu()
+                sums = products if sums is None else sums + products
+        if sums is None:
+            found = torch.zeros(count, dtype=torch.float64)
+        else:
+            if not bool(torch.isfinite(sums).all()):
+                raise FloatingPointError(f"latents or velocities of step {begin} are not finite")
+            matrix, aims = sums[:-1, :-1], sums[:-1, -1:]
+            damped = matrix + self._ridge * torch.diag(matrix.diagonal())
+            found = torch.linalg.lstsq(damped, aims, driver="gelsd").solution[:, 0]
+        self._found[key] = found
+        return found
+
+    def _change(self, full: tuple[int, ...], end: int, number: int) -> Tensor:
+        """Return r, what the fit adds to Euler's step from a full step to the end of its segment, float32."""
+        columns = self._columns(full, number)
+        row = self._coefficients(full, end).to(columns[0])[None]
+        change: Tensor = torch.ops.lesa.forecast(columns, row, row.new_zeros(1))[0]
+        return change
+
+    def _velocity(self, full: tuple[int, ...], end: int, number: int) -> Tensor:
+        """Return the velocity that leads from the step after a full step to the end of its segment, float32."""
+        left = self.sigmas[end] - self.sigmas[full[-1] + 1]
+        return self._observe(full)[number].velocity + self._change(full, end, number) / left
+
+    def _reached(self, full: tuple[int, ...], end: int, number: int) -> Tensor:
+        """Return the latents at the end of a segment, float32."""
+        answer = self._observe(full)[number]
+        length = self.sigmas[end] - self.sigmas[full[-1]]
+        return answer.latents + length * answer.velocity + self._change(full, end, number)
+
+
+def _places(sigmas: Sequence[float], finer: Sequence[float]) -> list[int]:
+    """Return where the levels of a run lie among those of a finer one."""
+    places = [min(range(len(finer)), key=lambda place: abs(finer[place] - sigma)) for sigma in sigmas]
+    for sigma, place in zip(sigmas, places, strict=True):
+        if abs(finer[place] - sigma) > 1e-5:
+            raise ValueError(f"target must pass all noise levels of source, it has none at {sigma:.5f}")
+    return places
+
+
+def _steadied(seen: Mapping[int, Sequence[Guidance]], steps: int) -> dict[int, Guidance]:
+    """Return the guidance of each step: the median over runs, and over neighboring steps that seem to have the same."""
+    groups: list[list[Guidance]] = []
+    of_step: dict[int, list[Guidance]] = {}
+    for step in sorted(seen):
+        newest = Guidance(statistics.median(each.scale for each in seen[step]))
+        if groups:
+            earlier = statistics.median(each.scale for each in groups[-1])
+            alike = abs(newest.scale - earlier) <= _SAME_SCALE * max(1.0, abs(earlier))
+            if not alike or seen[step][0].rule != groups[-1][0].rule:
+                groups.append([])
+        else:
+            groups.append([])
+        groups[-1] += seen[step]
+        of_step[step] = groups[-1]
+    found = {
+        step: Guidance(
+            statistics.median(each.scale for each in group),
+            group[0].rule,
+            statistics.median(each.rescale for each in group),
+        )
+        for step, group in of_step.items()
+    }
+    # Nothing comes after the last step that would show it.
+    found.setdefault(steps - 1, found[max(found)])
+    return found

@@ -1,0 +1,266 @@
+"""Fits of the learned solver: on flows whose right answer is known, with and without guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from lesa_kernels import Schedule, SolverPredictor, load_predictor
+from lesa_kernels.guidance import Guidance
+from lesa_kernels.training import LoopSource, RecordedSource, SolverFits, fit_solver
+from lesa_kernels.trajectories import ModelCall, StepPolicy
+
+STEPS, RUNS = 12, 6
+SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
+SCHEDULE = Schedule.explicit(STEPS, [0, 3, 6, 9])
+
+Velocity = Callable[[Tensor, float, Sequence[int]], Tensor]
+
+
+def _noise(runs: Sequence[int]) -> Tensor:
+    return torch.stack([torch.randn(8, 4, generator=torch.Generator().manual_seed(run)) for run in runs])
+
+
+def _source(
+    velocities: dict[str, Velocity],
+    guidance: Guidance | None = None,
+    *,
+    batched: bool = False,
+    sigmas: Sequence[float] = SIGMAS,
+    sign: float = 1.0,
+    disturb: Callable[[Tensor, int], Tensor] = lambda latents, step: latents,
+    runs: int = RUNS,
+) -> LoopSource:
+    """Return runs of a flow whose model is a formula; of several branches by guidance."""
+
+    def loop(chosen: Sequence[int], policy: StepPolicy) -> None:
+        latents = _noise(chosen)
+        for step, (sigma, after) in enumerate(pairwise(sigmas)):
+
+            def called(
+                name: str, *of: Velocity, sigma: float = sigma, step: int = step, latents: Tensor = latents
+            ) -> Tensor:
+                given = torch.cat([latents] * len(of))
+
+                def blocks() -> Tensor:
+                    return torch.cat([sign * each(latents, sigma, chosen) for each in of])
+
+                output = policy(ModelCall(step, blocks, lambda feature: feature, given, name))
+                assert output is not None
+                return sign * output
+
+            if guidance is None:
+                velocity = called("cond", velocities["cond"])
+            elif batched:
+                velocity = guidance.combine(*called("cond", velocities["uncond"], velocities["cond"]).chunk(2))
+            else:
+                cond = called("cond", velocities["cond"])
+                velocity = guidance.combine(called("uncond", velocities["uncond"]), cond)
+            latents = disturb(latents + (after - sigma) * velocity, step)
+
+    return LoopSource(loop, runs, sigmas)
+
+
+def _straight(latents: Tensor, sigma: float, runs: Sequence[int]) -> Tensor:
+    """A velocity that is linear in sigma, with a slope of its own in each run."""
+    return torch.stack([torch.full((8, 4), 1.0 + run) + run * sigma for run in runs])
+
+
+def _curved(latents: Tensor, sigma: float, runs: Sequence[int]) -> Tensor:
+    """A velocity that depends on where the latents are."""
+    return torch.tanh(latents) * (1 + sigma) + 0.3 * latents.roll(1, -1)
+
+
+def _other(latents: Tensor, sigma: float, runs: Sequence[int]) -> Tensor:
+    """That of another branch."""
+    return _curved(latents, sigma, runs) + 0.2 * torch.cos(3 * latents)
+
+
+def _ends(source: LoopSource, predictor: SolverPredictor | None, runs: Sequence[int]) -> Tensor:
+    """Sample with a predictor's formula, written out for one call a step, or in full without one."""
+    latents, sigmas, history, noise = _noise(runs), source.sigmas, [], _noise(runs)
+    steps = range(len(sigmas) - 1) if predictor is None else predictor.full_steps
+    for number, (step, end) in enumerate(pairwise([*steps, len(sigmas) - 1])):
+        seen: list[Tensor] = []
+
+        def look(call: ModelCall, step: int = step, latents: Tensor = latents, seen: list[Tensor] = seen) -> Tensor:
+            if call.step == step:
+                seen.append(_curved(latents, sigmas[step], runs))
+            return call.blocks()
+
+        source.run(runs, look)
+        history.insert(0, seen[0])
+        latents = latents + (sigmas[end] - sigmas[step]) * seen[0]
+        if predictor is not None:
+            row = predictor.coefficients[number].float()
+            latents = latents + row[0] * noise + sum(p * v for p, v in zip(row[1:], history, strict=False))
+    return latents
+
+
+def test_a_velocity_that_is_linear_in_sigma_is_met_exactly() -> None:
+    fits = SolverFits(_source({"cond": _straight}), window=2, ridge=1e-12, batch=RUNS, progress=False)
+    # Before the second full step nothing shows the slope.
+    assert fits.psnr_db(Schedule.explicit(STEPS, [0, 1, 5, 9])) > 80
+    assert fits.psnr_db(Schedule.explicit(STEPS, [0])) < 60
+
+
+def test_a_fit_follows_its_own_formula_in_closed_loop() -> None:
+    source = _source({"cond": _curved})
+    fits = SolverFits(source, batch=RUNS, progress=False)
+    predictor = fits.fit(SCHEDULE, progress=False)
+    error = _ends(source, predictor, range(RUNS)) - _ends(source, None, range(RUNS))
+    ratio = error.flatten(1).norm(dim=1) / _ends(source, None, range(RUNS)).flatten(1).norm(dim=1)
+    assert fits.psnr_db(SCHEDULE) == pytest.approx((-20 * ratio.log10()).mean().item(), abs=0.05)
+    euler = SolverPredictor(SIGMAS, SCHEDULE.full_steps)
+    assert error.norm() < 0.2 * (_ends(source, euler, range(RUNS)) - _ends(source, None, range(RUNS))).norm()
+
+
+def test_batches_and_processes_of_any_size_give_one_fit() -> None:
+    together = fit_solver(_source({"cond": _curved}), SCHEDULE, batch=RUNS, progress=False)
+    single = fit_solver(_source({"cond": _curved}), SCHEDULE, batch=1, progress=False)
+    uneven = fit_solver(_source({"cond": _curved}), SCHEDULE, batch=4, progress=False)
+    torch.testing.assert_close(together.coefficients, single.coefficients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(together.coefficients, uneven.coefficients, rtol=1e-3, atol=1e-5)
+
+
+def test_the_model_is_called_once_a_full_step() -> None:
+    fits = SolverFits(_source({"cond": _curved}), batch=RUNS, progress=False)
+    assert fits.model_calls == RUNS * STEPS
+    fits.psnr_db(SCHEDULE)
+    assert fits.model_calls == RUNS * (STEPS + 4)
+    fits.fit(SCHEDULE, progress=False)
+    assert fits.model_calls == RUNS * (STEPS + 4)
+    # 0 and 3 are known, after 3 the way to 7 is another one.
+    fits.psnr_db(Schedule.explicit(STEPS, [0, 3, 7, 9]))
+    assert fits.model_calls == RUNS * (STEPS + 4 + 2)
+
+
+def test_forgotten_answers_are_asked_for_again() -> None:
+    plenty = SolverFits(_source({"cond": _curved}), batch=RUNS, progress=False)
+    little = SolverFits(_source({"cond": _curved}), batch=RUNS, progress=False, memory=0)
+    assert little.psnr_db(SCHEDULE) == plenty.psnr_db(SCHEDULE)
+    assert little.model_calls > plenty.model_calls
+
+
+@pytest.mark.parametrize("guidance", [Guidance(3.0), Guidance(2.0, "norm"), Guidance(4.0, "rescale", 0.5)], ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_guidance_is_found_and_its_branches_fitted_apart(guidance: Guidance, batched: bool, sign: float) -> None:
+    velocities = {"cond": _curved, "uncond": _other}
+    fits = SolverFits(_source(velocities, guidance, batched=batched, sign=sign), batch=RUNS, progress=False)
+    predictor = fits.fit(SCHEDULE, progress=False)
+    assert predictor.is_batched is batched
+    assert predictor.sign == sign
+    assert predictor.branches == ("uncond", "cond")
+    for each in predictor.guidance:
+        assert (each.rule, each.scale) == (guidance.rule, pytest.approx(guidance.scale, rel=1e-3))
+        assert each.rescale == pytest.approx(guidance.rescale, abs=1e-2)
+    assert fits.psnr_db(SCHEDULE) > 25
+    assert int((predictor.coefficients != 0).sum()) == 3 + 5 + 7 + 7
+
+
+def test_guidance_may_change_on_the_way() -> None:
+    # Wan 2.2 has another scale below a noise level.
+    velocities = {"cond": _curved, "uncond": _other}
+    early, late = Guidance(3.0), Guidance(5.0)
+
+    class Changing(Guidance):
+        calls = 0
+
+        def combine(self, uncond: Tensor, cond: Tensor) -> Tensor:
+            Changing.calls += 1
+            return (early if (Changing.calls - 1) % STEPS < 6 else late).combine(uncond, cond)
+
+    fits = SolverFits(_source(velocities, Changing(1.0)), batch=RUNS, progress=False)
+    predictor = fits.fit(Schedule.explicit(STEPS, [0, 5, 6, 11]), progress=False)
+    assert [round(each.scale, 3) for each in predictor.guidance] == [3, 3, 5, 5]
+
+
+def test_held_out_runs_are_not_fitted_to() -> None:
+    all_runs = SolverFits(_source({"cond": _curved}), batch=RUNS, progress=False)
+    some = SolverFits(_source({"cond": _curved}), held_out=2, batch=RUNS, progress=False)
+    first = fit_solver(_source({"cond": _curved}, runs=RUNS - 2), SCHEDULE, batch=RUNS, progress=False)
+    torch.testing.assert_close(
+        some.fit(SCHEDULE, progress=False).coefficients, first.coefficients, rtol=1e-3, atol=1e-5
+    )
+    assert some.psnr_db(SCHEDULE) != all_runs.psnr_db(SCHEDULE)
+    some.include_held_out()
+    assert some.psnr_db(SCHEDULE) == all_runs.psnr_db(SCHEDULE)
+
+
+def test_a_finer_target_is_met_instead() -> None:
+    finer = [a + (b - a) * part / 4 for a, b in pairwise(SIGMAS) for part in range(4)] + [0.0]
+    source, target = _source({"cond": _curved}), _source({"cond": _curved}, sigmas=finer)
+    plain = fit_solver(source, SCHEDULE, batch=RUNS, progress=False)
+    aimed = fit_solver(source, SCHEDULE, target=target, batch=RUNS, progress=False)
+    end, fine = (_ends(each, None, range(RUNS)) for each in (source, target))
+    errors = [[(_ends(source, each, range(RUNS)) - aim).norm() for aim in (end, fine)] for each in (plain, aimed)]
+    assert errors[0][0] < errors[1][0]
+    assert errors[1][1] < errors[0][1]
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    velocities = {"cond": _curved, "uncond": _other}
+    predictor = fit_solver(_source(velocities, Guidance(2.0, "norm")), SCHEDULE, batch=RUNS, progress=False)
+    predictor.save_pretrained(tmp_path)
+    loaded = load_predictor(tmp_path)
+    assert isinstance(loaded, SolverPredictor)
+    assert loaded.plan(SIGMAS) == predictor.plan(SIGMAS)
+    assert (loaded.guidance, loaded.branches, loaded.sign) == (predictor.guidance, predictor.branches, predictor.sign)
+
+
+def _kicked(latents: Tensor, step: int) -> Tensor:
+    return latents + 0.1 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (_source({"cond": _curved}, disturb=_kicked), {}, "source must step as Euler does.*step 0"),
+        (_source({"cond": _curved}, disturb=lambda x, step: x * float("nan")), {}, "step 0 moved"),
+        (RecordedSource([[torch.ones(1)] * STEPS], SIGMAS), {}, "source must run a model with its tail"),
+        (_source({"cond": _curved}), {"window": 0}, "window must be"),
+        (_source({"cond": _curved}), {"ridge": 0.0}, "ridge must be"),
+        (
+            _source({"cond": _curved}),
+            {"target": _source({"cond": _curved}, sigmas=[1, 0.5, 0])},
+            "target must pass all",
+        ),
+        (_source({"cond": _curved}, sigmas=[1, 0]), {}, "at least 2 steps"),
+    ],
+)
+def test_refusals(source: LoopSource, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_solver(source, SCHEDULE, progress=False, batch=RUNS, **options)  # type: ignore[arg-type]
+
+
+def test_a_schedule_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="schedule must have 12 steps, got 50"):
+        fit_solver(_source({"cond": _curved}), Schedule.explicit(50, [0]), progress=False, batch=RUNS)
+
+
+def test_no_run_left_to_fit_to_is_refused() -> None:
+    with pytest.raises(ValueError, match="held_out must leave a run"):
+        SolverFits(_source({"cond": _curved}), held_out=RUNS, progress=False)
+
+
+def test_tokens_that_stay_do_not_count() -> None:
+    def half(latents: Tensor, sigma: float, runs: Sequence[int]) -> Tensor:
+        return _curved(latents, sigma, runs)
+
+    def loop(chosen: Sequence[int], policy: StepPolicy) -> None:
+        latents, stay = _noise(chosen), 5 * torch.ones(len(chosen), 3, 4)
+        for step, (sigma, after) in enumerate(pairwise(SIGMAS)):
+            given = torch.cat([latents, stay], 1)
+            call = ModelCall(step, lambda given=given, sigma=sigma: half(given, sigma, chosen), lambda x: x, given)
+            output = policy(call)
+            assert output is not None
+            latents = latents + (after - sigma) * output[:, :8]
+
+    kept = fit_solver(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, batch=RUNS, progress=False)
+    alone = fit_solver(_source({"cond": _curved}), SCHEDULE, batch=RUNS, progress=False)
+    torch.testing.assert_close(kept.coefficients, alone.coefficients, rtol=1e-3, atol=1e-5)
