@@ -44,7 +44,7 @@ def enable(
     Args:
         target: a pipeline, with all of its transformers, or a bare transformer, whose steps `scheduler` or `sigmas`
             gives.
-        predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
+        predictor: makes the forecasts; None takes `TaylorSeer(order=1, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
             a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
         schedule: which steps are full, or a rule that makes it from the sigmas; None takes the one that the predictor
@@ -74,7 +74,7 @@ def enable(
 
     options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
     models = find_models(target)
-    chosen = TaylorSeer(order=2, variable="sigma") if predictor is None else predictor
+    chosen = TaylorSeer(order=1, variable="sigma") if predictor is None else predictor
     _check_predictor(chosen)
     if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
         raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.quality import training_free
 from benchmarks.quality.forecasters import (
@@ -19,7 +20,7 @@ from benchmarks.quality.forecasters import (
     spectrum_schedule,
 )
 from lesa_kernels.plan import Row
-from lesa_kernels.predictors import Predictor
+from lesa_kernels.predictors import Predictor, Reuse
 from lesa_kernels.schedule import Schedule
 
 SIGMAS = [1 - (step / 50) ** 1.3 for step in range(50)] + [0.0]
@@ -98,6 +99,16 @@ def test_spectrum_s_schedules_are_the_published_ones_where_there_are_any() -> No
     assert {len(rule(50, 8).full_steps) for rule in OWN_SCHEDULES.values()} == {8}
     with pytest.raises(ValueError, match="must be what some growth gives at 50 steps, got 5"):
         spectrum_schedule(50, 5)
+
+
+def test_the_guided_model_is_compared_as_enable_serves_it() -> None:
+    setting = training_free.GuidedEmoji(samples=2, steps=8)
+    images, full_steps = setting.images(Reuse(), Schedule.explicit(8, range(8)))
+    assert full_steps == tuple(range(8)) and torch.equal(images, setting.reference)
+    found = list(training_free.sampled_training_free(setting, 6))
+    assert [each.method for each in found if each.schedule == training_free.UNIFORM] == list(TRAINING_FREE)
+    assert not torch.equal(setting.images(Reuse(), Schedule.explicit(8, (0, 3)))[0], setting.reference)
+    assert len(set(setting.prompts)) == 2
 
 
 def test_tables_hold_means_over_models_the_best_first() -> None:
