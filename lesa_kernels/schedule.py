@@ -13,6 +13,8 @@ from lesa_kernels.checks import check_decreasing, check_float, check_int, check_
 MAX_STEPS = 10_000
 # The published rule runs this step full whatever its counter says.
 _ALWAYS_FULL = 3
+# Of 1, 1.5, 2 and 3 the best on the models of digits and MNIST, under the time shifts of FLUX, Qwen-Image, SD3 and Wan.
+_LAST_SEGMENT_WEIGHT = 1.5
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,10 @@ class Schedule:
     def uniform_in_sigma(cls, sigmas: Sequence[float], num_full: int, warmup: int = 1) -> Schedule:
         """Full steps 0 .. warmup-1, the others so that their segments are as even in sigma as the steps allow.
 
-        A segment goes from a full step to the next, the last one to sigma_S; the sum of their squared spans from the
-        last warm-up step on is the smallest that there is. The last step is full only where that makes them even: with
-        diffusers' default sigmas it spans 0.004.
+        A segment goes from a full step to the next, the last one to sigma_S. The sum of their squared spans from the
+        last warm-up step on is the smallest that there is, the last one's times 1.5: no full step mends what forecasts
+        miss there, so it is two thirds as wide as the others. It is no narrower than half the mean, if steps remain to
+        choose from: with diffusers' default sigmas the last step spans 0.004, which would waste a call.
 
         Args:
             sigmas: S+1 falling noise levels, the last one (after the last step) included.
@@ -155,12 +158,14 @@ ScheduleRule: TypeAlias = Callable[[Sequence[float]], Schedule]
 
 
 def _even_segments(levels: Sequence[float], count: int) -> list[int]:
-    """Return where so many segments begin, the first at levels[0], that reach the last level with even spans."""
+    """Return where so many segments begin that reach from the first level to the last; see `uniform_in_sigma`."""
     size = len(levels)
+    if count == 1:
+        return [0]
     # Of segments that reach an end: the smallest sum of squared spans, and where the last of them begins.
     sums = [(levels[0] - level) ** 2 for level in levels]
     lasts = [[0] * size]
-    for number in range(1, count):
+    for number in range(1, count - 1):
         found, last = [math.inf] * size, [0] * size
         for end in range(size - 1, number, -1):
             # The best begin moves on with the end and with the number of segments (Knuth 1971, Yao 1980).
@@ -169,10 +174,14 @@ def _even_segments(levels: Sequence[float], count: int) -> list[int]:
             found[end], last[end] = min((sums[begin] + (levels[begin] - levels[end]) ** 2, begin) for begin in begins)
         sums = found
         lasts.append(last)
-    path = [size - 1]
+    begins = range(count - 1, size - 1)
+    least = (levels[0] - levels[-1]) / (2 * count)
+    wide = [begin for begin in begins if levels[begin] - levels[-1] >= least] or begins
+    weighted = [(sums[begin] + _LAST_SEGMENT_WEIGHT * (levels[begin] - levels[-1]) ** 2, begin) for begin in wide]
+    path = [min(weighted)[1]]
     for last in reversed(lasts):
         path.append(last[path[-1]])
-    return path[:0:-1]
+    return path[::-1]
 
 
 def _steps(full_steps: object) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import check_decreasing, check_int, check_type
+from lesa_kernels.checks import check_decreasing, check_int, check_list, check_type
 
 ONLY_BRANCH = "cond"
 """The branch of models that are called once a step; guidance adds others ("uncond"), each with a history of its own."""
@@ -148,6 +148,34 @@ class LoopSource:
     def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
         """See `TrajectorySource.run`."""
         self._loop(runs, policy)
+
+
+class SelectedRuns:
+    """Some of the runs of a source: those to fit to, or those to judge on.
+
+    Args:
+        source: which has them.
+        runs: their numbers in it.
+
+    Raises:
+        TypeError, ValueError: when source is none, or has no such runs.
+    """
+
+    def __init__(self, source: TrajectorySource, runs: Sequence[int]) -> None:
+        check_source(source)
+        self.sigmas = source.sigmas
+        self._source = source
+        self._runs = [
+            check_int(f"runs[{index}]", run, 0, len(source) - 1)
+            for index, run in enumerate(check_list("runs", runs, "numbers of runs"))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
+        """See `TrajectorySource.run`."""
+        self._source.run([self._runs[run] for run in runs], policy)
 
 
 def watch(call: ModelCall) -> tuple[Tensor, Tensor | None]:

@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 NEEDED = {
     "integrations": "diffusers",
     "digits": "diffusers",
+    "emoji": "diffusers",
     "triton": "triton",
     "benchmarks/test_forecasters.py": "diffusers",
     "benchmarks/test_history.py": "diffusers",

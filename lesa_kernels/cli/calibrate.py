@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -12,23 +15,38 @@ import typer
 from rich.console import Console
 
 from lesa_kernels.cli import common
-from lesa_kernels.integrations import default_schedule
-from lesa_kernels.predictors import LesaPredictor, LinearPredictor, TaylorSeer
+from lesa_kernels.predictors import LesaPredictor, LinearPredictor, SolverPredictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import Evaluator, fit, fit_lesa, schedule_for_budget, search_schedule
+from lesa_kernels.training import (
+    Evaluator,
+    SelectedRuns,
+    SolverFits,
+    even_schedules,
+    fewest_calls,
+    fit,
+    fit_lesa,
+    plot_curve,
+    quality_curve,
+    search_schedule,
+)
 from lesa_kernels.training.checkpoint import FILE
 from lesa_kernels.training.ranks import lock_folder
 from lesa_kernels.training.reports import save_predictors
+from lesa_kernels.training.schedule_search import Judge
 from lesa_kernels.trajectories import ONLY_BRANCH, TrajectorySource
 
 # Of a fit that only shows how good a schedule is.
 _ROUNDS_TO_TRY = 2
-_BUDGET, _SEARCH = "Budget: one of these, else a fifth of the steps", "Search and fit"
+# Budgets of the curve, relative to a fifth of the steps.
+_CURVE = (0.5, 0.6, 0.8, 1.0, 1.2, 1.4)
+_CURVE_FILE = "curve.png"
+_BUDGET, _SEARCH = "Budget: one of these, else a fifth of the steps and a curve of others", "Search and fit"
 
 
 class Form(str, Enum):
     """What a fit yields."""
 
+    solver = "solver"
     coefficients = "coefficients"
     lesa = "lesa"
 
@@ -50,26 +68,21 @@ def calibrate(
     search: Annotated[
         int,
         typer.Option(
-            help="Schedules to try with TaylorSeer; each samples all prompts once. 0: evenly spaced steps.",
+            help="Placements of the full steps to try; each is fitted to half of the prompts and judged on the others. "
+            "For 8 prompts, 10 calls and 50 steps the unaccelerated runs take 400 calls of the model, 24 placements at "
+            "most 1920 more. Small models: 60. 0: evenly spaced steps.",
             min=0,
             rich_help_panel=_SEARCH,
         ),
-    ] = 40,
-    refine: Annotated[
-        int,
-        typer.Option(
-            help="Schedules to try from there on with a fit for each: slow, up to 1 dB better.",
-            min=0,
-            rich_help_panel=_SEARCH,
-        ),
-    ] = 0,
+    ] = 24,
     form: Annotated[
         Form,
         typer.Option(
-            help="coefficients: three for each step. lesa: a LESA predictor, slower to fit, up to 2 dB better.",
+            help="solver: a learned solver. coefficients: of features, through the model's tail, slower to fit. lesa: "
+            "these as a LESA predictor.",
             rich_help_panel=_SEARCH,
         ),
-    ] = Form.coefficients,
+    ] = Form.solver,
     steps: common.Steps = 50,
     settings: common.Settings = None,
     batch: common.Batch = 1,
@@ -79,11 +92,8 @@ def calibrate(
     dtype: common.Dtype = None,
     offload: common.Offload = False,
 ) -> None:
-    """Find the best steps to run in full, fit a predictor for the others through the model's tail, and save it.
-
-    With classifier-free guidance each branch gets a predictor of its own. Runs in one process.
-    """
-    common.check_modules("lesa calibrate", "diffusers")
+    """Find the best steps to run in full, fit a predictor for the others, and save it. Runs in one process."""
+    common.check_modules("lesa calibrate", "diffusers", "matplotlib")
     console = common.make_console()
     if calls is not None and psnr_db is not None:
         raise typer.BadParameter("give one budget: --calls or --psnr-db")
@@ -102,54 +112,136 @@ def calibrate(
         # Locked before the work, so that a folder that cannot be written to is refused at once.
         with lock_folder(out):
             source = pipeline.source(console)
-            schedule = _search(source, calls, psnr_db, search, refine, batch, console)
-            console.print(common.full_steps(schedule), soft_wrap=True)
             torch.manual_seed(seed)
-            predictors = _fitted(form, source, schedule, batch)
+            budget = calls or max(3, -(-steps // 5))
+            has_curve = bool(search) and calls is None and psnr_db is None
+            numbers = sorted({max(2, round(budget * part)) for part in _CURVE}) if has_curve else []
+            fits = _fits(source, form, batch, budget, search, numbers, console)
+            schedule = _placement(fits, source.sigmas, budget, psnr_db, search, console)
+            if has_curve:
+                _draw_curve(fits, source.sigmas, numbers, schedule, out / _CURVE_FILE, console)
+            predictors = fits.predictors(schedule)
             save_predictors(predictors, out)
     common.show_files(out, console)
     lines = pipeline.next_lines(common.loading(predictors, out))
     console.print("\n" + lines, markup=False, highlight=False, soft_wrap=True)
 
 
-def _search(
-    source: TrajectorySource,
-    calls: int | None,
-    psnr_db: float | None,
-    search: int,
-    refine: int,
-    batch: int,
-    console: Console,
+@dataclass(frozen=True)
+class _Fits:
+    """Fits to all runs; without a search nothing else, else how good placements are by fits to half, and by Euler."""
+
+    predictors: Callable[[Schedule], Mapping[str, LesaPredictor | LinearPredictor | SolverPredictor]]
+    judge: Judge | None = None
+    euler: Judge | None = None
+
+
+def _fits(
+    source: TrajectorySource, form: Form, batch: int, calls: int, search: int, numbers: Sequence[int], console: Console
+) -> _Fits:
+    """Sample the unaccelerated runs, and say what the search takes before and after."""
+    runs, steps = len(source), len(source.sigmas) - 1
+    make = partial(_solver, source) if form is Form.solver else partial(_through_tail, source, form)
+    if not search:
+        return make(batch, search)
+    references = (runs if form is Form.solver else max(1, runs // 2)) * steps
+    placements = search * _placement_calls(form, runs, steps, calls)
+    # Evenly spaced ones and those like the best; and Euler's method.
+    curve = sum(2 * _placement_calls(form, runs, steps, count) + runs * count for count in numbers)
+    console.print(
+        f"calls of the model, one for each step of a run: {references} before the search, at most {placements} for "
+        f"{search} placements of {calls} full steps" + (f" and {curve} for the curve" if numbers else ""),
+        soft_wrap=True,
+    )
+    if runs == 1:
+        console.print("one prompt: fits are judged on the run that they are fitted to; give 8")
+    begin = time.monotonic()
+    made = make(batch, search)
+    seconds = (time.monotonic() - begin) / references
+    console.print(f"{seconds:.3g} s a call: at most {seconds * (placements + curve) / 60:.1f} min to the final fit")
+    return made
+
+
+def _placement_calls(form: Form, runs: int, steps: int, calls: int) -> int:
+    """Return what judging a placement takes at most, in calls of the model."""
+    if form is Form.solver:
+        return runs * calls
+    # The fit samples its runs in full, and in each round up to the end of one segment after the other.
+    of_run = steps + _ROUNDS_TO_TRY * calls * (calls + 1) // 2
+    return (runs - runs // 2) * of_run + max(1, runs // 2) * calls
+
+
+def _solver(source: TrajectorySource, batch: int, search: int) -> _Fits:
+    """Fit learned solvers."""
+    fits = SolverFits(source, held_out=len(source) // 2 if search else 0, batch=batch)
+
+    def predictors(schedule: Schedule) -> dict[str, SolverPredictor]:
+        if fits.held_out:
+            fits.include_held_out()
+        return {ONLY_BRANCH: fits.fit(schedule)}
+
+    return _Fits(predictors, fits.psnr_db, fits.eulers().psnr_db) if search else _Fits(predictors)
+
+
+def _through_tail(source: TrajectorySource, form: Form, batch: int, search: int) -> _Fits:
+    """Fit coefficients of features."""
+
+    def predictors(schedule: Schedule) -> Mapping[str, LinearPredictor | LesaPredictor]:
+        fitted = fit(source, schedule, batch=batch)
+        if not isinstance(fitted, LinearPredictor):
+            if form is Form.lesa:
+                raise ValueError("--form lesa fits a model without guidance; --form coefficients fits its branches")
+            return fitted
+        return {ONLY_BRANCH: fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)}
+
+    if not search:
+        return _Fits(predictors)
+    half = len(source) - len(source) // 2
+    fitted_to = SelectedRuns(source, range(half))
+    others = SelectedRuns(source, range(half, len(source))) if half < len(source) else fitted_to
+    evaluator = Evaluator(others, batch=batch)
+
+    def judge(schedule: Schedule) -> float:
+        tried = fit(fitted_to, schedule, rounds=_ROUNDS_TO_TRY, batch=batch, progress=False)
+        return evaluator(tried, schedule)
+
+    return _Fits(predictors, judge)
+
+
+def _placement(
+    fits: _Fits, sigmas: Sequence[float], calls: int, psnr_db: float | None, search: int, console: Console
 ) -> Schedule:
-    """Return the full steps: evenly spaced in sigma, or found with TaylorSeer and then with fits."""
-    if calls is None and psnr_db is None:
-        calls = len(default_schedule(source.sigmas).full_steps)
-    schedule = None if calls is None else Schedule.uniform_in_sigma(source.sigmas, calls)
-    if not search and not refine and schedule is not None:
-        return schedule
-    evaluator = Evaluator(source, batch=batch)
-    if search or schedule is None:
-        taylor = TaylorSeer(2, "sigma")
-        found = schedule_for_budget(evaluator, lambda _: taylor, calls=calls, psnr_db=psnr_db, evaluations=search)
-        console.print(f"TaylorSeer's best of {found.evaluations} schedules: {found.score.psnr_db:.2f} dB")
+    """Return where the calls go."""
+    starts = even_schedules(sigmas, calls)
+    if fits.judge is None:
+        schedule = starts[0]
+    else:
+        if psnr_db is None:
+            found = search_schedule(fits.judge, starts[:search], placements=search)
+        else:
+            found = fewest_calls(fits.judge, sigmas, psnr_db, placements=search)
         schedule = found.schedule
-    if refine:
-        make = partial(fit, source, rounds=_ROUNDS_TO_TRY, batch=batch, progress=False)
-        uniform = Schedule.uniform_in_sigma(source.sigmas, len(schedule.full_steps))
-        starts = list(dict.fromkeys([schedule, uniform]))[:refine]
-        found = search_schedule(evaluator, starts, make, evaluations=refine)
-        console.print(f"a fit's best of {found.evaluations} schedules: {found.score.psnr_db:.2f} dB on its own runs")
-        schedule = found.schedule
+        console.print(f"the best of {found.placements} placements: {found.psnr_db:.2f} dB")
+    console.print(common.full_steps(schedule), soft_wrap=True)
     return schedule
 
 
-def _fitted(
-    form: Form, source: TrajectorySource, schedule: Schedule, batch: int
-) -> Mapping[str, LinearPredictor | LesaPredictor]:
-    """Fit the predictor of each branch of guidance, or of the only one."""
-    fitted = fit(source, schedule, batch=batch)
-    if not isinstance(fitted, LinearPredictor):
-        if form is Form.lesa:
-            raise ValueError("--form lesa fits a model without guidance; --form coefficients fits each of its branches")
-        return fitted
-    return {ONLY_BRANCH: fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)}
+def _draw_curve(
+    fits: _Fits, sigmas: Sequence[float], numbers: Sequence[int], best: Schedule, file: Path, console: Console
+) -> None:
+    """Draw dB over calls: evenly spaced, placed like the best, and by Euler's method."""
+    calls = len(best.full_steps)
+    asked = {
+        f"placed like the best of {calls}": (fits.judge, best),
+        "evenly spaced": (fits.judge, None),
+        "Euler's method, as many steps": (fits.euler, None),
+    }
+    curves = {}
+    for name, (judge, like) in asked.items():
+        if judge is not None:
+            found = quality_curve(judge, sigmas, numbers, like=like, placements=1)
+            curves[name] = {count: each.psnr_db for count, each in found.items()}
+            of_count = ", ".join(f"{count}: {value:.1f}" for count, value in curves[name].items())
+            console.print(f"dB by calls, {name}: {of_count}", soft_wrap=True)
+    plot_curve(curves, file, chosen=calls)
+    console.print(f"no budget was given: {calls} calls are a fifth of the steps; {file} shows others", soft_wrap=True)

@@ -2,19 +2,20 @@
 
 from lesa_kernels.training.config import TrainingConfig, TrainingResult
 from lesa_kernels.training.lesa_fit import fit_lesa
-from lesa_kernels.training.reports import plot_losses
+from lesa_kernels.training.reports import plot_curve, plot_losses
 from lesa_kernels.training.schedule_search import (
     Evaluator,
     FoundSchedule,
-    Score,
-    schedule_for_budget,
+    even_schedules,
+    fewest_calls,
+    quality_curve,
     search_schedule,
 )
 from lesa_kernels.training.solver_fit import SolverFits, fit_solver
 from lesa_kernels.training.store import FeatureStore
 from lesa_kernels.training.tail_fit import fit
 from lesa_kernels.training.trainer import train
-from lesa_kernels.trajectories import LoopSource, RecordedSource
+from lesa_kernels.trajectories import LoopSource, RecordedSource, SelectedRuns
 
 __all__ = [
     "Evaluator",
@@ -22,15 +23,18 @@ __all__ = [
     "FoundSchedule",
     "LoopSource",
     "RecordedSource",
-    "Score",
+    "SelectedRuns",
     "SolverFits",
     "TrainingConfig",
     "TrainingResult",
+    "even_schedules",
+    "fewest_calls",
     "fit",
     "fit_lesa",
     "fit_solver",
+    "plot_curve",
     "plot_losses",
-    "schedule_for_budget",
+    "quality_curve",
     "search_schedule",
     "train",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -130,7 +129,7 @@ class Reference:
 
 
 class PlanPolicy:
-    """Answers calls by plans: with the blocks on full steps, with forecasts on the others. Measures their times.
+    """Answers calls by plans: with the blocks on full steps, with forecasts on the others.
 
     Args:
         plan: of the only branch, or of each by its name; all with the same full steps.
@@ -138,14 +137,10 @@ class PlanPolicy:
 
     Attributes:
         final: latents of one branch at the end of the run, by Euler's last step; None before.
-        full_seconds: of each call whose blocks ran, until the device was done.
-        forecast_seconds: of each other call.
     """
 
     def __init__(self, plan: Plan | Mapping[str, Plan], reference: Reference | None = None) -> None:
         self.final: Tensor | None = None
-        self.full_seconds: list[float] = []
-        self.forecast_seconds: list[float] = []
         self._reference = reference or Reference({})
         names = self._reference.branches.names
         plans = dict.fromkeys(names, plan) if isinstance(plan, Plan) else plan
@@ -166,10 +161,7 @@ class PlanPolicy:
         branches, sigmas = self._reference.branches, self._plan.sigmas
         if call.branch not in self._sessions and not branches.is_batched:
             raise ValueError(f"source must make the calls {sorted(self._sessions)} in each step, got {call.branch!r}")
-        _wait(call.latents)
-        begin = time.perf_counter()
-        is_full = self._plan.is_full(call.step)
-        if is_full:
+        if self._plan.is_full(call.step):
             feature, output = watch(call)
             for name, part in branches.split(call.branch, feature).items():
                 self._sessions[name].push(call.step, part)
@@ -186,15 +178,7 @@ class PlanPolicy:
                 length = sigmas[call.step + 1] - sigmas[call.step]
                 velocity = self._reference.velocity(call.step, self._outputs)
                 self.final = branches.own(call.latents).detach() + length * velocity
-        _wait(call.latents)
-        (self.full_seconds if is_full else self.forecast_seconds).append(time.perf_counter() - begin)
         return output
-
-
-def _wait(tensor: Tensor | None) -> None:
-    """Wait for the device of a tensor, so that times are those of the work."""
-    if tensor is not None and tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 @torch.no_grad()

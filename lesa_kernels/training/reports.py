@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lesa_kernels.files import replacing
-from lesa_kernels.predictors import LesaPredictor, LinearPredictor
+from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.training.config import Batch, TrainingResult, losses_by_phase
 
 
-def save_predictors(predictors: Mapping[str, LesaPredictor | LinearPredictor], folder: Path) -> None:
+def save_predictors(predictors: Mapping[str, Saved], folder: Path) -> None:
     """Write predictors with `save_pretrained`: one into the folder itself, several into folders of their branches.
 
     Each file appears whole or not at all, so that a predictor can be loaded at any time.
@@ -55,6 +55,37 @@ def plot_losses(results: Mapping[str, TrainingResult], path: str | Path) -> Path
             axes.axvline(first_phase + 0.5, color=line.get_color(), linestyle=":", linewidth=0.8)
     axes.set(xlabel="batch of runs (dotted: begin of the closed loop)", ylabel="mean L1 loss", yscale="log")
     axes.set_title("Training the LESA predictor")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with replacing(Path(path)) as file:
+        figure.savefig(file, dpi=130, format="png")
+    return Path(path)
+
+
+def plot_curve(curves: Mapping[str, Mapping[int, float]], path: str | Path, chosen: int | None = None) -> Path:
+    """Draw dB over calls, so that a budget can be picked by eye.
+
+    Args:
+        curves: name of a method -> number of calls -> dB.
+        path: the PNG to write.
+        chosen: number of calls to mark.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        calls = sorted(points)
+        axes.plot(calls, [points[count] for count in calls], label=name, linewidth=1.2, marker=".")
+    if chosen is not None:
+        axes.axvline(chosen, color="gray", linestyle=":", linewidth=1, label=f"chosen: {chosen} calls")
+    axes.set(xlabel="calls of the model a run", ylabel="dB against the unaccelerated runs")
+    axes.set_title("Quality by budget")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     with replacing(Path(path)) as file:

@@ -1,17 +1,16 @@
-"""Searches for the full steps that serve best, by sampling with them; also for a budget of calls, time or quality."""
+"""Searches for the full steps that serve best, as a judge says: a fit of its own for each placement, or a predictor."""
 
 from __future__ import annotations
 
 import itertools
-import reprlib
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import check_float, check_int, check_list, check_type
+from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list, check_type
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.policies import PlanPolicy, SmallModels, batches, reference_run
@@ -19,30 +18,18 @@ from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
 # Distances that the search moves a full step by, one after the other.
-_MOVES = (4, 2, 1)
+_MOVES = (3, 2, 1)
 _FEWEST_CALLS = 3
 
-MakePredictor = Callable[[Schedule], Predictor | Mapping[str, Predictor]]
-"""Makes what forecasts at a schedule: a constant for TaylorSeer, a fit for learned coefficients."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How good and how fast accelerated runs were.
-
-    Args:
-        psnr_db: -20 log10 of the relative error of the final latents, mean over samples; higher is better.
-        full_seconds: median time of a call whose blocks ran.
-        forecast_seconds: median time of a call with a forecast in their place.
-    """
-
-    psnr_db: float
-    full_seconds: float
-    forecast_seconds: float
+Judge: TypeAlias = Callable[[Schedule], float]
+"""Says how good a placement of the full steps is, in dB; higher is better. `SolverFits.psnr_db` is one."""
 
 
 class Evaluator:
     """Compares accelerated with unaccelerated runs from the same noise.
+
+    Together with a fit it makes a judge, `lambda schedule: evaluator(fit(source, schedule), schedule)`; fit to runs
+    other than the evaluator's, see `SelectedRuns`.
 
     Args:
         source: runs a model that steps as Euler does, with guidance of two branches or without.
@@ -52,8 +39,8 @@ class Evaluator:
 
     def __init__(self, source: TrajectorySource, *, batch: int = 1, progress: bool = True) -> None:
         check_source(source)
-        self.source = source
         self.sigmas = source.sigmas
+        self._source = source
         self._parts = batches(source, batch)
         steps = len(self.sigmas) - 1
         with progress_bar(progress) as bar:
@@ -62,26 +49,26 @@ class Evaluator:
         self._small = SmallModels()
 
     @torch.no_grad()
-    def __call__(self, predictor: Predictor | Mapping[str, Predictor], schedule: Schedule) -> Score:
-        """Sample all runs with a predictor, or one of each branch of guidance, and a schedule, and compare."""
+    def __call__(self, predictor: Predictor | Mapping[str, Predictor], schedule: Schedule) -> float:
+        """Sample all runs with a predictor, or one of each branch of guidance, and a schedule, and compare.
+
+        Returns:
+            -20 log10 of the relative error of the final latents, in dB, mean over runs; higher is better.
+        """
+        check_type("predictor", predictor, (Predictor, Mapping), "a Predictor, or one of each branch")
         plans = (
             predictor.plan(self.sigmas, schedule)
             if isinstance(predictor, Predictor)
             else {branch: each.plan(self.sigmas, schedule) for branch, each in predictor.items()}
         )
         ratios: list[Tensor] = []
-        full: list[float] = []
-        forecast: list[float] = []
         for runs, reference in zip(self._parts, self._references, strict=True):
             policy = PlanPolicy(plans, reference)
-            self.source.run(runs, self._small.limit(policy))
+            self._source.run(runs, self._small.limit(policy))
             if policy.final is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")
             ratios.append(_psnr_db(policy.final, reference.latents[len(self.sigmas) - 1]))
-            full += policy.full_seconds
-            forecast += policy.forecast_seconds
-        middle = statistics.median
-        return Score(torch.cat(ratios).mean().item(), middle(full), middle(forecast) if forecast else 0.0)
+        return torch.cat(ratios).mean().item()
 
 
 def _psnr_db(latents: Tensor, reference: Tensor) -> Tensor:
@@ -97,188 +84,222 @@ class FoundSchedule:
 
     Args:
         schedule: the best full steps.
-        score: of the runs with them.
-        evaluations: how many schedules were tried.
+        psnr_db: what the judge said of them.
+        placements: how many were tried.
     """
 
     schedule: Schedule
-    score: Score
-    evaluations: int
+    psnr_db: float
+    placements: int
+
+
+def even_schedules(sigmas: Sequence[float], calls: int) -> list[Schedule]:
+    """Return evenly spaced full steps, where a search may begin: halfway between both kinds, by step, by sigma.
+
+    No segment is shorter than the others: the last one ends with the run, so no call is spent on a last step of
+    no length.
+
+    Args:
+        sigmas: S+1 falling noise levels.
+        calls: how many full steps, 1 to S.
+
+    Returns:
+        The schedules, each once.
+
+    Raises:
+        ValueError: when calls are out of range or the sigmas do not fall.
+    """
+    levels = check_decreasing(sigmas)
+    steps, span = len(levels) - 1, levels[0] - levels[-1]
+    calls = check_int("calls", calls, 1, steps)
+    found = []
+    for weight in (0.5, 1.0, 0.0):
+        # How much of the run is over before each step.
+        over = [weight * step / steps + (1 - weight) * (levels[0] - levels[step]) / span for step in range(steps + 1)]
+        found.append(_placed(over, [index / calls for index in range(calls)]))
+    return list(dict.fromkeys(found))
+
+
+def _placed(over: Sequence[float], wanted: Sequence[float]) -> Schedule:
+    """Return the full steps whose values are nearest to those wanted, ascending from step 0."""
+    steps, full = len(over) - 1, [0]
+    for index, value in enumerate(wanted[1:], 1):
+        # Room is left for those to come.
+        candidates = range(full[-1] + 1, steps - (len(wanted) - 1 - index))
+        full.append(min(candidates, key=lambda step: abs(over[step] - value)))
+    return Schedule(steps, tuple(full))
+
+
+def _starts(sigmas: Sequence[float], calls: int, like: Schedule | None) -> list[Schedule]:
+    """Return where to begin a search: a placement spread or drawn together to a number of calls, and even ones."""
+    starts = even_schedules(sigmas, calls)
+    if like is None:
+        return starts
+    bounds = (*like.full_steps, like.num_steps)
+    wanted = []
+    for index in range(calls):
+        segment, into = divmod(index * len(like.full_steps), calls)
+        wanted.append(bounds[segment] + (bounds[segment + 1] - bounds[segment]) * into / calls)
+    return list(dict.fromkeys([_placed(range(like.num_steps + 1), wanted), *starts]))
 
 
 def search_schedule(
-    evaluator: Evaluator,
-    start: Schedule | Sequence[Schedule],
-    make: MakePredictor,
-    *,
-    evaluations: int = 100,
-    progress: bool = True,
+    judge: Judge, start: Schedule | Sequence[Schedule], *, placements: int = 60, progress: bool = True
 ) -> FoundSchedule:
     """Search for the full steps that serve best, at the number of calls of a start, by moving one at a time.
 
+    All starts are tried; the best is moved on from. Late steps are moved first: where the judge is
+    `SolverFits.psnr_db`, placements that begin alike share calls of the model.
+
     Args:
-        evaluator: of the runs.
-        start: where to begin; `Schedule.uniform_in_sigma` is a good guess. Several share the evaluations: what is best
-            near one is rarely best of all.
-        make: makes the predictor of a schedule.
-        evaluations: most schedules to try.
-        progress: show a bar.
+        judge: says how good a placement is. What it measures should not be what it fits to.
+        start: where to begin, such as `even_schedules`.
+        placements: most placements to try.
+        progress: show a bar, with the best so far.
 
     Returns:
-        The best schedule found, which is no worse than any start on these runs.
+        The best schedule found, which is no worse than any start.
 
     Raises:
-        TypeError: when an argument is of another type, or evaluator or make returns something else.
-        ValueError: when there is no start, or fewer evaluations than starts.
+        TypeError: when an argument is of another type, or the judge returns no number.
+        ValueError: when there is no start, or fewer placements than starts, or starts differ in their numbers of steps.
     """
     starts = [start] if isinstance(start, Schedule) else check_list("start", start, "a Schedule or several")
     for index, each in enumerate(starts):
         check_type(f"start[{index}]", each, Schedule, "a Schedule")
-    check_type("evaluator", evaluator, Callable, "an Evaluator")  # type: ignore[arg-type]
-    check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
-    evaluations = check_int("evaluations", evaluations, 1)
-    if not 1 <= len(starts) <= evaluations:
+        if each.num_steps != starts[0].num_steps or len(each.full_steps) != len(starts[0].full_steps):
+            raise ValueError(f"start must hold schedules of as many steps and full steps, got {starts}")
+    check_type("judge", judge, Callable, "a function")  # type: ignore[arg-type]
+    placements = check_int("placements", placements, 1)
+    if not 1 <= len(starts) <= placements:
         raise ValueError(
-            f"evaluations must be at least 1 a start and start not empty, got {evaluations} evaluations for "
+            f"placements must be at least 1 a start and start not empty, got {placements} placements for "
             f"{len(starts)} starts"
         )
-    seen: dict[tuple[int, ...], Score] = {}
+    seen: dict[Schedule, float] = {}
     with progress_bar(progress) as bar:
-        task = bar.add_task("searching for full steps", total=evaluations)
+        task = bar.add_task("searching for full steps", total=placements)
 
-        def quality(full: tuple[int, ...]) -> float:
-            if full not in seen:
-                seen[full] = _score(evaluator, make, Schedule(starts[0].num_steps, full))
-                best = max(score.psnr_db for score in seen.values())
-                bar.update(task, advance=1, description=f"searching for full steps, best {best:.2f} dB")
-            return seen[full].psnr_db
+        def quality(schedule: Schedule) -> float:
+            if schedule not in seen:
+                # NaN, which a fit to few runs may give, is no quality.
+                seen[schedule] = check_float("what judge returns", judge(schedule), finite=False)
+                text = f"searching for full steps, best {max(seen.values()):.2f} dB"
+                bar.update(task, advance=1, description=text)
+            return seen[schedule]
 
-        ends = []
-        for number, each in enumerate(starts):
-            best = each.full_steps
-            quality(best)
-            share = evaluations * (number + 1) // len(starts)
-            for distance in _MOVES:
-                best = _climb(best, distance, each.num_steps, quality, lambda share=share: len(seen) < share)  # type: ignore[misc]
-            ends.append(best)
-        best = max(ends, key=quality)
-    return FoundSchedule(Schedule(starts[0].num_steps, best), seen[best], len(seen))
-
-
-def _score(evaluator: Evaluator, make: MakePredictor, schedule: Schedule) -> Score:
-    """Evaluate the predictor that is made for a schedule."""
-    predictor = make(schedule)
-    check_type("make(schedule)", predictor, (Predictor, Mapping), "a Predictor or a mapping of them")
-    score = evaluator(predictor, schedule)
-    check_type("evaluator(predictor, schedule)", score, Score, "a Score")
-    return score
+        best = max(starts, key=quality)
+        for distance in _MOVES:
+            best = _climb(best, distance, quality, lambda: len(seen) < placements)
+    return FoundSchedule(best, seen[best], len(seen))
 
 
 def _climb(
-    best: tuple[int, ...],
-    distance: int,
-    num_steps: int,
-    quality: Callable[[tuple[int, ...]], float],
-    may_go_on: Callable[[], bool],
-) -> tuple[int, ...]:
-    """Move single full steps by a distance as long as that helps."""
+    best: Schedule, distance: int, quality: Callable[[Schedule], float], may_go_on: Callable[[], bool]
+) -> Schedule:
+    """Move single full steps by a distance, late ones first, as long as that helps."""
     improved = True
     while improved:
         improved = False
-        for index, shift in itertools.product(range(1, len(best)), (-distance, distance)):
-            low, high = best[index - 1], best[index + 1] if index + 1 < len(best) else num_steps
-            moved = (*best[:index], best[index] + shift, *best[index + 1 :])
-            if not low < moved[index] < high or not may_go_on():
+        for index, shift in itertools.product(range(len(best.full_steps) - 1, 0, -1), (-distance, distance)):
+            bounds = (*best.full_steps, best.num_steps)
+            if not bounds[index - 1] < bounds[index] + shift < bounds[index + 1]:
                 continue
+            if not may_go_on():
+                return best
+            full = best.full_steps
+            moved = Schedule(best.num_steps, (*full[:index], full[index] + shift, *full[index + 1 :]))
             if quality(moved) > quality(best):
                 best, improved = moved, True
     return best
 
 
-def schedule_for_budget(
-    evaluator: Evaluator,
-    make: MakePredictor,
-    *,
-    calls: int | None = None,
-    seconds: float | None = None,
-    psnr_db: float | None = None,
-    evaluations: int = 60,
-    progress: bool = True,
+def fewest_calls(
+    judge: Judge, sigmas: Sequence[float], psnr_db: float, *, placements: int = 60, progress: bool = True
 ) -> FoundSchedule:
-    """Find the full steps that serve a budget best.
+    """Find the fewest calls that reach a bound, and where they go.
+
+    Evenly spaced full steps show how many are enough; then the best of so many is searched for, and of fewer, as long
+    as those reach the bound too.
 
     Args:
-        evaluator: of the runs.
-        make: makes the predictor of a schedule.
-        calls: so many full steps.
-        seconds: or: as many as a run of one batch may last, by the measured times of both kinds of calls.
-        psnr_db: or: as few as reach this bound, see `Score`.
-        evaluations: most schedules to try in the search that follows.
+        judge: says how good a placement is.
+        sigmas: S+1 falling noise levels.
+        psnr_db: the bound, in dB.
+        placements: most to try at each number of calls.
         progress: show a bar.
 
     Returns:
         The best schedule found.
 
     Raises:
-        TypeError: when an argument is of another type, or evaluator or make returns something else.
-        ValueError: when not exactly one budget is given, or no number of calls below S meets it.
+        TypeError: see `search_schedule`.
+        ValueError: when an argument is out of range, or no number of calls below S reaches the bound.
     """
-    if sum(budget is not None for budget in (calls, seconds, psnr_db)) != 1:
-        raise ValueError("give one budget: calls, seconds or psnr_db")
-    if not callable(evaluator) or not hasattr(evaluator, "sigmas"):
-        raise TypeError(f"evaluator must be an Evaluator, got {reprlib.repr(evaluator)}")
-    check_type("make", make, Callable, "a function")  # type: ignore[arg-type]
-    calls = calls if calls is None else check_int("calls", calls, 1)
-    seconds = seconds if seconds is None else check_float("seconds", seconds, above=0)
-    psnr_db = psnr_db if psnr_db is None else check_float("psnr_db", psnr_db)
-    steps = len(evaluator.sigmas) - 1
+    psnr_db = check_float("psnr_db", psnr_db)
+    steps = len(check_decreasing(sigmas)) - 1
+    low, high = min(_FEWEST_CALLS, steps - 1), steps - 1
 
-    def uniform(count: int) -> Schedule:
-        return Schedule.uniform_in_sigma(evaluator.sigmas, count)
+    def evenly(calls: int) -> float:
+        return judge(even_schedules(sigmas, calls)[0])
 
-    def search(count: int) -> FoundSchedule:
-        return search_schedule(evaluator, uniform(count), make, evaluations=evaluations, progress=progress)
-
-    def score(count: int) -> Score:
-        return _score(evaluator, make, uniform(count))
-
-    fewest = min(_FEWEST_CALLS, steps)
-    if seconds is not None or psnr_db is not None:
-        with waiting("measuring how many full steps the budget needs", progress):
-            if seconds is not None:
-                calls = _affordable(score(fewest), steps, seconds)
-            if psnr_db is not None:
-                calls = _sufficient(score, fewest, steps - 1, psnr_db)
-    if calls is None or not 1 <= calls < steps:
-        raise ValueError(f"calls must be 1 to {steps - 1}, so that a step is left to forecast, got {calls}")
-    found = search(calls)
-    while psnr_db is not None and found.score.psnr_db >= psnr_db and calls > 1:
-        # With the full steps that were searched for, fewer calls than the guess may do.
-        fewer = search(calls - 1)
-        if fewer.score.psnr_db < psnr_db:
+    with waiting("measuring how many full steps are enough", progress):
+        if (best := evenly(high)) < psnr_db:
+            raise ValueError(f"psnr_db must be within reach: {high} calls give {best:.2f}, got {psnr_db}")
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if evenly(middle) >= psnr_db else (middle + 1, high)
+    found = search_schedule(judge, even_schedules(sigmas, low)[:placements], placements=placements, progress=progress)
+    for calls in range(low - 1, 0, -1):
+        starts = _starts(sigmas, calls, found.schedule)
+        fewer = search_schedule(judge, starts[:placements], placements=placements, progress=progress)
+        if fewer.psnr_db < psnr_db:
             break
-        found, calls = fewer, calls - 1
+        found = fewer
     return found
 
 
-def _affordable(score: Score, steps: int, seconds: float) -> int:
-    """Return how many full calls fit into a time."""
-    left = seconds - steps * score.forecast_seconds
-    count = int(left / max(score.full_seconds - score.forecast_seconds, 1e-9))
-    if count < 1:
-        least = steps * score.forecast_seconds + score.full_seconds
-        raise ValueError(f"seconds must allow one full call and {steps - 1} forecasts, {least:.3g} s, got {seconds}")
-    return min(count, steps - 1)
+def quality_curve(
+    judge: Judge,
+    sigmas: Sequence[float],
+    calls: Sequence[int],
+    *,
+    like: Schedule | None = None,
+    placements: int = 20,
+    progress: bool = True,
+) -> dict[int, FoundSchedule]:
+    """Search at several numbers of calls, so that a budget can be picked; see `plot_curve`.
 
+    Args:
+        judge: says how good a placement is.
+        sigmas: S+1 falling noise levels.
+        calls: numbers of full steps, each 1 to S.
+        like: a placement that is tried first, spread or drawn together to each number of calls; later numbers start
+            from what was found for the one before.
+        placements: most to try at each number of calls; 1 measures evenly spaced full steps, or those like `like`.
+        progress: show a bar.
 
-def _sufficient(score: Callable[[int], Score], low: int, high: int, psnr_db: float) -> int:
-    """Return the fewest calls, uniform in sigma, that reach a bound, by bisection."""
-    if (best := score(high).psnr_db) < psnr_db:
-        raise ValueError(f"psnr_db must be within reach: {high} calls give {best:.2f}, got {psnr_db}")
-    while low < high:
-        middle = (low + high) // 2
-        if score(middle).psnr_db >= psnr_db:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    Returns:
+        What was found, by the number of calls.
+
+    Raises:
+        TypeError, ValueError: see `search_schedule` and `even_schedules`.
+    """
+    placements = check_int("placements", placements, 1)
+    counts = sorted(check_int("calls", count, 1) for count in check_list("calls", calls, "numbers of full steps"))
+    found: dict[int, FoundSchedule] = {}
+    with progress_bar(progress) as bar:
+        task = bar.add_task("measuring budgets", total=placements * len(counts))
+
+        def counted(schedule: Schedule) -> float:
+            bar.advance(task)
+            return judge(schedule)
+
+        for number, count in enumerate(counts):
+            starts = _starts(sigmas, count, like)[:placements]
+            found[count] = search_schedule(counted, starts, placements=placements, progress=False)
+            text = f"measuring budgets, {count} calls {found[count].psnr_db:.2f} dB"
+            bar.update(task, completed=placements * (number + 1), description=text)
+            if placements > 1:
+                like = found[count].schedule
+    return found

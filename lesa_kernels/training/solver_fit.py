@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -244,6 +245,14 @@ class SolverFits:
         self.held_out = 0
         self._answers.clear()
         self._found.clear()
+
+    def eulers(self) -> SolverFits:
+        """Return the same runs without coefficients: `psnr_db` is then of Euler's method on the full steps alone."""
+        plain = copy(self)
+        plain.model_calls, plain._answers, plain._found = 0, OrderedDict(), {}
+        # Beyond all data, so that nothing is added to Euler's step.
+        plain._ridge = 1e30
+        return plain
 
     @property
     def _fitted(self) -> int:

@@ -79,10 +79,6 @@ def _tailed() -> training.LoopSource:
     return training.LoopSource(_loop, 2, SIGMAS)
 
 
-def _taylor(_: lesa.Schedule) -> lesa.Predictor:
-    return lesa.TaylorSeer(1)
-
-
 def _record(**arguments: Any) -> None:
     with lesa.recorded(**arguments):
         pass
@@ -101,12 +97,7 @@ def _trained(**arguments: Any) -> object:
 LESA = {"num_steps": STEPS, "stages": ((0.5, 2), (0.0, 2)), "hidden_dim": 2, "grid_size": 3, "spline_order": 2,
         "trained_sigmas": SIGMAS, "full_steps": [0, 1, 4]}  # fmt: skip
 LINEAR = {"sigmas": SIGMAS, "full_steps": [0, 1, 4], "window": 2, "over_all": False}
-SEARCH = {
-    "evaluator": training.Evaluator(_tailed(), progress=False),
-    "make": _taylor,
-    "evaluations": 3,
-    "progress": False,
-}
+SEARCH = {"judge": lambda schedule: float(sum(schedule.full_steps)), "placements": 3, "progress": False}
 PREDICTOR = lesa.LesaPredictor(**LESA)
 # Name -> how it is called, and valid arguments.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -144,8 +135,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
                                      "rounds": 2, "batch": 1, "progress": False}),
     "default_schedule": (default_schedule, {"sigmas": SIGMAS}),
     "Evaluator": (training.Evaluator, {"source": _tailed(), "batch": 1, "progress": False}),
+    "Evaluator()": (training.Evaluator(_tailed(), progress=False), {
+        "predictor": lesa.TaylorSeer(1), "schedule": SCHEDULE}),
+    "SelectedRuns": (training.SelectedRuns, {"source": _tailed(), "runs": [1]}),
+    "even_schedules": (training.even_schedules, {"sigmas": SIGMAS, "calls": 3}),
     "search_schedule": (training.search_schedule, {**SEARCH, "start": SCHEDULE}),
-    "schedule_for_budget": (training.schedule_for_budget, {**SEARCH, "calls": 3}),
+    "fewest_calls": (training.fewest_calls, {**SEARCH, "sigmas": SIGMAS, "psnr_db": 3.0}),
+    "quality_curve": (training.quality_curve, {**SEARCH, "sigmas": SIGMAS, "calls": [2, 3], "like": SCHEDULE}),
     "LesaPredictor.stage": (PREDICTOR.stage, {"t": 0.5}),
     "LesaPredictor.gain": (PREDICTOR.gain, {"sigmas": SIGMAS, "t": 0.5, "stage": 0}),
     "LesaPredictor.parameters_at": (PREDICTOR.parameters_at, {"sigmas": SIGMAS, "t": 0.5}),

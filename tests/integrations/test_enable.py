@@ -64,8 +64,9 @@ def test_a_predictor_brings_the_schedule_that_it_was_made_for(pipe: TinyPipeline
     assert "full steps: 0 2" in summary(pipe).plan
 
 
-@pytest.mark.parametrize(("steps", "full"), [(4, (0, 2, 3)), (8, (0, 4, 6))])
+@pytest.mark.parametrize(("steps", "full"), [(4, (0, 2, 3)), (8, (0, 5, 7))])
 def test_few_step_models_skip_blocks_by_default(pipe: TinyPipeline, steps: int, full: tuple[int, ...]) -> None:
+    """Of all choices of three full steps these came closest to all of them on the demo's model (`make demo`)."""
     enable(pipe)
     with watching(pipe.transformer) as watch:
         pipe(steps)
