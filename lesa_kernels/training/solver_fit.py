@@ -27,7 +27,7 @@ from lesa_kernels.guidance import (
 )
 from lesa_kernels.predictors import SolverPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.training.policies import SeenStep, StepWatcher, batches, run_until_stopped
+from lesa_kernels.training.policies import SeenStep, SmallModels, StepWatcher, batches, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
@@ -152,6 +152,7 @@ class SolverFits:
         self.first_step = 0
         self.model_calls = 0  # steps of single runs at which the model was called
         self._source = source
+        self._small = SmallModels()
         self._ridge = check_float("ridge", ridge, above=0)
         self._memory = check_int("memory", memory, 0)
         self._answers: OrderedDict[tuple[int, ...], list[_Answer]] = OrderedDict()
@@ -278,7 +279,7 @@ class SolverFits:
             seen.setdefault(done.step, []).append(latest)
 
         watcher = StepWatcher(lambda call: self._called(call, runs), close)
-        source.run(runs, watcher)
+        source.run(runs, self._small.limit(watcher))
         last = watcher.last
         if last is None or not latents:
             raise ValueError("source must call its model in at least 2 steps")
@@ -421,7 +422,7 @@ class SolverFits:
                 raise StopRun
 
         watcher = StepWatcher(answer, close)
-        run_until_stopped(self._source, runs, watcher)
+        run_until_stopped(self._source, runs, self._small.limit(watcher))
         shown = shown or watcher.last
         if shown is None or shown.step != due:
             raise ValueError(f"source must run all {len(self.sigmas) - 1} steps, it ended before step {due}")

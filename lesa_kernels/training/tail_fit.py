@@ -202,7 +202,9 @@ class ClosedLoopRuns:
             self._bar.console.print(f"{segment.name}: {left}, {end}", soft_wrap=True, highlight=False)
         if not search.finished and not is_limited:
             warnings.warn(
-                f"the fit of {segment.name} has not converged after {search.rounds} rounds", UserWarning, stacklevel=3
+                f"the fit of {segment.name} has not converged after {search.rounds} rounds; rounds= allows more",
+                UserWarning,
+                stacklevel=3,
             )
 
     def _derivatives(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lesa_kernels as lesa
-from lesa_kernels.training import Evaluator, fit, fit_lesa, policies, tail_fit
+from lesa_kernels.training import Evaluator, fit, fit_lesa, fit_solver, policies, tail_fit
 from lesa_kernels.training.lesa_fit import SegmentPredictor, segment_stages, set_gains
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, gram_of
 from lesa_kernels.training.policies import PlanPolicy, batches, reference_run
@@ -229,6 +229,7 @@ def test_small_models_are_computed_with_one_thread(monkeypatch: pytest.MonkeyPat
         lambda: reference_run(watched, [0], []),
         lambda: fit(watched, SCHEDULE, rounds=2, batch=RUNS, progress=False),
         lambda: Evaluator(watched, batch=RUNS, progress=False)(lesa.Reuse(), SCHEDULE),
+        lambda: fit_solver(watched, SCHEDULE, batch=RUNS, progress=False),
     ):
         threads.clear()
         compute()
