@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +11,16 @@ import torch
 import typer
 
 from benchmarks.pages import renewed
-from benchmarks.quality.methods import UNIFORM, through_tail
-from benchmarks.quality.setting import Setting
+from benchmarks.quality.measures import psnr
+from benchmarks.quality.setting import DATA, Samples, Setting
 from benchmarks.results import origin
-from examples.digits.comparison import WARM_UNIFORM, WARMUP, psnr
-from examples.digits.model import MNIST, load_model, sample, scheduler
 from lesa_kernels.integrations import enabled, summary
-from lesa_kernels.predictors import LesaPredictor, Predictor, TaylorSeer
+from lesa_kernels.predictors import LesaPredictor, LinearPredictor, Predictor, TaylorSeer
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import TrainingConfig, train
+from lesa_kernels.training import TrainingConfig, fit, fit_lesa, train
 
 COMMAND = "python -m benchmarks.history"
+UNIFORM, WARM_UNIFORM, WARMUP = "uniform in sigma", "0-3, then uniform", 4
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CALLS = 10
 LEARN = 16
@@ -67,13 +66,19 @@ def cases(setting: Setting, calls: int = CALLS, config: TrainingConfig | None = 
         calls: of the blocks.
         config: of LESA's training, None for the tuned one.
     """
-    uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
-    warm = Schedule.uniform_in_sigma(setting.sigmas, calls, WARMUP)
-    trained = LesaPredictor(setting.steps)
-    train(trained, setting.trajectories, warm, config or TrainingConfig.tuned(), progress=False)
-    named = [
+    known = setting.known
+    uniform = Schedule.uniform_in_sigma(known.sigmas, calls)
+    warm = Schedule.uniform_in_sigma(known.sigmas, calls, WARMUP)
+    trained = LesaPredictor(known.steps)
+    train(trained, known.recorded, warm, config or TrainingConfig.tuned(), progress=False)
+    fitted = fit(known.source(), uniform, batch=len(known), progress=False)
+    if not isinstance(fitted, LinearPredictor):
+        raise RuntimeError("the model of this comparison must be without guidance")
+    of_lesa = fit_lesa(known.source(), fitted, batch=len(known), progress=False)
+    named: list[tuple[str, str, Predictor, Schedule]] = [
         ("TaylorSeer 2, sigma", UNIFORM, TaylorSeer(2, "sigma"), uniform),
-        *((name, UNIFORM, fitted, uniform) for name, fitted in through_tail(setting, uniform)),
+        ("coefficients through the tail", UNIFORM, fitted, uniform),
+        ("LESA through the tail", UNIFORM, of_lesa, uniform),
         ("LESA, tuned", WARM_UNIFORM, trained, warm),
     ]
     for chunk in (None, 1):
@@ -81,7 +86,7 @@ def cases(setting: Setting, calls: int = CALLS, config: TrainingConfig | None = 
             yield Case(*each, chunk)
 
 
-def measure(setting: Setting, case: Case) -> Line:
+def measure(samples: Samples, case: Case) -> Line:
     """Sample the unseen noise with each history.
 
     Raises:
@@ -89,14 +94,12 @@ def measure(setting: Setting, case: Case) -> Line:
     """
     found = []
     for dtype in DTYPES:
-        driver = scheduler()
-        options = {"scheduler": driver, "history_dtype": dtype, "chunk": case.chunk}
-        with enabled(setting.model, case.predictor, case.schedule, **options):
-            images = sample(setting.model, setting.noise, setting.labels, setting.steps, scheduler=driver)
-            run = summary(setting.model)
+        with enabled(samples.pipe, case.predictor, case.schedule, history_dtype=dtype, chunk=case.chunk):
+            images = samples.sampled()
+            run = summary(samples.pipe)
         if run.refused is not None:
             raise RuntimeError(f"{case.method} with a history of {dtype}: {run.refused}")
-        found.append((psnr(images, setting.reference)[0], run.history_bytes))
+        found.append((psnr(images, samples.plain)[0], run.history_bytes))
     return Line(case, tuple(found))
 
 
@@ -128,8 +131,9 @@ def main(
 ) -> None:
     """Compare the histories on the committed digits model, at ten full steps."""
     torch.manual_seed(0)
-    setting = Setting(load_model(), MNIST, learn=LEARN, samples=samples)
-    made = markdown([measure(setting, case) for case in cases(setting)], samples)
+    data = replace(DATA["mnist"], samples=samples)
+    setting = Setting.load(data, data.folder(Path(), 0), LEARN)
+    made = markdown([measure(setting.unseen, case) for case in cases(setting)], samples)
     typer.echo(made)
     if page is not None:
         page.write_text(renewed(page.read_text(encoding="utf-8"), COMMAND, made), encoding="utf-8")

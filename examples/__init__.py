@@ -1,1 +1,1 @@
-"""Examples: scripts for FLUX.1-dev, and a small diffusion transformer that draws digits."""
+"""Examples: scripts for FLUX.1-dev, and small diffusion transformers that draw digits and emoji."""

@@ -117,7 +117,8 @@ def find_guidance(uncond: Tensor, cond: Tensor, velocity: Tensor, noise: float =
             factor = (velocity * guided).sum(_dims(guided)) / guided.square().sum(_dims(guided)).clamp_min(1e-20)
             change = _ratio(_deviation, cond, guided).flatten() - 1
             share = ((factor - 1) * change).sum() / change.square().sum().clamp_min(1e-20)
-            guidance = Guidance(guidance.scale, rule, float(share))
+            # Beyond, the factor could turn the velocity around, which is what a model's other sign does.
+            guidance = Guidance(guidance.scale, rule, float(share.clamp(0, 1)))
         made = guidance.combine(uncond, cond)
         if agrees(made, velocity, noise):
             errors[guidance] = float((made - velocity).norm())
@@ -138,6 +139,54 @@ def agrees(made: Tensor, velocity: Tensor, noise: float = 0.0) -> bool:
     """
     error, size = torch.stack([(made - velocity).norm(), velocity.norm()]).tolist()
     return bool(size > 0 and error <= _TOLERANCE * size + noise)
+
+
+def own_latents(latents: Tensor, output: Tensor, is_batched: bool) -> Tensor:
+    """Return the latents that a model's output moves: without channels of a condition, those of one branch.
+
+    Args:
+        latents: [B, ...], what the model got.
+        output: [B, ...], no larger in any dimension.
+        is_batched: whether both branches are halves of the batch.
+
+    Returns:
+        A view.
+
+    Raises:
+        ValueError: when the output is larger.
+    """
+    if latents.dim() != output.dim() or any(a < b for a, b in zip(latents.shape, output.shape, strict=True)):
+        raise ValueError(
+            f"the model's output must be no larger than its latents, got {tuple(output.shape)} for "
+            f"{tuple(latents.shape)}"
+        )
+    own = latents[tuple(slice(size) for size in output.shape)]
+    return own.chunk(2)[0] if is_batched else own
+
+
+def is_doubled(latents: Tensor) -> bool:
+    """Whether a batch holds the same latents twice, as guidance in one call does; waits for the device.
+
+    Args:
+        latents: [B, ...].
+    """
+    halves = latents.chunk(2)
+    return len(latents) % 2 == 0 and torch.equal(halves[0], halves[-1])
+
+
+def seen_velocity(before: Tensor, after: Tensor, length: float) -> tuple[Tensor, Tensor]:
+    """Return the velocity that Euler's step between two latents shows.
+
+    Args:
+        before: [B, ...].
+        after: like before.
+        length: sigma_next - sigma of the step.
+
+    Returns:
+        [B, ...] float32, and [B, ..., 1]: which vectors along the last dimension moved. Those of a condition do not,
+        whatever the model says of them.
+    """
+    return (after.float() - before.float()) / length, (after != before).any(-1, keepdim=True)
 
 
 def rounding_noise(latents: Tensor, velocity: Tensor, dtype: torch.dtype, length: float) -> float:

@@ -19,6 +19,9 @@ from lesa_kernels.checks import check_decreasing, check_int, check_list, check_t
 ONLY_BRANCH = "cond"
 """The branch of models that are called once a step; guidance adds others ("uncond"), each with a history of its own."""
 
+HALVES = ("uncond", "cond")
+"""The branches of guidance in one call of the model: the halves of its batch, in this order in most pipelines (SD3)."""
+
 
 @dataclass(frozen=True)
 class ModelCall:
@@ -30,6 +33,7 @@ class ModelCall:
         tail: feature -> the model's output, differentiable in the feature; None where a source holds features only.
         latents: the input of the model, None where a source holds features only.
         branch: of the guidance.
+        model: which one it is of, where several take turns (Wan 2.2); no history of features reaches across them.
     """
 
     step: int
@@ -37,6 +41,7 @@ class ModelCall:
     tail: Callable[[Tensor], Tensor] | None = None
     latents: Tensor | None = None
     branch: str = ONLY_BRANCH
+    model: int = 0
 
 
 StepPolicy: TypeAlias = Callable[[ModelCall], "Tensor | None"]
@@ -69,17 +74,19 @@ class TrajectorySource(Protocol):
         """
 
 
-def check_source(source: object) -> None:
+def check_source(source: object, *, may_start_late: bool = False) -> None:
     """Check that an argument is a source with at least one run.
 
     Raises:
         TypeError: when it is something else.
-        ValueError: when it has no runs.
+        ValueError: when it has no runs, or they start late where they may not.
     """
     if not all(hasattr(source, name) for name in ("sigmas", "run", "__len__")):
         raise TypeError(f"source must have sigmas, a length and run(), got {type(source).__name__}")
     if len(source) < 1:  # type: ignore[arg-type]
         raise ValueError("source must hold at least one run, got none")
+    if not may_start_late and (first := getattr(source, "first_step", 0)):
+        raise ValueError(f"source must start its runs at step 0, they start at step {first}: fit_solver takes such")
 
 
 class RecordedSource:
@@ -175,3 +182,16 @@ def watch(call: ModelCall) -> tuple[Tensor, Tensor | None]:
     """Run the blocks and the tail of a call; return the feature and the output."""
     feature = call.blocks()
     return feature, None if call.tail is None else call.tail(feature)
+
+
+def check_single_model(call: ModelCall) -> None:
+    """Check that a call is of the only model, for those who learn from a history of features.
+
+    Raises:
+        ValueError: when it is of a model that takes turns with another.
+    """
+    if call.model:
+        raise ValueError(
+            "source must run one model, as no history of features reaches from one to another, "
+            f"got a call of a second one at step {call.step}"
+        )

@@ -35,7 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 NEEDED = {
     "integrations": "diffusers",
     "digits": "diffusers",
+    "emoji": "diffusers",
     "triton": "triton",
+    "benchmarks/test_forecasters.py": "diffusers",
     "benchmarks/test_history.py": "diffusers",
     "benchmarks/test_hooks.py": "diffusers",
     "benchmarks/test_quality.py": "diffusers",

@@ -1,122 +1,161 @@
-"""Runs every method at one number of block calls on the unseen noise."""
+"""Lists every method of the comparison: how it samples at a schedule, and where its full steps lie."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from benchmarks.quality.forecasters import OWN_SCHEDULES, TRAINING_FREE
 from benchmarks.quality.least_squares import fit_features
-from benchmarks.quality.setting import Setting
-from lesa_kernels.predictors import HiCache, LesaPredictor, Predictor, Reuse, TaylorSeer
+from benchmarks.quality.measures import psnr
+from benchmarks.quality.setting import Samples, Setting
+from lesa_kernels.predictors import LesaPredictor, Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import Evaluator, SelectedRuns, TrainingConfig, fit, fit_lesa, search_schedule, train
+from lesa_kernels.training import (
+    SolverFits,
+    TrainingConfig,
+    even_schedules,
+    fit,
+    fit_solver,
+    search_schedule,
+    train,
+)
+from lesa_kernels.training.schedule_search import Judge
 
-PUBLISHED, UNIFORM = "published rule", "uniform in sigma"
-TAYLORS, OWN = "best for TaylorSeer", "best for coefficients"
 INTERVALS = {10: 7, 8: 10, 6: 22}
 """Calls of the blocks at 50 steps -> interval of the published rule."""
 
-LESA, LESA_TUNED, LESA_TAIL = "LESA as published", "LESA, tuned", "LESA through the tail"
-TAYLOR, TAIL, EULER, BASHFORTH = "TaylorSeer 2, sigma", "coefficients through the tail", "Euler", "Adams-Bashforth 2"
+TAIL = "coefficients through the tail"
+SOLVER, SOLVER_FEW, SOLVER_MANY = "learned solver", "learned solver, 8 runs", "learned solver, 96 runs"
+LESA, LESA_TUNED, L2P = "LESA as published", "LESA, tuned", "closed form on features (L2P)"
+EULER, BASHFORTH = "Euler", "Adams-Bashforth 2"
+RUNS = {SOLVER: 32, SOLVER_FEW: 8, SOLVER_MANY: 96}
+FEATURE_RUNS = 32
 
-
-@dataclass(frozen=True)
-class Sampled:
-    """Images by a method.
-
-    Args:
-        method: its name.
-        schedule: what its schedule is called.
-        full_steps: the steps on which the blocks ran.
-        images: [B, size, size].
-    """
-
-    method: str
-    schedule: str
-    full_steps: tuple[int, ...]
-    images: Tensor
+Images = tuple[Tensor, tuple[int, ...]]
+"""Images, and the steps on which the blocks ran."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much the searches may try.
+    """How much the searches of full steps may try.
 
     Args:
-        taylor: schedules to try with TaylorSeer.
-        coefficients: schedules to fit coefficients for, near the uniform one and near the best for TaylorSeer.
-        runs: that those fits learn from, and as many others that they are judged on.
+        placements: for each method.
+        runs: that placements are judged on; fits learn from as many others.
     """
 
-    taylor: int = 80
-    coefficients: int = 60
-    runs: int = 8
+    placements: int = 60
+    runs: int = 24
 
 
-def sampled(setting: Setting, calls: int, interval: int, effort: Effort) -> Iterator[Sampled]:
-    """Yield the images of every method at a number of calls.
+@dataclass(frozen=True)
+class Method:
+    """One method.
 
     Args:
-        setting: the model and its noise.
-        calls: of the blocks.
-        interval: of the published rule that has so many.
-        effort: of the searches.
+        kind: "calibrated", "trained", "training-free" or "solver".
+        sample: (samples to draw, setting, schedule) -> images.
+        default: (setting, calls) -> its schedule by itself.
+        searched: the method whose best schedule it takes: itself, another, or None where it has only its own.
     """
+
+    kind: Literal["calibrated", "trained", "training-free", "solver"]
+    sample: Callable[[Samples, Setting, Schedule], Images]
+    default: Callable[[Setting, int], Schedule]
+    searched: str | None = None
+
+
+def uniform(setting: Setting, calls: int) -> Schedule:
+    """Return the default of `lesa.enable`."""
+    return Schedule.uniform_in_sigma(setting.known.sigmas, calls)
+
+
+def published(setting: Setting, calls: int) -> Schedule:
+    """Return LESA's own."""
+    return Schedule.interval(setting.known.steps, INTERVALS[calls])
+
+
+def _forecast(predictor: Predictor, samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+    return samples.forecast(predictor, schedule)
+
+
+def _solved(order: Literal[1, 2], samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+    return samples.solved(schedule, order), schedule.full_steps
+
+
+def _learned(runs: int, window: int, samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+    source = setting.known.first(runs).source()
+    predictor = fit_solver(source, schedule, window=window, batch=runs, progress=False)
+    return samples.forecast(predictor, schedule)
+
+
+def _through_tail(samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+    source = setting.known.first(FEATURE_RUNS).source()
+    return samples.forecast(fit(source, schedule, batch=len(source), progress=False), schedule)
+
+
+def _least_squares(samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+    features = setting.known.first(FEATURE_RUNS).features
+    return samples.forecast(fit_features(features, setting.known.sigmas, schedule, window=3), schedule)
+
+
+def _trained(config: Callable[[], TrainingConfig], samples: Samples, setting: Setting, schedule: Schedule) -> Images:
     torch.manual_seed(0)
-    published = Schedule.interval(setting.steps, interval)
-    taylor = TaylorSeer(2, "sigma")
-    evaluator = Evaluator(setting.learnt_from, batch=len(setting.learnt_from), progress=False)
-    uniform = Schedule.uniform_in_sigma(setting.sigmas, calls)
-    taylors = search_schedule(
-        lambda schedule: evaluator(taylor, schedule), uniform, placements=effort.taylor, progress=False
-    ).schedule
-    own = _own_schedule(setting, [uniform, taylors], effort)
-
-    def by(name: str, schedule_name: str, predictor: Predictor, schedule: Schedule) -> Sampled:
-        images, full_steps = setting.images(predictor, schedule)
-        return Sampled(name, schedule_name, full_steps, images)
-
-    for schedule_name, schedule in ((PUBLISHED, published), (UNIFORM, uniform), (TAYLORS, taylors), (OWN, own)):
-        yield by("reuse", schedule_name, Reuse(), schedule)
-        yield by("TaylorSeer 2, steps", schedule_name, TaylorSeer(2, "step"), schedule)
-        yield by(TAYLOR, schedule_name, taylor, schedule)
-        yield by("HiCache 2", schedule_name, HiCache(2), schedule)
-        yield Sampled(EULER, schedule_name, schedule.full_steps, setting.solved(schedule, 1))
-        yield Sampled(BASHFORTH, schedule_name, schedule.full_steps, setting.solved(schedule, 2))
-        for name, predictor in through_tail(setting, schedule):
-            yield by(name, schedule_name, predictor, schedule)
-        if schedule_name in (PUBLISHED, TAYLORS):
-            for name, predictor in _by_features(setting, schedule):
-                yield by(name, schedule_name, predictor, schedule)
-    for name, config in ((LESA, TrainingConfig.published()), (LESA_TUNED, TrainingConfig.tuned())):
-        predictor = LesaPredictor(setting.steps)
-        train(predictor, setting.trajectories, published, config, progress=False)
-        yield by(name, PUBLISHED, predictor, published)
+    predictor = LesaPredictor(setting.known.steps)
+    train(predictor, setting.known.first(FEATURE_RUNS).recorded, schedule, config(), progress=False)
+    return samples.forecast(predictor, schedule)
 
 
-def _own_schedule(setting: Setting, starts: list[Schedule], effort: Effort) -> Schedule:
-    """Search for the schedule that serves coefficients best: each that is tried gets a fit of its own."""
-    source = setting.learning(2 * effort.runs)
-    fitted_to, judged_on = (SelectedRuns(source, range(first, first + effort.runs)) for first in (0, effort.runs))
-    evaluator = Evaluator(judged_on, batch=effort.runs, progress=False)
+METHODS: dict[str, Method] = {
+    **{name: Method("calibrated", partial(_learned, runs, 3), uniform, SOLVER) for name, runs in RUNS.items()},
+    **{
+        name: Method(
+            "training-free",
+            partial(_forecast, predictor),
+            (lambda setting, calls, name=name: OWN_SCHEDULES[name](setting.known.steps, calls))  # type: ignore[misc]
+            if name in OWN_SCHEDULES
+            else uniform,
+        )
+        for name, predictor in TRAINING_FREE.items()
+    },
+    EULER: Method("solver", partial(_solved, 1), uniform, EULER),
+    BASHFORTH: Method("solver", partial(_solved, 2), uniform, BASHFORTH),
+    TAIL: Method("calibrated", _through_tail, uniform, SOLVER),
+    L2P: Method("calibrated", _least_squares, uniform),
+    LESA: Method("trained", partial(_trained, TrainingConfig.published), published),
+    LESA_TUNED: Method("trained", partial(_trained, TrainingConfig.tuned), published),
+}
+"""Name -> method."""
 
-    def judge(schedule: Schedule) -> float:
-        return evaluator(fit(fitted_to, schedule, rounds=2, batch=effort.runs, progress=False), schedule)
 
-    return search_schedule(judge, starts, placements=effort.coefficients, progress=False).schedule
+def find_schedule(setting: Setting, name: str, calls: int, effort: Effort) -> Schedule:
+    """Search for the full steps that serve a method best on the runs to learn from.
+
+    Args:
+        setting: the model.
+        name: of the method.
+        calls: full steps.
+        effort: of the search.
+    """
+    method, known = METHODS[name], setting.known
+    judge = _judge_of_fits(known, effort) if method.kind == "calibrated" else _judge_of(method, setting, effort)
+    starts = even_schedules(known.sigmas, calls)
+    return search_schedule(judge, starts, placements=effort.placements, progress=False).schedule
 
 
-def through_tail(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
-    """Yield what is fitted to the latents, closed loop."""
-    source, batch = setting.learnt_from, len(setting.learnt_from)
-    tail = fit(source, schedule, rounds=3, batch=batch, progress=False)
-    yield TAIL, tail
-    yield LESA_TAIL, fit_lesa(source, tail, batch=batch, progress=False)
+def _judge_of_fits(known: Samples, effort: Effort) -> Judge:
+    """Judge by the learned solver, on runs held out from its fit."""
+    source = known.first(2 * effort.runs).source()
+    return SolverFits(source, held_out=effort.runs, batch=len(source), progress=False).psnr_db
 
 
-def _by_features(setting: Setting, schedule: Schedule) -> Iterator[tuple[str, Predictor]]:
-    """Yield what is fitted to the features, step by step."""
-    for name, window, over_all in (("closed form, 3 full (L2P)", 3, False), ("closed form, last 8", 8, True)):
-        yield name, fit_features(setting.features, setting.sigmas, schedule, window=window, over_all=over_all)
+def _judge_of(method: Method, setting: Setting, effort: Effort) -> Judge:
+    """Judge by the images of a method that learns nothing."""
+    judged = setting.known.first(effort.runs)
+    return lambda schedule: psnr(method.sample(judged, setting, schedule)[0], judged.plain)[0]

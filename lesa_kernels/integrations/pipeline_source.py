@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -22,7 +23,7 @@ from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
-_OF_EACH_PROMPT = "negative_prompt"
+_OF_EACH_PROMPT = ("negative_prompt", "negative_pooled_prompt")
 _OWN = ("num_inference_steps", "generator")
 
 
@@ -75,12 +76,15 @@ def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[Remo
 class PipelineSource:
     """Runs of a diffusers pipeline, one a prompt; nothing is stored, each reading samples them anew.
 
-    A policy answers every call of the transformer: it may run the blocks, or leave them out and run what follows on a
-    feature of its own. The pipeline goes on with its answers. A run starts from the same noise in any batch. The
-    pipeline itself must not be enabled (`lesa.disable`), and it is left as it was found.
+    A policy answers every call of the transformer: it may run the blocks, leave them out and run what follows on a
+    feature of its own, or answer without the model. The pipeline goes on with its answers. A run starts from the same
+    noise in any batch. Guidance calls the model in branches of their own (Qwen-Image, Wan), or once with the latents
+    twice, [uncond, cond] (SD3). Two transformers that take turns (Wan 2.2) are one source; `ModelCall.model` says which
+    runs. Image-to-image starts at a later step, `first_step`, which `fit_solver` alone takes. The pipeline itself must
+    not be enabled (`lesa.disable`), and it is left as it was found.
 
     Args:
-        pipe: a pipeline with one transformer and a scheduler; offloading, LoRA and torch.compile are as with `enable`.
+        pipe: a pipeline with a transformer and a scheduler; offloading, LoRA and torch.compile are as with `enable`.
         prompts: a text each; or a mapping of arguments of the pipeline's call for those who have more or other than a
             text: embeddings, an image, a class label. Arguments of several runs are put together: tensors along their
             first dimension, lists end to end, all else in a list.
@@ -88,11 +92,12 @@ class PipelineSource:
         seed: run r starts from the noise of a CPU generator with `seed + r`.
         capture: for a model without an adapter: the submodule whose first argument is the feature; see `enable`.
         call_arguments: of every call of the pipeline, such as `height` and `guidance_scale`. One whose name begins with
-            "negative_prompt" is repeated for each prompt. The output is left as latents unless `output_type` says more.
+            "negative_prompt" or "negative_pooled_prompt" is repeated for each prompt. The output is left as latents
+            unless `output_type` says more.
 
     Raises:
         ValueError: when there is no prompt, prompts have different arguments, an argument is the source's own to set,
-            the pipeline is enabled already or has two transformers, or there is no adapter for its model.
+            the pipeline is enabled already, or there is no adapter for its model.
         TypeError: when pipe is something else, or does not take what the source must pass; or prompts are no sequence.
     """
 
@@ -107,12 +112,14 @@ class PipelineSource:
         **call_arguments: Any,
     ) -> None:
         # It imports diffusers, which takes seconds.
-        from lesa_kernels.integrations.trajectory_hook import TrajectoryHook
+        from lesa_kernels.integrations.trajectory_hook import AnsweredRun, TrajectoryHook
 
         self._steps = check_int("steps", steps, 1)
+        self._parts = 1  # that each interval of the pipeline's noise levels is divided into
         _check_pipeline(pipe)
         self._pipe = pipe
         self._seed = seed
+        self._capture = capture
         each = {
             name: value
             for name, value in call_arguments.items()
@@ -123,8 +130,12 @@ class PipelineSource:
         _check_names(pipe, {*self._shared, *self._prompts[0]})
         if _accepts(pipe, "output_type"):
             self._shared.setdefault("output_type", "latent")
-        ((self._module, wrappers),) = find_models(pipe)
-        self._hook = TrajectoryHook(self._module, find_adapter(self._module, capture), wrappers, StepTracker(pipe))
+        self._models = find_models(pipe)
+        self._answered = AnsweredRun(StepTracker(pipe))
+        self._hooks = [
+            TrajectoryHook(model, find_adapter(model, capture), wrappers, self._answered, number)
+            for number, (model, wrappers) in enumerate(self._models)
+        ]
 
     def __len__(self) -> int:
         """How many runs there are: one a prompt."""
@@ -142,20 +153,54 @@ class PipelineSource:
             raise StopRun
 
         self._probe(stop)
-        sigmas = self._hook.sigmas
+        sigmas = self._answered.sigmas
         if sigmas is None:
             raise ValueError("lesa: the pipeline did not call its transformer, so its noise levels are not known")
-        if len(sigmas) != self._steps + 1:
-            raise ValueError(f"the pipeline must have {self._steps} steps as asked for, it has {len(sigmas) - 1}")
+        if len(sigmas) != self._steps * self._parts + 1:
+            wanted = self._steps * self._parts
+            raise ValueError(f"the pipeline must have {wanted} steps as asked for, it has {len(sigmas) - 1}")
         return check_decreasing(sigmas, "the noise levels of the pipeline's scheduler")
+
+    @cached_property
+    def first_step(self) -> int:
+        """The step at which the runs start: 0, or later for image-to-image; the model does not run."""
+        found: list[int] = []
+
+        def stop(call: ModelCall) -> Tensor:
+            found.append(call.step)
+            raise StopRun
+
+        self._probe(stop)
+        return found[0] if found else 0
+
+    def refined(self, parts: int = 4) -> PipelineSource:
+        """Return the same runs with finer steps, as a target for `fit_solver`: nearer to the solution of the equation.
+
+        Args:
+            parts: each interval between the pipeline's noise levels is divided evenly into so many.
+
+        Returns:
+            A source of `parts` times as many steps, which passes all levels of this one.
+
+        Raises:
+            TypeError: when parts is no integer.
+            ValueError: when it is below 2.
+        """
+        finer = PipelineSource(
+            self._pipe, self._prompts, steps=self._steps, seed=self._seed, capture=self._capture, **self._shared
+        )
+        finer._parts = self._parts * check_int("parts", parts, 2)
+        return finer
 
     @cached_property
     def branches(self) -> tuple[str, ...]:
         """The branches of guidance that call the model in the first step; this runs it there."""
         found: list[str] = []
+        steps: set[int] = set()
 
         def look(call: ModelCall) -> Tensor | None:
-            if call.step:
+            steps.add(call.step)
+            if len(steps) > 1:
                 raise StopRun
             found.append(call.branch)
             return watch(call)[1]
@@ -165,15 +210,23 @@ class PipelineSource:
 
     @property
     def model(self) -> str:
-        """A name of the features: class, capture point, and a hash of the parameters' names and shapes."""
-        shapes = [(name, tuple(parameter.shape)) for name, parameter in self._module.named_parameters()]
-        digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
-        return f"{type(self._module).__name__} {self._hook.adapter.capture or 'output'} {digest}"
+        """A name of the features of each model: class, capture point, a hash of the parameters' names and shapes."""
+        names = []
+        for (model, _), hook in zip(self._models, self._hooks, strict=True):
+            shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+            digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+            names.append(f"{type(model).__name__} {hook.adapter.capture or 'output'} {digest}")
+        return ", ".join(names)
 
     @cached_property
     def identity(self) -> str:
-        """A hash of what the runs are made from beside the model: prompts, arguments and seed."""
-        digest = hashlib.sha256(repr((self._steps, self._seed)).encode())
+        """A hash of what the runs are made from beside the model: prompts, arguments, seed, and who runs when."""
+        facts: tuple[object, ...] = (self._steps, self._seed)
+        if self._parts > 1:
+            facts = (*facts, self._parts)
+        if len(self._models) > 1:
+            facts = (*facts, getattr(self._pipe.config, "boundary_ratio", None))
+        digest = hashlib.sha256(repr(facts).encode())
         for arguments in (*self._prompts, self._shared):
             for name, value in sorted(arguments.items()):
                 digest.update(name.encode())
@@ -184,15 +237,15 @@ class PipelineSource:
         """See `TrajectorySource.run`. The policy runs with gradients where this is called with gradients.
 
         Raises:
-            ValueError: when the pipeline is enabled, skips a step (image-to-image), has other sigmas than before, or
-                its model needs an adapter.
+            ValueError: when the pipeline is enabled, skips a step on its way, has other sigmas than before, or its
+                model needs an adapter.
         """
         last = len(self.sigmas) - 2
         self._run_batch(runs, policy)
-        if self._hook.latest_step != last:
+        if self._answered.latest_step != last:
             raise ValueError(
                 f"the pipeline must call its transformer up to step {last}, its last call was in step "
-                f"{self._hook.latest_step}"
+                f"{self._answered.latest_step}"
             )
 
     def _probe(self, policy: StepPolicy) -> None:
@@ -205,7 +258,15 @@ class PipelineSource:
         prompts = [self._prompts[run] for run in runs]
         arguments = {name: _together([prompt[name] for prompt in prompts]) for name in prompts[0]}
         generators = [torch.Generator().manual_seed(self._seed + run) for run in runs]
-        with self._hook.running(self._module, policy), _silent(self._pipe), torch.no_grad():
+        with ExitStack() as stack:
+            # First, as it looks whether gradients are on.
+            stack.enter_context(self._answered.answered(policy))
+            for hook in self._hooks:
+                stack.enter_context(hook.attached())
+            stack.enter_context(_silent(self._pipe))
+            if self._parts > 1:
+                stack.enter_context(_divided(self._pipe.scheduler, self._parts))
+            stack.enter_context(torch.no_grad())
             try:
                 self._pipe(num_inference_steps=self._steps, generator=generators, **arguments, **self._shared)
             except BaseException:
@@ -221,16 +282,11 @@ def _check_pipeline(pipe: Any) -> None:
 
     if not is_pipeline(pipe):
         raise TypeError(f"pipe must be a pipeline with a transformer and a scheduler, got {type(pipe).__name__}")
-    models = [model for model, _ in find_models(pipe)]
-    if len(models) > 1:
-        raise ValueError(
-            f"pipe must have one transformer, {type(pipe).__name__} has two: a history does not reach from one to the "
-            "other, and a predictor for both cannot be trained"
-        )
-    if find_hook(models[0]) is not None:
-        raise ValueError("pipe must not be enabled while it is run: call lesa.disable(pipe) first")
-    if getattr(models[0], "is_cache_enabled", False):
-        raise ValueError("the model must have no cache of diffusers enabled; call disable_cache() first")
+    for model, _ in find_models(pipe):
+        if find_hook(model) is not None:
+            raise ValueError("pipe must not be enabled while it is run: call lesa.disable(pipe) first")
+        if getattr(model, "is_cache_enabled", False):
+            raise ValueError("the model must have no cache of diffusers enabled; call disable_cache() first")
     for name in _OWN:
         if not _accepts(pipe, name):
             raise TypeError(f"the call of pipe must take {name}, that of {type(pipe).__name__} does not")
@@ -288,6 +344,35 @@ def _together(values: list[Any]) -> Any:
     if all(isinstance(value, list) for value in values):
         return list(itertools.chain.from_iterable(values))
     return values
+
+
+@contextmanager
+def _divided(scheduler: Any, parts: int) -> Generator[None, None, None]:
+    """Divide the intervals between a scheduler's noise levels for the length of a with statement.
+
+    The levels are set once the scheduler has made its own: those that it is given it would shift once more.
+    """
+    set_timesteps = scheduler.set_timesteps
+
+    def divide(levels: Tensor) -> Tensor:
+        shares = torch.arange(parts, device=levels.device, dtype=levels.dtype) / parts
+        return (levels[:-1, None] + (levels[1:] - levels[:-1])[:, None] * shares).flatten()
+
+    # retrieve_timesteps looks at the names of its arguments.
+    @functools.wraps(set_timesteps)
+    def set_finer(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        sigmas, timesteps = scheduler.sigmas, scheduler.timesteps
+        end = sigmas[-1:].to(timesteps) * scheduler.config.num_train_timesteps
+        scheduler.sigmas = torch.cat([divide(sigmas), sigmas[-1:]])
+        scheduler.timesteps = divide(torch.cat([timesteps, end]))
+        scheduler.num_inference_steps = len(scheduler.timesteps)
+
+    scheduler.set_timesteps = set_finer
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
 
 
 @contextmanager

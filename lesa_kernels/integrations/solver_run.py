@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.guidance import agrees, estimate_scale, rounding_noise
+from lesa_kernels.guidance import agrees, estimate_scale, is_doubled, own_latents, rounding_noise, seen_velocity
 from lesa_kernels.integrations.outputs import only_tensor, refilled
 from lesa_kernels.plan import Plan
 from lesa_kernels.predictors import SolverPredictor
@@ -89,7 +89,7 @@ class SolverRun:
             uncond = cond = velocities[0]
         guidance = self._predictor.guidance[self._full_steps.index(due)] if branches else None
         velocity = cond if guidance is None else guidance.combine(uncond, cond)
-        after = self._own(tensor, velocities[0])
+        after = own_latents(tensor, velocities[0], self._predictor.is_batched)
         reason = self._difference(due, before, after, uncond, cond, velocity)
         if reason is not None:
             return reason
@@ -115,18 +115,20 @@ class SolverRun:
         before, made = only_tensor(latents), only_tensor(output)
         if before is None or made is None:
             return "a learned solver needs a model whose latents and output are one tensor each, or lists of like ones"
-        if before.dim() != made.dim() or any(a < b for a, b in zip(before.shape, made.shape, strict=True)):
-            return f"the model's output must be no larger than its latents, got {made.shape} for {before.shape}"
+        try:
+            own = own_latents(before, made, self._predictor.is_batched)
+        except ValueError as error:
+            return str(error)
         if name in self._velocities:
             return f"step {step} came with a second call of {name!r}"
         first = step == self.session.plan.first_step
-        if self._predictor.is_batched and first and not torch.equal(*before.chunk(2)):
+        if self._predictor.is_batched and first and not is_doubled(before):
             return "the predictor was calibrated with guidance in one call, whose latents are two equal halves"
         self._output = output
         self._due = step
         self._dtype = max(before.dtype, made.dtype, key=lambda kind: torch.finfo(kind).eps)
         # Loops may write to both.
-        self._latents = self._own(before, made).float().clone()
+        self._latents = own.float().clone()
         self._velocities[name] = self._predictor.sign * made.detach().float()
         return None
 
@@ -139,18 +141,12 @@ class SolverRun:
         both = torch.cat([velocity, velocity]) if self._predictor.is_batched else velocity.clone()
         return refilled(self._output, both.to(made.dtype))
 
-    def _own(self, latents: Tensor, output: Tensor) -> Tensor:
-        """Return the latents that the output moves: one branch's, without channels of a condition."""
-        own = latents[tuple(slice(size) for size in output.shape)]
-        return own.chunk(2)[0] if self._predictor.is_batched else own
-
     def _difference(
         self, step: int, before: Tensor, after: Tensor, uncond: Tensor, cond: Tensor, velocity: Tensor
     ) -> str | None:
         """Say how a full step went otherwise than in the calibration, None where it did not; waits for the device."""
         length = self._sigmas[step + 1] - self._sigmas[step]
-        moves = (after != before).any(-1, keepdim=True)
-        seen = (after.float() - before) / length
+        seen, moves = seen_velocity(before, after, length)
         noise = rounding_noise(after, velocity, self._dtype, abs(length))
         if self._predictor.branches:
             guidance = self._predictor.guidance[self._full_steps.index(step)]

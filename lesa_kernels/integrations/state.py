@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_decreasing, check_float
+from lesa_kernels.integrations.halves import HalvesSession, are_equal_halves
 from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
 from lesa_kernels.integrations.solver_run import SolverRun, scheduler_incompatibility
 from lesa_kernels.integrations.stats import RunStats
@@ -25,6 +26,7 @@ from lesa_kernels.predictors import Predictor, SolverPredictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.session import Session, check_history
+from lesa_kernels.trajectories import HALVES, ONLY_BRANCH
 
 _MAX_PLANS = 16
 # The name of a predictor for all cache contexts, and of what takes its place where a run starts elsewhere.
@@ -89,7 +91,7 @@ class BranchState:
     """The history of one branch; with a learned solver all branches share one."""
 
     name: str  # of its calls
-    session: Session
+    session: Session | HalvesSession
     full_steps: frozenset[int]
     layout: Layout  # of the latents
     step: int  # of the present call, and after it the step that is due
@@ -184,14 +186,15 @@ class CacheState:
         cache of diffusers is on too.
         """
         layout = layout_of(latents)
-        run, branch = self._place(context, layout, foreign_cache)
-        if branch is not None and branch.solver is not None:
-            reason = branch.solver.arrive(branch.step, latents)
+        run, branch = self._place(context, latents, layout, foreign_cache)
+        solver = None if branch is None else branch.solver
+        if branch is not None and solver is not None:
+            reason = _reason(solver.arrive, branch.step, latents)
             if reason is not None:
                 run.disable_forecasts(reason)
                 branch = None
-            elif branch.session.ring is not None and not run.stats.history_bytes:
-                run.stats.add_ring(branch.session.ring)
+            elif (ring := solver.session.ring) is not None and not run.stats.history_bytes:
+                run.stats.add_ring(ring)
         if branch is not None and branch.step not in branch.full_steps:
             run.stats.forecast.start(layout[-1])
             try:
@@ -212,7 +215,7 @@ class CacheState:
         run, solver = self._run, branch.solver
         if run is None or solver is None:
             return
-        reason = solver.capture(branch.step, branch.name, latents, output)
+        reason = _reason(solver.capture, branch.step, branch.name, latents, output)
         if reason is not None:
             run.disable_forecasts(reason)
 
@@ -222,14 +225,16 @@ class CacheState:
         run, session, step = self._run, branch.session, branch.step
         if run is None:
             return
-        known = session.ring is not None
+        sessions = session.sessions if isinstance(session, HalvesSession) else (session,)
+        unknown = [each for each in sessions if each.ring is None]
         try:
             session.push(step, feature)
         except (ValueError, TypeError, RuntimeError) as error:
             run.disable_forecasts(f"the feature of step {step} could not be kept: {error}")
             return
-        if not known and session.ring is not None:
-            run.stats.add_ring(session.ring)
+        for each in unknown:
+            if each.ring is not None:
+                run.stats.add_ring(each.ring)
         measured, limit = session.errors.get(step), self._options.max_error
         if measured is not None:
             run.stats.errors.append((step, measured))
@@ -267,7 +272,9 @@ class CacheState:
         if self._run is not None:
             self._run.disable_forecasts(reason)
 
-    def _place(self, context: Any, layout: Layout, foreign_cache: bool) -> tuple[RunState, BranchState | None]:
+    def _place(
+        self, context: Any, latents: Any, layout: Layout, foreign_cache: bool
+    ) -> tuple[RunState, BranchState | None]:
         """Return the run and the branch of a call, None for one that runs in full and is not captured."""
         position, step, number = self._tracker.place(context)
         run = self._run
@@ -286,7 +293,7 @@ class CacheState:
             run.disable_forecasts(reason)
             return run, None
         if branch is None:
-            branch = self._begin_branch(run, context.name, number, step, layout)
+            branch = self._begin_branch(run, context.name, number, step, latents, layout)
             if branch is not None:
                 run.branches[context.name, number] = branch
         return run, branch
@@ -306,53 +313,73 @@ class CacheState:
         self._run = RunState(position, self.stats, solver=solver)
         return self._run
 
-    def _begin_branch(self, run: RunState, context: str, number: int, step: int, layout: Layout) -> BranchState | None:
+    def _begin_branch(
+        self, run: RunState, context: str, number: int, step: int, latents: Any, layout: Layout
+    ) -> BranchState | None:
         """Plan a branch from its first step on; None where there is no predictor or no plan for it."""
-        name, sigmas, called = self._find_predictor(context), run.position.sigmas, call_name(context, number)
+        sigmas, called = run.position.sigmas, call_name(context, number)
         if run.solver is not None:
-            session = run.solver.session
-            return BranchState(called, session, frozenset(session.plan.full_steps), layout, step, solver=run.solver)
-        if name is None:
-            names = sorted(self._predictors)
+            shared = run.solver.session
+            return BranchState(called, shared, frozenset(shared.plan.full_steps), layout, step, solver=run.solver)
+        names = self._find_predictors(context, called, latents)
+        if not names:
+            known = sorted(self._predictors)
             if context:
-                run.warn(f"full steps for the cache context {context!r}: there are predictors for {names} alone")
+                run.warn(f"full steps for the cache context {context!r}: there are predictors for {known} alone")
             else:
                 run.warn(
-                    f"full steps: the pipeline opens no cache context that says which of the predictors {names} is due"
+                    f"full steps: the pipeline opens no cache context that says which of the predictors {known} is "
+                    "due, and its latents are not two equal halves"
                 )
             return None
-        predictor = self._predictors[name]
+        predictor = self._predictors[names[0]]
         is_solver = isinstance(predictor, SolverPredictor)
         if isinstance(predictor, SolverPredictor):
             if (reason := scheduler_incompatibility(self._tracker.scheduler)) is not None:
                 run.disable_forecasts(reason)
                 return None
             if step != predictor.first_step:
-                name, is_solver = _FALLBACK, False
+                names, is_solver = (_FALLBACK,), False
                 run.warn(
                     f"the run starts at step {step}, the learned solver was fitted for a start at step "
                     f"{predictor.first_step}: {default_predictor()} forecasts the model's output instead"
                 )
         try:
-            plan = self._plan(name, sigmas, step)
+            plans = [self._plan(name, sigmas, step) for name in names]
             reason = predictor.incompatibility(sigmas)
+            session = self._session(plans)
         # Users bring their own predictors and rules, and no fault of theirs should cost an image.
         except Exception as error:
             run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))
             return None
         if reason is not None:
             run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
-        run.stats.plan = run.stats.plan or str(plan)
+        run.stats.plan = run.stats.plan or str(plans[0])
         if is_solver and isinstance(predictor, SolverPredictor):
-            run.solver = SolverRun(predictor, plan)
+            run.solver = SolverRun(predictor, plans[0])
             session = run.solver.session
-        else:
-            session = Session(plan, history_dtype=self._options.history_dtype)
-        return BranchState(called, session, frozenset(plan.full_steps), layout, step, solver=run.solver)
+        return BranchState(called, session, frozenset(plans[0].full_steps), layout, step, solver=run.solver)
 
-    def _find_predictor(self, context: str) -> str | None:
-        """Return the name under which a cache context finds its predictor; None where there is none for it."""
-        if self._is_shared or context in self._predictors:
-            return _SHARED if self._is_shared else context
-        # A pipeline that opens no context has an unnamed one, and nothing says that its calls are of several branches.
-        return "cond" if not context and tuple(self._predictors) == ("cond",) else None
+    def _session(self, plans: Sequence[Plan]) -> Session | HalvesSession:
+        """Return the history of one branch, or of both that a call holds."""
+        dtype = self._options.history_dtype
+        return Session(plans[0], history_dtype=dtype) if len(plans) == 1 else HalvesSession(plans, dtype)
+
+    def _find_predictors(self, context: str, called: str, latents: Any) -> tuple[str, ...]:
+        """Return the name under which a call finds its predictor, or those of the halves of its batch; none if none."""
+        if self._is_shared:
+            return (_SHARED,)
+        if context:
+            return next(((name,) for name in (called, context) if name in self._predictors), ())
+        # A pipeline that opens no context has an unnamed one, whose calls have numbers, and may hold both branches.
+        if all(name.partition(" ")[0] == ONLY_BRANCH for name in self._predictors):
+            return (called if called in self._predictors else ONLY_BRANCH,)
+        return HALVES if set(self._predictors) == set(HALVES) and are_equal_halves(latents) else ()
+
+
+def _reason(act: Callable[..., str | None], *arguments: Any) -> str | None:
+    """Let a learned solver act, and return why it cannot; a failure ends the forecasts, not the run."""
+    try:
+        return act(*arguments)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"the learned solver failed: {error}"

@@ -1,4 +1,4 @@
-"""Hooks a model for the length of a pipeline's run, so that a policy answers each of its calls."""
+"""Hooks the models of a pipeline for the length of its run, so that a policy answers each of their calls."""
 
 from __future__ import annotations
 
@@ -16,59 +16,49 @@ from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name
 from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 
-class TrajectoryHook(CacheHook):
-    """Answers each call of a model with what a policy returns."""
+class AnsweredRun:
+    """A run of a pipeline whose calls a policy answers, shared by the hooks of models that take turns in it."""
 
-    def __init__(
-        self, model: nn.Module, adapter: Adapter, wrappers: tuple[nn.Module, ...], tracker: StepTracker
-    ) -> None:
-        super().__init__(model, adapter, wrappers)
+    def __init__(self, tracker: StepTracker) -> None:
         self.sigmas: tuple[float, ...] | None = None
         self.latest_step = -1
-        # The latest full call's output, without data: the shape and container of answers that no model call preceded.
-        self.known_output: Any = None
+        self.policy: StepPolicy | None = None
+        self.gradients = False
         self._tracker = tracker
         self._position: StepPosition | None = None
-        self._policy: StepPolicy | None = None
-        self._gradients = False
 
     @contextmanager
-    def running(self, model: nn.Module, policy: StepPolicy) -> Generator[None, None, None]:
-        """Answer the model's calls with a policy for the length of a with statement, one run of the pipeline.
+    def answered(self, policy: StepPolicy) -> Generator[None, None, None]:
+        """Answer calls with a policy for the length of a with statement, one run of the pipeline.
 
         The policy runs with gradients where the with statement does, whatever the pipeline turns off.
         """
-        self._policy, self._gradients, self.latest_step = policy, torch.is_grad_enabled(), -1
-        self.attach(model)
+        self.policy, self.gradients, self.latest_step = policy, torch.is_grad_enabled(), -1
         try:
-            with _frozen(model):
-                yield
+            yield
         finally:
-            self.detach(model)
-            self._policy = None
+            self.policy = None
 
-    @uncompiled(recursive=False)
-    def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
-        """See `CacheHook.answer`."""
-        context = self.contexts.current
+    def place(self, context: Any, foreign_cache: bool) -> tuple[int, str]:
+        """Return the step and the branch of a call.
+
+        Raises:
+            ValueError: when the run cannot be followed.
+        """
         position, step, number = self._tracker.place(context)
-        foreign_cache = getattr(module, "is_cache_enabled", False)
         reason = find_incompatibility(position, context, step, number, foreign_cache)
         if position is not self._position:
             reason = self._begin(position) or reason
-        if reason is None and step > self.latest_step + 1:
+        # Image-to-image begins late.
+        if reason is None and step > self.latest_step + 1 and self.latest_step >= 0:
             reason = f"step {step} came where step {self.latest_step + 1} was due; a source runs every step"
-        if reason is not None or self._policy is None:
-            raise ValueError(f"lesa: the pipeline cannot be run: {reason or 'there is no policy'}")
+        if reason is not None:
+            raise ValueError(f"lesa: the pipeline cannot be run: {reason}")
         self.latest_step = step
-        branch = call_name(context.name, number)
-        pending = _PendingCall(self, module, call, latents)
-        with torch.set_grad_enabled(self._gradients):
-            answer = self._policy(ModelCall(step, pending.blocks, pending.tail, only_tensor(latents), branch))
-        return pending.output_of(answer, step)
+        return step, call_name(context.name, number)
 
     def reset(self) -> None:
-        """See `CacheHook.reset`."""
+        """Forget the step; the next call begins a run."""
         self._tracker.position = self._position = None
 
     def _begin(self, position: StepPosition) -> str | None:
@@ -81,6 +71,48 @@ class TrajectoryHook(CacheHook):
         if position.sigmas and self.sigmas is not None and position.sigmas != self.sigmas:
             raise ValueError(f"lesa: all runs must have the same sigmas {self.sigmas}, got {position.sigmas}")
         return None
+
+
+class TrajectoryHook(CacheHook):
+    """Answers each call of a model with what a policy returns; `number` is the model's among those that take turns."""
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, wrappers: tuple[nn.Module, ...], run: AnsweredRun, number: int
+    ) -> None:
+        super().__init__(model, adapter, wrappers)
+        # The latest full call's output, without data: the shape and container of answers that no model call preceded.
+        self.known_output: Any = None
+        self._model = model
+        self._run_of_all = run
+        self._number = number
+
+    @contextmanager
+    def attached(self) -> Generator[None, None, None]:
+        """Stand before the model, whose parameters take no gradients, for the length of a with statement."""
+        self.attach(self._model)
+        try:
+            with _frozen(self._model):
+                yield
+        finally:
+            self.detach(self._model)
+
+    @uncompiled(recursive=False)
+    def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
+        """See `CacheHook.answer`."""
+        run = self._run_of_all
+        step, branch = run.place(self.contexts.current, getattr(module, "is_cache_enabled", False))
+        if run.policy is None:
+            raise ValueError("lesa: the pipeline cannot be run: there is no policy")
+        pending = _PendingCall(self, module, call, latents)
+        with torch.set_grad_enabled(run.gradients):
+            answer = run.policy(
+                ModelCall(step, pending.blocks, pending.tail, only_tensor(latents), branch, self._number)
+            )
+        return pending.output_of(answer, step)
+
+    def reset(self) -> None:
+        """See `CacheHook.reset`."""
+        self._run_of_all.reset()
 
 
 class _PendingCall:

@@ -6,6 +6,7 @@ from lesa_kernels.predictors.linear import LinearPredictor
 from lesa_kernels.predictors.official import load_official
 from lesa_kernels.predictors.saved import load_predictor
 from lesa_kernels.predictors.solver import SolverPredictor
+from lesa_kernels.predictors.spectrum import Spectrum
 from lesa_kernels.predictors.taylor import HiCache, Reuse, TaylorSeer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Predictor",
     "Reuse",
     "SolverPredictor",
+    "Spectrum",
     "TaylorSeer",
     "load_official",
     "load_predictor",

@@ -180,11 +180,22 @@ class SolverPredictor(
         check_every: int | None = None,
         on_other_sigmas: OnOtherSigmas = "refuse",
     ) -> Plan:
-        """Compile it; see `Predictor.plan`.
+        """Compile it for a run; see `Predictor.plan`.
+
+        Args:
+            sigmas: S+1 noise levels, those of the fit.
+            schedule: with the full steps of the fit; None takes them.
+            first_step: where the run starts, as in the fit.
+            chunk: at most this many steps a launch; None makes the one velocity of a segment once.
+            check_every: None; no feature is forecast that could be compared.
+            on_other_sigmas: see `Predictor.plan`.
+
+        Returns:
+            The plan. What full steps hand in are its `quantities`.
 
         Raises:
-            ValueError: also for full steps or a first step that it was not fitted for, and for `check_every`: it makes
-                no forecast of a feature that could be compared.
+            ValueError: see `Predictor.plan`; also for full steps or a first step that it was not fitted for, and for
+                `check_every`.
         """
         if check_every is not None:
             raise ValueError(

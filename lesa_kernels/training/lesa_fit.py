@@ -19,7 +19,16 @@ from lesa_kernels.predictors.kan_network import GRID_RANGE, KAN, KANLinear
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, minimize
 from lesa_kernels.training.progress import progress_bar
-from lesa_kernels.training.tail_fit import ClosedLoopRuns, Coefficients, FitSegment, assign, segments, vector
+from lesa_kernels.training.tail_fit import (
+    MOST_ROUNDS,
+    WORTHWHILE,
+    ClosedLoopRuns,
+    Coefficients,
+    FitSegment,
+    assign,
+    segments,
+    vector,
+)
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
 # A search from the best of many starts finds what one from a single start misses.
@@ -38,7 +47,7 @@ def fit_lesa(
     *,
     window: int = 8,
     hidden_dim: int = 32,
-    rounds: int = 5,
+    rounds: int | None = None,
     batch: int = 1,
     progress: bool = True,
 ) -> LesaPredictor:
@@ -52,9 +61,9 @@ def fit_lesa(
         fitted: what `fit` returned; its schedule and sigmas are taken over.
         window: most features that a stage reads, K.
         hidden_dim: width of the KANs.
-        rounds: passes over the runs for each segment, at least 2.
+        rounds: most passes over the runs for each segment, at least 2; None goes on until each has converged.
         batch: runs sampled as one batch.
-        progress: show a bar.
+        progress: show a bar, and how near each segment came.
 
     Returns:
         The predictor, float32 on the CPU.
@@ -68,14 +77,19 @@ def fit_lesa(
     check_source(source)
     check_type("fitted", fitted, LinearPredictor, "a LinearPredictor")
     # One to measure, one to try a change.
-    rounds = check_int("rounds", rounds, 2)
+    most = MOST_ROUNDS if rounds is None else check_int("rounds", rounds, 2)
     sigmas, schedule = fitted.trained_sigmas, fitted.schedule
     predictor = LesaPredictor(len(sigmas) - 1, segment_stages(sigmas, schedule, window), hidden_dim)
     rule = fitted.rows(sigmas)
-    coefficients: Coefficients = {}
     with progress_bar(progress) as bar:
         runs = ClosedLoopRuns(source, schedule, batch, bar)
-        for stage, segment in enumerate(runs.track("fitting LESA's form", rounds)):
+        if len(runs.branches) > 1:
+            raise ValueError(
+                f"source must run a model without guidance, LESA's form is fitted to one branch, got {runs.branches}"
+            )
+        coefficients: Coefficients = {}
+        by_branch = dict.fromkeys(runs.branches, coefficients)
+        for stage, segment in enumerate(runs.track("fitting LESA's form", most)):
             given = [full for full in schedule.full_steps if full <= segment.full_step]
             history = _history(coefficients, segment, given, predictor.stages[stage][1])
             for step in segment.steps:
@@ -84,17 +98,19 @@ def fit_lesa(
                     raise ValueError(f"fitted must forecast all of {segment.name}, it has no coefficients for {step}")
                 coefficients[step] = {full: row.terms.get(full, 0.0) for full in given}
             # The first pass measures what the tail notices of the coefficients: the metric of `nearest`.
-            free = LevenbergMarquardt(vector(coefficients, segment), name=segment.name)
-            runs.minimize(free, coefficients, segment, rounds=1)
+            free = LevenbergMarquardt(vector(by_branch, segment), name=segment.name)
+            runs.minimize(free, by_branch, segment, rounds=1)
             form = SegmentPredictor(history, len(segment.steps))
-            search = LevenbergMarquardt(form.nearest(free.best, free.damped_gram), form.nearest, segment.name)
-            runs.minimize(search, coefficients, segment, rounds - 1)
+            start = form.nearest(free.best, free.damped_gram)
+            search = LevenbergMarquardt(start, form.nearest, segment.name, worthwhile=WORTHWHILE)
+            runs.minimize(search, by_branch, segment, most - 1)
+            runs.report(search, segment, "the nearest form's", is_limited=rounds is not None)
             form.choose(search.best)
             mixer = cast(nn.Linear, predictor.latent[stage])
             mixer.weight.copy_(form.weights)
             mixer.bias.zero_()
             gains = set_gains(predictor, sigmas, stage, segment.steps, form.gains)
-            assign(coefficients, segment, form.compose(mixer.weight.double().reshape(-1), gains))
+            assign(by_branch, segment, form.compose(mixer.weight.double().reshape(-1), gains))
     predictor.trained_sigmas = sigmas
     predictor.trained_schedule = schedule
     return predictor.eval()

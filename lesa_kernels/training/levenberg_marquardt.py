@@ -53,6 +53,7 @@ class LevenbergMarquardt:
         self.candidate = start.clone()
         self.error = math.inf
         self.finished = False
+        self.rounds = 0
         self._nearest = nearest
         self._name = name
         self._damping = damping
@@ -60,6 +61,12 @@ class LevenbergMarquardt:
         self._best_sums = torch.zeros(len(start) + 1, len(start) + 1, dtype=torch.float64)
         self._sums = torch.zeros_like(self._best_sums)
         self._scales: dict[int, Tensor] = {}
+        self._first_error = math.inf
+
+    @property
+    def residual(self) -> float:
+        """The size of the best residual, relative to that of the start; 1 before the first round."""
+        return math.sqrt(self.error / self._first_error) if 0 < self._first_error < math.inf else 1.0
 
     @property
     def damped_gram(self) -> Tensor:
@@ -102,6 +109,9 @@ class LevenbergMarquardt:
             raise FloatingPointError(
                 f"runs must stay finite where the fit of {self._name} starts: latents, outputs or slopes are not"
             )
+        self.rounds += 1
+        if self.rounds == 1:
+            self._first_error = error
         if error < self.error:
             if math.isfinite(self.error):
                 self.finished = error > (1 - self._worthwhile) * self.error

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_int
+from lesa_kernels.guidance import Guidance, find_guidance, rounding_noise, seen_velocity
+from lesa_kernels.machine import MANY_ELEMENTS, one_thread
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
-from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, TrajectorySource, watch
+from lesa_kernels.trajectories import (
+    HALVES,
+    ONLY_BRANCH,
+    ModelCall,
+    StepPolicy,
+    StopRun,
+    TrajectorySource,
+    check_single_model,
+    watch,
+)
 
 # Of the way that the latents went; rounding to bfloat16 in every step makes up a hundredth.
 _EULER_TOLERANCE = 0.05
@@ -36,50 +48,144 @@ def batches(source: TrajectorySource, batch: int) -> list[range]:
     return [range(start, min(start + batch, len(source))) for start in range(0, len(source), batch)]
 
 
-def euler(call: ModelCall, output: Tensor, sigmas: Sequence[float], sign: float = 1.0) -> Tensor:
-    """Return the latents after a step of a rectified flow: latents + sign * (sigma_{s+1} - sigma_s) * output.
+class SmallModels:
+    """Lets small models compute with one thread, as `train` does, once a call has shown how large their features are.
 
-    Raises:
-        ValueError: when the source holds features only.
+    See `lesa_kernels.machine.one_thread`.
     """
-    if call.latents is None:
-        raise ValueError("source must run a model with its latents; this one holds features only")
-    return call.latents + sign * (sigmas[call.step + 1] - sigmas[call.step]) * output
+
+    def __init__(self) -> None:
+        self._is_small = False
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Return the with statement to compute in."""
+        return one_thread() if self._is_small else nullcontext()
+
+    def limit(self, policy: StepPolicy) -> StepPolicy:
+        """Return a policy that answers as another does, in so many threads as the model's features need."""
+
+        def answer(call: ModelCall) -> Tensor | None:
+            def blocks() -> Tensor:
+                feature = call.blocks()
+                self._is_small = feature.numel() < MANY_ELEMENTS
+                return feature
+
+            with self.threads():
+                return policy(replace(call, blocks=blocks))
+
+        return answer
 
 
-@dataclass
-class PlanPolicy:
-    """Answers calls by a plan: with the blocks on full steps, with forecasts on the others. Measures their times.
+@dataclass(frozen=True)
+class Branches:
+    """How a source calls its model in each step: once, once a branch of guidance, or once for both branches.
 
     Args:
-        plan: of the only branch.
-        sign: of the output, see `Reference`.
-        final: latents at the end of the run, by Euler's last step.
+        names: of the only call, or of the two branches, the one that stands for "uncond" first.
+        is_batched: whether one call holds both branches, as the halves of its batch.
+    """
+
+    names: tuple[str, ...] = (ONLY_BRANCH,)
+    is_batched: bool = False
+
+    def split(self, call: ModelCall, tensor: Tensor) -> dict[str, Tensor]:
+        """Return what is each branch's of a call's feature, output or latents."""
+        if self.is_batched:
+            return dict(zip(self.names, tensor.chunk(2), strict=True))
+        return {call.branch: tensor}
+
+    def own(self, latents: Tensor) -> Tensor:
+        """Return the latents of one branch."""
+        return latents.chunk(2)[0] if self.is_batched else latents
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a batch of unaccelerated runs shows.
+
+    Args:
+        latents: of one branch before some steps, S standing for the end of the run; [B, ...] by step.
+        sign: -1 where the pipeline takes the negative of what its model returns (Z-Image), else 1.
+        branches: of the calls.
+        guidance: of each step; none where there is one branch.
+    """
+
+    latents: Mapping[int, Tensor]
+    sign: float = 1.0
+    branches: Branches = field(default_factory=Branches)
+    guidance: Mapping[int, Guidance] = field(default_factory=dict)
+
+    def velocity(self, step: int, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the velocity that the scheduler gets, [B, ...], with guidance in float32.
+
+        Args:
+            step: of the outputs.
+            outputs: of the model, by branch.
+        """
+        names = self.branches.names
+        if len(names) == 1:
+            return self.sign * outputs[names[0]]
+        uncond, cond = (outputs[name].float() for name in names)
+        return self.sign * self.guidance[step].combine(uncond, cond)
+
+
+class PlanPolicy:
+    """Answers calls by plans: with the blocks on full steps, with forecasts on the others. Measures their times.
+
+    Args:
+        plan: of the only branch, or of each by its name; all with the same full steps.
+        reference: what the unaccelerated runs showed; None for a model that is called once a step.
+
+    Attributes:
+        final: latents of one branch at the end of the run, by Euler's last step; None before.
         full_seconds: of each call whose blocks ran, until the device was done.
         forecast_seconds: of each other call.
     """
 
-    plan: Plan
-    sign: float = 1.0
-    final: Tensor | None = None
-    full_seconds: list[float] = field(default_factory=list)
-    forecast_seconds: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._session = Session(self.plan)
+    def __init__(self, plan: Plan | Mapping[str, Plan], reference: Reference | None = None) -> None:
+        self.final: Tensor | None = None
+        self.full_seconds: list[float] = []
+        self.forecast_seconds: list[float] = []
+        self._reference = reference or Reference({})
+        names = self._reference.branches.names
+        plans = dict.fromkeys(names, plan) if isinstance(plan, Plan) else plan
+        if set(plans) != set(names):
+            raise ValueError(f"predictors must be of the branches {sorted(names)}, got {sorted(plans)}")
+        self._plan = plans[names[0]]
+        if any(each.full_steps != self._plan.full_steps for each in plans.values()):
+            raise ValueError(
+                "predictors must have the same full steps for all branches, got "
+                f"{' and '.join(str(each.full_steps) for each in plans.values())}"
+            )
+        self._sessions = {name: Session(each) for name, each in plans.items()}
+        self._outputs: dict[str, Tensor] = {}
 
     def __call__(self, call: ModelCall) -> Tensor | None:
         """Answer a call."""
+        check_single_model(call)
+        branches, sigmas = self._reference.branches, self._plan.sigmas
+        if call.branch not in self._sessions and not branches.is_batched:
+            raise ValueError(f"source must make the calls {sorted(self._sessions)} in each step, got {call.branch!r}")
         _wait(call.latents)
         begin = time.perf_counter()
-        is_full = self.plan.is_full(call.step)
+        is_full = self._plan.is_full(call.step)
         if is_full:
             feature, output = watch(call)
-            self._session.push(call.step, feature)
+            for name, part in branches.split(call, feature).items():
+                self._sessions[name].push(call.step, part)
+        elif call.tail is None:
+            output = None
         else:
-            output = None if call.tail is None else call.tail(self._session.forecast(call.step))
-        if output is not None and call.latents is not None and call.step == self.plan.num_steps - 1:
-            self.final = euler(call, output, self.plan.sigmas, self.sign).detach()
+            names = branches.names if branches.is_batched else (call.branch,)
+            forecasts = [self._sessions[name].forecast(call.step) for name in names]
+            output = call.tail(forecasts[0] if len(forecasts) == 1 else torch.cat(forecasts))
+        if output is not None and call.latents is not None and call.step == len(sigmas) - 2:
+            # A loop may write to what it gets.
+            self._outputs |= {name: part.detach().clone() for name, part in branches.split(call, output).items()}
+            if set(self._outputs) == set(branches.names):
+                length = sigmas[call.step + 1] - sigmas[call.step]
+                velocity = self._reference.velocity(call.step, self._outputs)
+                self.final = branches.own(call.latents).detach() + length * velocity
         _wait(call.latents)
         (self.full_seconds if is_full else self.forecast_seconds).append(time.perf_counter() - begin)
         return output
@@ -91,25 +197,12 @@ def _wait(tensor: Tensor | None) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The latents of a batch of unaccelerated runs.
-
-    Args:
-        latents: before some steps, S standing for the end of the run; [B, ...] by step.
-        sign: -1 where the pipeline takes the negative of what its model returns (Z-Image), else 1.
-    """
-
-    latents: Mapping[int, Tensor]
-    sign: float
-
-
 @torch.no_grad()
 def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence[int]) -> Reference:
     """Sample runs in full and keep their latents.
 
     Args:
-        source: must run a model that is called once a step, and step as Euler does.
+        source: must run one model, once a step or with guidance of two branches, and step as Euler does.
         runs: sampled as one batch.
         steps: before which the latents are kept; S stands for the end of the run.
 
@@ -117,45 +210,169 @@ def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence
         The latents, and what else fits must know of the runs.
 
     Raises:
-        ValueError: when the source holds features only, calls its model more than once a step, or does not step as
-            Euler does: another solver, guidance within a batch, tokens that stay as they are.
+        ValueError: when the source holds features only, has more than two calls a step or two models, or does not step
+            as Euler does: another solver, other guidance than `lesa_kernels.guidance` knows, tokens that stay.
     """
-    sigmas, end = source.sigmas, len(source.sigmas) - 1
-    kept: dict[int, Tensor] = {}
-    calls: list[tuple[ModelCall, Tensor]] = []  # the first call and the latest one, with their outputs
-    moved: Tensor | None = None  # sum over steps of (sigma_{s+1} - sigma_s) * output, but for the last step
+    observer = _Observer(source.sigmas, len(runs), steps)
+    source.run(runs, SmallModels().limit(observer))
+    return observer.reference()
 
-    def policy(call: ModelCall) -> Tensor:
-        nonlocal moved
+
+@dataclass
+class _SeenStep:
+    """What a run shows at one step: the first call's latents, and the output of each call, copied."""
+
+    call: ModelCall
+    latents: Tensor
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Observer:
+    """A policy that runs all steps in full, and learns how the latents follow from the model's outputs."""
+
+    def __init__(self, sigmas: Sequence[float], rows: int, steps: Sequence[int]) -> None:
+        self._sigmas = sigmas
+        self._rows = rows
+        self._steps = steps
+        self._kept: dict[int, Tensor] = {}
+        self._seen: _SeenStep | None = None
+        self._first: Tensor | None = None  # latents
+        self._moved: Tensor | None = None  # sum over steps of (sigma_{s+1} - sigma_s) * velocity, but for the last
+        self._guidance: dict[int, Guidance] = {}
+        self._known = Reference({}, guidance=self._guidance)
+
+    def __call__(self, call: ModelCall) -> Tensor:
+        """Answer a call in full."""
+        check_single_model(call)
         _, output = watch(call)
         if output is None or call.latents is None:
             raise ValueError("source must run a model with its tail and latents; this one holds features only")
-        if calls:
-            last, its_output = calls[-1]
-            if call.step == last.step:
-                raise ValueError(f"source must call its model once a step, got a second call of step {call.step}")
-            step = (sigmas[call.step] - sigmas[last.step]) * its_output.float()
-            moved = step if moved is None else moved + step
-        # A loop may write to its latents.
-        call = replace(call, latents=call.latents.detach().clone())
-        if call.step in steps and call.latents is not None:
-            kept[call.step] = call.latents
-        calls[1:] = [(call, output.detach().clone())]
+        if self._seen is None or call.step != self._seen.call.step:
+            if self._seen is not None:
+                self._close(self._seen, call.latents)
+            self._seen = _SeenStep(call, call.latents.detach().clone())
+        if call.branch in self._seen.outputs:
+            raise ValueError(
+                f"source must call its model once a step, or once for each branch, got {call.branch!r} twice in step "
+                f"{call.step}"
+            )
+        self._seen.outputs[call.branch] = output.detach().clone()
         return output
 
-    source.run(runs, policy)
-    if not calls:
-        raise ValueError("source must call its model, it did not")
-    (first, _), (last, output), sign = calls[0], calls[-1], 1.0
-    if moved is not None and first.latents is not None and last.latents is not None:
-        walked = last.latents.float() - first.latents.float()
-        sign = -1.0 if (walked * moved).sum() < 0 else 1.0
-        error = (walked - sign * moved).norm() / walked.norm().clamp_min(1e-20)
-        if error > _EULER_TOLERANCE:
+    def reference(self) -> Reference:
+        """Return what was seen, once the run is over."""
+        last = self._seen
+        if last is None:
+            raise ValueError("source must call its model, it did not")
+        if self._first is None:
+            branches = _find_branches(last, self._rows)
+            if len(branches.names) == 2:
+                raise ValueError("source must take at least 2 steps, which show its guidance, got 1")
+            self._known = replace(self._known, branches=branches)
+        elif self._guidance:
+            self._guidance[last.call.step] = self._guidance[max(self._guidance)]
+        latents, sign = self._own(last.latents), self._known.sign
+        outputs = self._parts(last)
+        if self._moved is not None and self._first is not None:
+            walked = latents.float() - self._first.float()
+            if not self._guidance and (walked * self._moved).sum() < 0:
+                sign = -1.0
+            moved = self._moved if self._guidance else sign * self._moved
+            error = (walked - moved).norm() / walked.norm().clamp_min(1e-20)
+            if error > _EULER_TOLERANCE:
+                raise ValueError(
+                    "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
+                    f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
+                )
+        found = replace(self._known, latents=self._kept, sign=sign)
+        self._keep(last.call.step, latents)
+        end = len(self._sigmas) - 1
+        length = self._sigmas[end] - self._sigmas[last.call.step]
+        self._keep(end, latents + length * found.velocity(last.call.step, outputs))
+        return found
+
+    def _close(self, done: _SeenStep, after: Tensor) -> None:
+        """Learn from a step once the next one has begun with other latents."""
+        if after.shape != done.latents.shape:
             raise ValueError(
-                "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
-                f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
+                f"source must keep the shape of its latents, got {tuple(after.shape)} after {tuple(done.latents.shape)}"
             )
-    if end in steps:
-        kept[end] = euler(last, output, sigmas, sign).detach()
-    return Reference(kept, sign)
+        length = self._sigmas[done.call.step + 1] - self._sigmas[done.call.step]
+        if self._first is None:
+            self._known = replace(self._known, branches=_find_branches(done, self._rows))
+            self._first = self._own(done.latents)
+        outputs, latents = self._parts(done), self._own(done.latents)
+        if len(self._known.branches.names) == 2:
+            self._find_guidance(done.call.step, latents, self._own(after), outputs, length)
+        moved = length * self._known.velocity(done.call.step, outputs).float()
+        self._moved = moved if self._moved is None else self._moved + moved
+        self._keep(done.call.step, latents)
+
+    def _find_guidance(
+        self, step: int, latents: Tensor, after: Tensor, outputs: Mapping[str, Tensor], length: float
+    ) -> None:
+        """Find out by which guidance a step moved the latents; in the first step also which branch is which."""
+        seen, _ = seen_velocity(latents, after, length)
+        kinds = (latents.dtype, *(output.dtype for output in outputs.values()))
+        noise = rounding_noise(after, seen, max(kinds, key=lambda kind: torch.finfo(kind).eps), abs(length))
+        branches, sign = self._known.branches, self._known.sign
+        tries = [(branches.names, sign)]
+        if not self._guidance:
+            orders = [branches.names]
+            if not branches.is_batched and "uncond" not in branches.names:
+                orders.append(branches.names[::-1])
+            tries = [(names, sign) for sign in (1.0, -1.0) for names in orders]
+        for names, sign in tries:
+            uncond, cond = (sign * outputs[name].float() for name in names)
+            found = find_guidance(uncond, cond, seen, noise)
+            if found is not None:
+                self._guidance[step] = found
+                self._known = replace(self._known, sign=sign, branches=replace(branches, names=names))
+                return
+        raise ValueError(
+            "source must step as Euler does, with guidance that is linear, rescaled or norm-preserving; "
+            f"step {step} moved the latents elsewhere: another solver, other guidance, or new noise?"
+        )
+
+    def _parts(self, seen: _SeenStep) -> dict[str, Tensor]:
+        """Return the outputs of a step by branch."""
+        branches = self._known.branches
+        outputs = seen.outputs
+        if branches.is_batched:
+            (output,) = outputs.values()
+            outputs = branches.split(seen.call, output)
+        if set(outputs) != set(branches.names):
+            raise ValueError(
+                f"source must make the same calls in every step, {sorted(branches.names)}, got {sorted(outputs)} in "
+                f"step {seen.call.step}"
+            )
+        for output in outputs.values():
+            if output.shape != self._own(seen.latents).shape:
+                raise ValueError(
+                    "the model's output must have the shape of its latents, got "
+                    f"{tuple(output.shape)} for {tuple(self._own(seen.latents).shape)}: condition channels or tokens?"
+                )
+        return outputs
+
+    def _own(self, latents: Tensor) -> Tensor:
+        """Return the latents of one branch."""
+        return self._known.branches.own(latents)
+
+    def _keep(self, step: int, latents: Tensor) -> None:
+        """Keep latents that were asked for."""
+        if step in self._steps:
+            self._kept[step] = latents
+
+
+def _find_branches(seen: _SeenStep, rows: int) -> Branches:
+    """Tell guidance from the calls of a step; that two halves of a batch are branches shows in equal latents."""
+    names = tuple(seen.outputs)
+    if len(names) > 2:
+        raise ValueError(
+            f"source must call its model once a step, or for two branches of guidance, got the calls {list(names)}"
+        )
+    if len(names) == 1:
+        if len(seen.latents) == 2 * rows and torch.equal(*seen.latents.chunk(2)):
+            return Branches(HALVES, is_batched=True)
+        return Branches(names)
+    return Branches(names[::-1] if names[1] == "uncond" else names)

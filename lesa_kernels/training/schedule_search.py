@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list, check_type
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.policies import PlanPolicy, batches, reference_run
+from lesa_kernels.training.policies import PlanPolicy, SmallModels, batches, reference_run
 from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
@@ -39,7 +39,7 @@ class Evaluator:
     other than the evaluator's, see `SelectedRuns`.
 
     Args:
-        source: runs a model that is called once a step and steps as Euler does.
+        source: runs a model that steps as Euler does, with guidance of two branches or without.
         batch: runs sampled as one batch.
         progress: show a bar while the unaccelerated runs are sampled.
     """
@@ -53,20 +53,25 @@ class Evaluator:
         with progress_bar(progress) as bar:
             recording = bar.track(self._parts, description="sampling unaccelerated runs")
             self._references = [reference_run(source, runs, [steps]) for runs in recording]
+        self._small = SmallModels()
 
     @torch.no_grad()
-    def __call__(self, predictor: Predictor, schedule: Schedule) -> float:
-        """Sample all runs with a predictor and a schedule, and compare.
+    def __call__(self, predictor: Predictor | Mapping[str, Predictor], schedule: Schedule) -> float:
+        """Sample all runs with a predictor, or one of each branch of guidance, and a schedule, and compare.
 
         Returns:
             -20 log10 of the relative error of the final latents, in dB, mean over runs; higher is better.
         """
-        check_type("predictor", predictor, Predictor, "a Predictor")
-        plan = predictor.plan(self.sigmas, schedule)
+        check_type("predictor", predictor, (Predictor, Mapping), "a Predictor, or one of each branch")
+        plans = (
+            predictor.plan(self.sigmas, schedule)
+            if isinstance(predictor, Predictor)
+            else {branch: each.plan(self.sigmas, schedule) for branch, each in predictor.items()}
+        )
         ratios: list[Tensor] = []
         for runs, reference in zip(self._parts, self._references, strict=True):
-            policy = PlanPolicy(plan, reference.sign)
-            self._source.run(runs, policy)
+            policy = PlanPolicy(plans, reference)
+            self._source.run(runs, self._small.limit(policy))
             if policy.final is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")
             ratios.append(_psnr_db(policy.final, reference.latents[len(self.sigmas) - 1]))

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_float, check_int
-from lesa_kernels.guidance import Guidance, agrees, find_guidance, rounding_noise
+from lesa_kernels.guidance import (
+    Guidance,
+    agrees,
+    find_guidance,
+    is_doubled,
+    own_latents,
+    rounding_noise,
+    seen_velocity,
+)
 from lesa_kernels.predictors import SolverPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.policies import batches, run_until_stopped
@@ -163,7 +171,7 @@ class SolverFits:
         memory: int = 4 << 30,
         progress: bool = True,
     ) -> None:
-        check_source(source)
+        check_source(source, may_start_late=True)
         self.sigmas = source.sigmas
         self.window = check_int("window", window, 1)
         self.held_out = check_int("held_out", held_out, 0)
@@ -188,7 +196,7 @@ class SolverFits:
                 self._batches.append(self._sample(source, runs, seen))
             self._guidance = _steadied(seen, len(self.sigmas) - 1)
             if target is not None:
-                check_source(target)
+                check_source(target, may_start_late=True)
                 places = _places(self.sigmas, target.sigmas)
                 for number, own in enumerate(bar.track(self._batches, description="sampling the runs to be reached")):
                     finer = self._sample(target, own.runs, {})
@@ -197,7 +205,14 @@ class SolverFits:
                     self._batches[number] = replace(own, target=[finer.target[place] for place in places])
 
     def full_steps(self, schedule: Schedule | ScheduleRule) -> tuple[int, ...]:
-        """Return the full steps of a schedule for runs that begin where those of the source do."""
+        """Return the full steps of a schedule for runs that begin where those of the source do.
+
+        Args:
+            schedule: which steps are full, or a rule that makes it from the sigmas.
+
+        Raises:
+            ValueError: when it is for another number of steps.
+        """
         resolved = schedule if isinstance(schedule, Schedule) else schedule(self.sigmas)
         if resolved.num_steps != len(self.sigmas) - 1:
             raise ValueError(f"schedule must have {len(self.sigmas) - 1} steps, got {resolved.num_steps}")
@@ -210,6 +225,9 @@ class SolverFits:
         Args:
             schedule: which steps are full.
             progress: show a bar.
+
+        Returns:
+            The predictor.
         """
         full = self.full_steps(schedule)
         predictor = SolverPredictor(
@@ -319,9 +337,8 @@ class SolverFits:
     def _learn_calls(self, step: _Step, after: Tensor, rows: int, sigmas: Sequence[float]) -> None:
         """Find out which calls are branches of guidance, and the sign of the model's output."""
         names = list(step.outputs)
-        halves = step.latents.chunk(2)
         branches: tuple[str, ...] = ()
-        is_batched = len(names) == 1 and len(step.latents) == 2 * rows and torch.equal(*halves)
+        is_batched = len(names) == 1 and len(step.latents) == 2 * rows and is_doubled(step.latents)
         if is_batched:
             branches = ("uncond", "cond")
         elif len(names) == 2:
@@ -344,14 +361,7 @@ class SolverFits:
 
     def _own(self, latents: Tensor, step: _Step) -> Tensor:
         """Return the latents that the model's output moves: one branch's, without channels of a condition."""
-        output = next(iter(step.outputs.values()))
-        if latents.dim() != output.dim() or any(a < b for a, b in zip(latents.shape, output.shape, strict=True)):
-            raise ValueError(
-                f"the model's output must be no larger than its latents, got {tuple(output.shape)} for "
-                f"{tuple(latents.shape)}"
-            )
-        own = latents[tuple(slice(size) for size in output.shape)]
-        return own.chunk(2)[0] if self._is_batched else own
+        return own_latents(latents, next(iter(step.outputs.values())), self._is_batched)
 
     def _velocities(self, step: _Step) -> tuple[Tensor, Tensor]:
         """Return the velocities of both branches, float32."""
@@ -385,8 +395,7 @@ class SolverFits:
         """Return how the velocity of a step came of its branches, None where it did not."""
         before, after = self._own(step.latents, step), self._own(after, step)
         length = sigmas[step.step + 1] - sigmas[step.step]
-        moves = (after != before).any(-1, keepdim=True)
-        seen = (after.float() - before.float()) / length
+        seen, moves = seen_velocity(before, after, length)
         uncond, cond = (each * moves for each in self._velocities(step))
         kinds = (before.dtype, *(output.dtype for output in step.outputs.values()))
         coarsest = max(kinds, key=lambda kind: torch.finfo(kind).eps)

@@ -20,7 +20,7 @@ from lesa_kernels.checks import check_decreasing
 from lesa_kernels.files import opened_tensors, parsed, read_json, replacing, shortened
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.training.ranks import Ranks, lock_folder
-from lesa_kernels.trajectories import ModelCall, StepPolicy, TrajectorySource, watch
+from lesa_kernels.trajectories import ModelCall, StepPolicy, TrajectorySource, check_single_model, watch
 
 _INDEX = "index.json"
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn")}
@@ -234,6 +234,7 @@ class _RunRecorder:
     @torch.no_grad()
     def __call__(self, call: ModelCall) -> Tensor | None:
         """Answer a call in full, and keep its feature."""
+        check_single_model(call)
         feature, output = watch(call)
         facts = {"shape": list(feature.shape), "dtype": str(feature.dtype).removeprefix("torch.")}
         if not self._sized and call.step == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
@@ -24,14 +24,20 @@ from lesa_kernels.plan import Row
 from lesa_kernels.predictors import LinearPredictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt
-from lesa_kernels.training.policies import Reference, batches, euler, reference_run, run_until_stopped
+from lesa_kernels.training.policies import Reference, SmallModels, batches, reference_run, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
 _TAYLOR_ORDER = 2
+# Of the squared distance: a thousandth of the distance.
+WORTHWHILE = 2e-3
+MOST_ROUNDS = 40
 
 Coefficients: TypeAlias = dict[int, dict[int, float]]
 """Of each forecast step: the coefficient of each full step that it is made from."""
+
+BranchCoefficients: TypeAlias = dict[str, Coefficients]
+"""Of each branch of guidance."""
 
 
 @torch.no_grad()
@@ -40,10 +46,10 @@ def fit(
     schedule: Schedule | ScheduleRule,
     *,
     window: int = 3,
-    rounds: int = 4,
+    rounds: int | None = None,
     batch: int = 1,
     progress: bool = True,
-) -> LinearPredictor:
+) -> LinearPredictor | dict[str, LinearPredictor]:
     """Fit the coefficients of every forecast step through the model's tail, by Levenberg-Marquardt.
 
     Goes from segment to segment in closed loop: the runs follow the coefficients found so far, full steps see the
@@ -51,24 +57,26 @@ def fit(
     passes; what earlier segments left is corrected as far as the features allow.
 
     Args:
-        source: runs a model that is called once a step and steps as Euler does (a rectified flow).
+        source: runs a model that steps as Euler does (a rectified flow), with guidance of two branches or without.
         schedule: which steps are full.
         window: K, full features that a forecast reads.
-        rounds: passes over the runs for each segment, at least 2.
+        rounds: most passes over the runs for each segment, at least 2; None goes on until each has converged.
         batch: runs sampled as one batch.
-        progress: show a bar.
+        progress: show a bar, and how near each segment came.
 
     Returns:
-        The predictor.
+        The predictor; with guidance one for each branch, as `lesa.enable` takes them. Where one call of the model holds
+        both branches, "uncond" stands for the first half of its batch.
 
     Raises:
         TypeError: when an argument is of another type.
         ValueError: when an argument is out of range, the schedule leaves nothing to forecast, or the source has no
-            runs, no tail, several calls a step, or other steps than Euler's.
+            runs, no tail, more than two calls a step, two models, other guidance than `lesa_kernels.guidance` knows, or
+            other steps than Euler's.
         FloatingPointError: when latents are not finite; names the steps.
     """
     # One to measure, one to try a change.
-    rounds = check_int("rounds", rounds, 2)
+    most = MOST_ROUNDS if rounds is None else check_int("rounds", rounds, 2)
     check_source(source)
     sigmas = source.sigmas
     resolved = Schedule(len(sigmas) - 1, Reuse().plan(sigmas, schedule).full_steps)
@@ -77,20 +85,25 @@ def fit(
     predictor = LinearPredictor(sigmas, resolved.full_steps, window)
     # The search starts at TaylorSeer's coefficients.
     taylor = TaylorSeer(min(_TAYLOR_ORDER, predictor.window - 1)).rows(sigmas)
-    coefficients: Coefficients = {}
+    start: Coefficients = {}
     for segment in segments(resolved):
         before = [full for full in resolved.full_steps if full <= segment.full_step]
         for step in segment.steps:
             row = taylor(step, before)
             terms = {} if row is None else row.terms
-            coefficients[step] = {full: terms.get(full, 0.0) for full in predictor.sources(step)}
+            start[step] = {full: terms.get(full, 0.0) for full in predictor.sources(step)}
     with progress_bar(progress) as bar:
         runs = ClosedLoopRuns(source, resolved, batch, bar)
-        for segment in runs.track("fitting segment by segment", rounds):
-            search = LevenbergMarquardt(vector(coefficients, segment), name=segment.name)
-            runs.minimize(search, coefficients, segment, rounds)
-    rows = {step: Row(terms) for step, terms in coefficients.items()}
-    return LinearPredictor.from_rows(sigmas, resolved, rows, window)
+        coefficients = {branch: dict(start) for branch in runs.branches}
+        for segment in runs.track("fitting segment by segment", most):
+            search = LevenbergMarquardt(vector(coefficients, segment), name=segment.name, worthwhile=WORTHWHILE)
+            runs.minimize(search, coefficients, segment, most)
+            runs.report(search, segment, "TaylorSeer's", is_limited=rounds is not None)
+    found = {
+        branch: LinearPredictor.from_rows(sigmas, resolved, {step: Row(terms) for step, terms in each.items()}, window)
+        for branch, each in coefficients.items()
+    }
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 @dataclass(frozen=True)
@@ -113,17 +126,18 @@ def segments(schedule: Schedule) -> list[FitSegment]:
     return [FitSegment(full, tuple(range(full + 1, end)), end) for full, end in bounds if end > full + 1]
 
 
-def vector(coefficients: Coefficients, segment: FitSegment) -> Tensor:
-    """Return the coefficients of a segment as one float64 vector, step by step."""
-    values = [value for step in segment.steps for value in coefficients[step].values()]
+def vector(coefficients: BranchCoefficients, segment: FitSegment) -> Tensor:
+    """Return the coefficients of a segment as one float64 vector, branch by branch, step by step."""
+    values = [value for each in coefficients.values() for step in segment.steps for value in each[step].values()]
     return torch.tensor(values, dtype=torch.float64)
 
 
-def assign(coefficients: Coefficients, segment: FitSegment, values: Tensor) -> None:
+def assign(coefficients: BranchCoefficients, segment: FitSegment, values: Tensor) -> None:
     """Set the coefficients of a segment from a vector."""
     remaining = iter(values.tolist())
-    for step in segment.steps:
-        coefficients[step] = {full: next(remaining) for full in coefficients[step]}
+    for each in coefficients.values():
+        for step in segment.steps:
+            each[step] = {full: next(remaining) for full in each[step]}
 
 
 class ClosedLoopRuns:
@@ -145,36 +159,59 @@ class ClosedLoopRuns:
         ends = [segment.end for segment in self._segments]
         recording = bar.track(self._parts, description="sampling unaccelerated runs")
         self._references = [reference_run(source, runs, ends) for runs in recording]
+        self._small = SmallModels()
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches of guidance; one without guidance."""
+        return self._references[0].branches.names
 
     def track(self, description: str, rounds: int) -> Iterator[FitSegment]:
         """Yield the segments, with a bar over all passes that each may take."""
         passes = rounds * len(self._parts)
         self._task = self._bar.add_task(description, total=passes * len(self._segments))
         for number, segment in enumerate(self._segments):
+            self._name = f"{description}, {segment.name}"
             yield segment
             self._bar.update(self._task, completed=passes * (number + 1))
 
     def minimize(
-        self, search: LevenbergMarquardt, coefficients: Coefficients, segment: FitSegment, rounds: int
+        self, search: LevenbergMarquardt, coefficients: BranchCoefficients, segment: FitSegment, rounds: int
     ) -> None:
         """Search for the coefficients of a segment, in place, in so many passes over the runs at most."""
         for _ in range(rounds):
             assign(coefficients, segment, search.candidate)
             for key, (runs, reference) in enumerate(zip(self._parts, self._references, strict=True)):
-                search.add(key, *self._derivatives(runs, reference, coefficients, segment))
+                columns, residual = self._derivatives(runs, reference, coefficients, segment)
+                with self._small.threads():
+                    search.add(key, columns, residual)
                 self._bar.advance(self._task)
             search.close_round()
+            self._bar.update(self._task, description=f"{self._name}: {100 * search.residual:.1f} % left")
             if search.finished:
                 break
         assign(coefficients, segment, search.best)
 
+    def report(self, search: LevenbergMarquardt, segment: FitSegment, start: str, *, is_limited: bool) -> None:
+        """Print how near a segment came to its end, and warn where nobody asked the search to stop so early."""
+        if not self._bar.disable:
+            left = f"{100 * search.residual:.1f} % of {start} distance is left after {search.rounds} rounds"
+            end = "converged" if search.finished else "not converged"
+            self._bar.console.print(f"{segment.name}: {left}, {end}", soft_wrap=True, highlight=False)
+        if not search.finished and not is_limited:
+            warnings.warn(
+                f"the fit of {segment.name} has not converged after {search.rounds} rounds", UserWarning, stacklevel=3
+            )
+
     def _derivatives(
-        self, runs: Sequence[int], reference: Reference, coefficients: Coefficients, segment: FitSegment
+        self, runs: Sequence[int], reference: Reference, coefficients: BranchCoefficients, segment: FitSegment
     ) -> tuple[list[Tensor], Tensor]:
         """Return the derivatives of the latents at a segment's end, and how far they are from the reference's."""
-        sigmas = self._source.sigmas
-        full: dict[int, Tensor] = {}
-        columns: list[Tensor] = []
+        sigmas, branches = self._source.sigmas, reference.branches
+        full: dict[str, dict[int, Tensor]] = {name: {} for name in branches.names}
+        columns: dict[str, list[Tensor]] = {name: [] for name in branches.names}
+        outputs: dict[str, Tensor] = {}  # of the present step
+        slopes: dict[str, list[Tensor]] = {}
         residual: Tensor | None = None
 
         def finish(latents: Tensor) -> None:
@@ -182,33 +219,62 @@ class ClosedLoopRuns:
             residual = latents - reference.latents[segment.end].to(latents)
             raise StopRun
 
+        def close(call: ModelCall) -> None:
+            length = sigmas[call.step + 1] - sigmas[call.step]
+            for name in slopes:
+                _, changes = derivatives(
+                    lambda output, name=name: reference.velocity(call.step, outputs | {name: output}),  # type: ignore[misc]
+                    outputs[name],
+                    slopes[name],
+                )
+                columns[name] += [length * change for change in changes]
+            if call.step == len(sigmas) - 2 and call.latents is not None:
+                finish(branches.own(call.latents) + length * reference.velocity(call.step, outputs))
+            outputs.clear()
+            slopes.clear()
+
         def policy(call: ModelCall) -> Tensor | None:
             if call.latents is None or call.tail is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")
             if call.step == segment.end:
-                finish(call.latents)
+                finish(branches.own(call.latents))
+            names = branches.names if branches.is_batched else (call.branch,)
             if call.step in self._schedule.full_steps:
-                full[call.step], output = watch(call)
+                feature, output = watch(call)
+                for name, part in branches.split(call, feature).items():
+                    full[name][call.step] = part
             else:
-                history = [full[step] for step in coefficients[call.step]]
-                feature = _combine(history, list(coefficients[call.step].values()))
-                directions = history if call.step in segment.steps else []
-                output, slopes = derivatives(call.tail, feature, directions)
-                length = reference.sign * (sigmas[call.step + 1] - sigmas[call.step])
-                columns.extend(length * slope for slope in slopes)
-            if output is not None and call.step == len(sigmas) - 2:
-                finish(euler(call, output, sigmas, reference.sign))
+                terms = [coefficients[name][call.step] for name in names]
+                histories = [[full[name][step] for step in each] for name, each in zip(names, terms, strict=True)]
+                parts = [_combine(*each) for each in zip(histories, terms, strict=True)]
+                # The tail treats each sample alone: one pass moves both halves of a batch, each in its own direction.
+                directions = [_joined(parts) for parts in zip(*histories, strict=True)]
+                is_fitted = call.step in segment.steps
+                output, changes = derivatives(call.tail, _joined(parts), directions if is_fitted else [])
+                if is_fitted:
+                    split = [branches.split(call, change) for change in changes]
+                    slopes.update({name: [each[name] for each in split] for name in names})
+            if output is not None:
+                # A loop may write to what it gets.
+                outputs.update(branches.split(call, output.clone()))
+            if len(outputs) == len(branches.names):
+                close(call)
             return output
 
-        run_until_stopped(self._source, runs, policy)
+        run_until_stopped(self._source, runs, self._small.limit(policy))
         if residual is None:
             raise ValueError(f"source must run all {len(sigmas) - 1} steps, it ended before step {segment.end}")
-        return columns, residual
+        return list(itertools.chain.from_iterable(columns.values())), residual
 
 
-def _combine(features: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the halves of a batch as one tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _combine(features: Sequence[Tensor], terms: Mapping[int, float]) -> Tensor:
     """Return a combination of features [*feature]."""
-    row = torch.tensor([list(coefficients)], dtype=torch.float32, device=features[0].device)
+    row = torch.tensor([list(terms.values())], dtype=torch.float32, device=features[0].device)
     result: Tensor = torch.ops.lesa.forecast(list(features), row, row.new_zeros(1))[0]
     return result
 

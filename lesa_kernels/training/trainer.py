@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_type
-from lesa_kernels.machine import one_thread
+from lesa_kernels.machine import MANY_ELEMENTS, one_thread
 from lesa_kernels.predictors import LesaPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.checkpoint import Checkpoint
@@ -28,10 +28,7 @@ from lesa_kernels.training.learner import Learner
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.training.ranks import Ranks, lock_folder
 from lesa_kernels.training.reports import Scalars, check_reports, save_predictors, write_losses
-from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, TrajectorySource, check_source, watch
-
-# Updates on smaller features compute with one thread: on busy cores two took up to 25 times as long.
-_MANY_ELEMENTS = 1 << 20
+from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, TrajectorySource, check_single_model, check_source, watch
 
 
 @torch.inference_mode(False)
@@ -223,11 +220,12 @@ class _Training:
             learner.begin(batch, self.done, inspect=inspect)
 
         def policy(call: ModelCall) -> Tensor | None:
+            check_single_model(call)
             feature, output = watch(call)
             if (learner := self._learners.get(call.branch)) is not None:
                 # Sources may sample in inference mode, under autocast and without gradients.
                 with (
-                    one_thread() if feature.numel() < _MANY_ELEMENTS else nullcontext(),
+                    one_thread() if feature.numel() < MANY_ELEMENTS else nullcontext(),
                     torch.inference_mode(False),
                     torch.enable_grad(),
                     torch.autocast(feature.device.type, enabled=False),

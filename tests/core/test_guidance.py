@@ -88,3 +88,10 @@ def test_another_rule_is_not_found(branches):
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         Guidance(*arguments)
+
+
+def test_the_negative_of_what_the_model_returns_is_no_guidance() -> None:
+    uncond, cond = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(2))
+    velocity = Guidance(-2.0).combine(uncond, cond)
+    assert find_guidance(uncond, cond, velocity) is not None
+    assert find_guidance(-uncond, -cond, velocity) is None

@@ -114,7 +114,7 @@ def test_arguments_are_checked(arguments: tuple[object, ...], message: str) -> N
 
 def test_rows_outside_the_window_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rows\[7\] must read features of steps"):
-        lesa.LinearPredictor.from_rows(SIGMAS, SCHEDULE, {7: Row({6: 1.0})}, 3)
+        lesa.LinearPredictor.from_rows(SIGMAS, SCHEDULE, {7: Row({5: 1.0})}, 3)
 
 
 def test_hermite_polynomials_take_the_place_of_powers() -> None:

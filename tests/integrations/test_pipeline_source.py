@@ -25,6 +25,7 @@ from tiny_sources import (
     in_full,
     odd_pipeline,
     qwen_case,
+    wan_case,
 )
 
 from lesa_kernels import TaylorSeer
@@ -34,6 +35,12 @@ from lesa_kernels.integrations.outputs import only_tensor, refilled
 from lesa_kernels.integrations.pipeline_source import load_pipeline
 from lesa_kernels.trajectories import ONLY_BRANCH, ModelCall, watch
 
+
+def check_same(latents: Tensor, expected: Tensor) -> None:
+    # torch's convolutions, SD3's first layer, round in another way where their weights take no gradient.
+    torch.testing.assert_close(latents, expected, rtol=1e-6, atol=2e-6)
+
+
 every_case = pytest.mark.parametrize("name", list(CASES))
 
 
@@ -41,11 +48,11 @@ every_case = pytest.mark.parametrize("name", list(CASES))
 def test_a_policy_that_runs_all_blocks_changes_nothing(name: str) -> None:
     case = CASES[name]()
     plain = case.plain(1)
-    with counting(case.pipe.transformer) as count:
+    with counting(*case.models()) as count:
         case.plain(1)
     once = count.blocks
-    with counting(case.pipe.transformer) as count:
-        assert torch.equal(case.run([1], in_full), plain)
+    with counting(*case.models()) as count:
+        check_same(case.run([1], in_full), plain)
         # Not once more in search of the sigmas; where a tail is checked on the first step, that is without blocks.
         assert count.blocks == once
 
@@ -58,8 +65,8 @@ def test_forecasts_of_a_plan_give_what_enable_gives(name: str) -> None:
     full_calls = summary(case.pipe).full
     disable(case.pipe)
     assert not torch.equal(expected, case.plain(2))
-    with counting(case.pipe.transformer) as count:
-        assert torch.equal(case.run([2], Followed(case.source())), expected)
+    with counting(*case.models()) as count:
+        check_same(case.run([2], Followed(case.source())), expected)
     assert count.blocks == full_calls * len(blocks_of(case.pipe.transformer))
 
 
@@ -93,7 +100,8 @@ def test_calls_have_step_branch_feature_and_latents(name: str) -> None:
     branches = BRANCHES.get(name, ("cond",))
     case.run([0], look)
     assert calls == [(step, branch) for step in range(STEPS) for branch in branches]
-    assert all(map(torch.equal, features, expected[: len(features)]))
+    for feature, other in zip(features, expected, strict=False):
+        check_same(feature, other)
     per_branch = len(branches)
     # The first latents are the noise; those of the next step are what the pipeline made of the answers.
     assert torch.equal(given[0], given[per_branch - 1])
@@ -128,7 +136,7 @@ def test_the_tail_has_the_gradient_of_finite_differences(name: str) -> None:
     torch.testing.assert_close(found["grad"], found["expected"], rtol=2e-2, atol=1e-3)
     torch.testing.assert_close(found["forward"], found["grad"], rtol=1e-3, atol=1e-4)
     assert found["expected"].abs() > 0.02
-    assert torch.equal(latents, case.plain(0)), "looking changes nothing"
+    check_same(latents, case.plain(0))
     assert all(parameter.grad is None for parameter in case.pipe.transformer.parameters())
     assert {name: parameter.requires_grad for name, parameter in case.pipe.transformer.named_parameters()} == before
 
@@ -161,6 +169,25 @@ def test_recorded_outputs_are_answers_that_run_no_model(name: str) -> None:
         source.run([0, 1], replay)
         torch.testing.assert_close(case.latents[-1], torch.cat(plain), rtol=1e-5, atol=1e-5)
         assert count.blocks == 0
+
+
+def test_two_transformers_are_one_source() -> None:
+    case = CASES["wan 2.2"]()
+    calls: list[tuple[int, str, int]] = []
+
+    def look(call: ModelCall) -> Tensor:
+        calls.append((call.step, call.branch, call.model))
+        return in_full(call)
+
+    case.run([0], look)
+    turns = [int(sigma < 0.8) for sigma in case.source().sigmas[:-1]]
+    assert sum(turns) in range(1, STEPS)
+    assert calls == [(step, branch, turns[step]) for step in range(STEPS) for branch in ("cond", "uncond")]
+    assert not any(map(find_hook, case.models()))
+    assert all(parameter.requires_grad for model in case.models() for parameter in model.parameters())
+    assert case.source().model.count("WanTransformer3DModel norm_out") == 2
+    others = (wan_case(boundary=0.8, guidance_scale_2=2.5), wan_case(boundary=0.7, guidance_scale_2=2.0))
+    assert len({each.source().identity for each in (case, *others)}) == 3
 
 
 def test_an_answer_with_gradients_reaches_the_pipeline_without() -> None:
@@ -228,10 +255,10 @@ def test_outputs_are_refilled_in_their_own_containers() -> None:
 @every_case
 def test_sigmas_are_known_without_running_the_model(name: str) -> None:
     case = CASES[name]()
-    with counting(case.pipe.transformer) as count:
+    with counting(*case.models()) as count:
         sigmas = case.source().sigmas
         assert count.blocks == 0
-        assert find_hook(case.pipe.transformer) is None
+        assert not any(map(find_hook, case.models()))
     case.plain(0)
     assert list(sigmas) == case.pipe.scheduler.sigmas.tolist()
 
@@ -240,7 +267,7 @@ def test_sigmas_are_known_without_running_the_model(name: str) -> None:
 def test_branches_take_one_step(name: str) -> None:
     case = CASES[name]()
     expected = BRANCHES.get(name, ("cond",))
-    with counting(case.pipe.transformer) as count:
+    with counting(*case.models()) as count:
         assert case.source().branches == expected
     assert count.blocks == len(expected) * len(blocks_of(case.pipe.transformer))
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_flux import tiny_pipeline
-from tiny_pipelines import wan
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="diffusers' pipelines import transformers")
@@ -20,6 +19,7 @@ from tiny_sources import (
     flux_case,
     in_full,
     odd_pipeline,
+    wan22_case,
     wan_case,
 )
 
@@ -33,7 +33,6 @@ FLUX_PROMPTS = embeddings(pooled=True)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"begin": 1}, "step 1 came where step 0 was due; a source runs every step"),
         ({"loops": 2}, "a second denoising loop began within one call"),
         ({"loops": 0}, "did not call its transformer"),
         ({"extra_steps": 1}, "must have 3 steps as asked for, it has 4"),
@@ -137,8 +136,10 @@ def test_pipelines_are_checked() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             PipelineSource(target, ["one"], steps=3)
-    with pytest.raises(ValueError, match="pipe must have one transformer, WanPipeline has two"):
-        PipelineSource(wan(boundary=0.5)[0], ["one"], steps=3)
+    second = wan22_case()
+    second.pipe.transformer_2.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="must have no cache of diffusers enabled"):
+        second.source()
     enable(case.pipe)
     with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) first"):
         case.source()

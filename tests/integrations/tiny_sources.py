@@ -10,7 +10,7 @@ import diffusers
 import torch
 from tiny_flux import CHANNELS, TinyPipeline, tiny_pipeline
 from tiny_models import MODELS
-from tiny_pipelines import flux, hunyuan_video, noise, quiet, qwen_image, wan
+from tiny_pipelines import FLUX_NEGATIVE, flux, hunyuan_video, noise, quiet, qwen_image, wan
 from torch import Tensor, nn
 
 from lesa_kernels import Schedule, Session, TaylorSeer
@@ -83,9 +83,42 @@ def hunyuan_case() -> Case:
     return Case(hunyuan_video()[0], embeddings(pooled=True, mask="prompt_attention_mask"), size)
 
 
-def wan_case() -> Case:
+def wan_case(boundary: float | None = None, **guidance: float) -> Case:
+    pipe = wan(boundary=boundary)[0]
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     negative = {"negative_prompt_embeds": noise(1, TEXT, 8, seed=3), "guidance_scale": 4.0}
-    return Case(wan()[0], embeddings(), negative | {"height": 16, "width": 16, "num_frames": 5})
+    return Case(pipe, embeddings(), negative | guidance | {"height": 16, "width": 16, "num_frames": 5})
+
+
+def wan22_case() -> Case:
+    return wan_case(boundary=0.8, guidance_scale_2=2.0)
+
+
+def flux_cfg_case() -> Case:
+    case = flux_case()
+    return Case(case.pipe, case.prompts, case.arguments | FLUX_NEGATIVE)
+
+
+def sd3_case() -> Case:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1)
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=MODELS["sd3"].model(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    negative = {
+        "negative_prompt_embeds": noise(1, TEXT, 8, seed=3),
+        "negative_pooled_prompt_embeds": noise(1, 8, seed=4),
+        "guidance_scale": 3.0,
+    }
+    return Case(quiet(pipe), embeddings(pooled=True), negative | {"height": 4, "width": 4})
 
 
 def z_image_case() -> Case:
@@ -108,15 +141,19 @@ def in_full(call: ModelCall) -> Tensor:
 
 
 class Followed:
-    """A policy that follows a plan, each branch through a session of its own."""
+    """A policy that follows plans, each branch of each model through a session of its own."""
 
     def __init__(self, source: PipelineSource) -> None:
-        self.plan = TaylorSeer(2, variable="sigma").plan(source.sigmas, SPARSE)
-        self.sessions: dict[str, Session] = {}
+        self.sigmas = source.sigmas
+        self.sessions: dict[tuple[str, int], Session] = {}
 
     def __call__(self, call: ModelCall) -> Tensor:
-        session = self.sessions.setdefault(call.branch, Session(self.plan))
-        if self.plan.is_full(call.step):
+        key = call.branch, call.model
+        if key not in self.sessions:
+            plan = TaylorSeer(2, variable="sigma").plan(self.sigmas, SPARSE, first_step=call.step)
+            self.sessions[key] = Session(plan)
+        session = self.sessions[key]
+        if session.plan.is_full(call.step):
             feature = call.blocks()
             session.push(call.step, feature)
         else:
@@ -174,5 +211,14 @@ class Strange(nn.Module):
         return torch.no_grad()
 
 
-CASES = {"flux": flux_case, "qwen": qwen_case, "hunyuan": hunyuan_case, "wan": wan_case, "z_image": z_image_case}
-BRANCHES = {"qwen": ("cond", "uncond"), "wan": ("cond", "uncond")}
+CASES = {
+    "flux": flux_case,
+    "flux cfg": flux_cfg_case,
+    "qwen": qwen_case,
+    "hunyuan": hunyuan_case,
+    "sd3": sd3_case,
+    "wan": wan_case,
+    "wan 2.2": wan22_case,
+    "z_image": z_image_case,
+}
+BRANCHES = dict.fromkeys(("flux cfg", "qwen", "wan", "wan 2.2"), ("cond", "uncond"))

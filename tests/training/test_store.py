@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,19 @@ def test_branches_come_in_the_order_of_their_calls(tmp_path: Path) -> None:
     assert store.branches == ("cond", "uncond")
     for got, want in zip(run(store, [1]), run(source, [1]), strict=True):
         assert got[:2] == want[:2] and torch.equal(got.feature, want.feature)
+
+
+def test_two_models_that_take_turns_are_refused(tmp_path: Path) -> None:
+    source = runs(2)
+
+    def loop(chosen: Sequence[int], policy: StepPolicy) -> None:
+        source.run(chosen, lambda call: policy(replace(call, model=int(call.step > 2))))
+
+    turns = LoopSource(loop, 2, SIGMAS)
+    with pytest.raises(ValueError, match=r"source must run one model, .* got a call of a second one at step 3"):
+        record(tmp_path, turns)
+    with pytest.raises(ValueError, match=r"source must run one model, .* got a call of a second one at step 3"):
+        train(small_predictor(), turns, SCHEDULE, progress=False)
 
 
 def test_training_on_it_is_training_on_the_source(tmp_path: Path) -> None:

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
-    """The model is small: more threads than free cores would spend their time waiting for each other."""
+    """The models are small: more threads than free cores would spend their time waiting for each other."""

@@ -1,0 +1,288 @@
+"""The learned solver in diffusers' pipelines: what is fitted is what runs; other runs are refused, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    UniPCMultistepScheduler,
+)
+from tiny_pipelines import counting, flux, flux_transformer
+from tiny_sources import (
+    STEPS,
+    Case,
+    flux_case,
+    flux_cfg_case,
+    hunyuan_case,
+    qwen_case,
+    sd3_case,
+    wan22_case,
+    wan_case,
+    z_image_case,
+)
+from torch import Tensor
+
+from lesa_kernels import Schedule, SolverPredictor, TaylorSeer
+from lesa_kernels.integrations import LesaWarning, disable, enable, summary
+from lesa_kernels.training import SolverFits, fit
+
+SCHEDULE = Schedule.explicit(STEPS, [0, 2, 4])
+FULL, FORECAST = 3, 3
+# Calls of the model in a step; the rule and the scale of its guidance.
+CASES: dict[str, tuple[Callable[[], Case], int, tuple[str, float] | None]] = {
+    "flux": (flux_case, 1, None),
+    "hunyuan": (hunyuan_case, 1, None),
+    "flux_cfg": (flux_cfg_case, 2, ("linear", 3)),
+    "qwen": (qwen_case, 2, ("norm", 3)),
+    "wan": (wan_case, 2, ("linear", 4)),
+    "wan22": (wan22_case, 2, ("linear", 4)),
+    "sd3": (sd3_case, 1, ("linear", 3)),
+    # Its pipeline puts cond first, takes the negative, and counts the scale from cond: 1 - (1 + 2).
+    "z_image": (z_image_case, 1, ("linear", -2)),
+}
+
+
+def _fitted(case: Case, **options: Any) -> tuple[SolverFits, SolverPredictor]:
+    """Fit a solver to the runs of a case."""
+    fits = SolverFits(case.source(**options), progress=False, batch=2)
+    return fits, fits.fit(SCHEDULE, progress=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_fitted_is_what_runs(name: str) -> None:
+    make, calls, guidance = CASES[name]
+    case = make()
+    plain = case.plain(0)
+    fits, predictor = _fitted(case)
+    if guidance is None:
+        assert predictor.guidance == ()
+    else:
+        assert (predictor.guidance[0].rule, predictor.guidance[0].scale) == (
+            guidance[0],
+            pytest.approx(guidance[1], abs=1e-3),
+        )
+    assert predictor.is_batched == (guidance is not None and calls == 1)
+    assert predictor.sign == (-1 if name == "z_image" else 1)
+    enable(case.pipe, predictor)
+    with counting(*case.models()) as count:
+        made = case.plain(0)
+    result = summary(case.pipe)
+    assert result.refused is None
+    assert (result.full, result.forecast) == (FULL * calls, FORECAST * calls)
+    assert count.blocks * FORECAST == result.skipped_blocks * FULL or name in ("wan22", "z_image")
+    assert torch.equal(case.plain(0), made), "a second run finds the memory of the first"
+    disable(case.pipe)
+    assert torch.equal(case.plain(0), plain)
+    fits._source.run([0], _Follow(fits, predictor))
+    torch.testing.assert_close(made.flatten(), case.latents[-1].flatten(), rtol=1e-3, atol=1e-3)
+
+
+class _Follow:
+    """Answers the calls of one run as a fit does: the model at full steps, its velocity at the others."""
+
+    def __init__(self, fits: SolverFits, predictor: SolverPredictor) -> None:
+        self._fits, self._full = fits, predictor.full_steps
+        self._sign, self._is_batched = predictor.sign, predictor.is_batched
+
+    def __call__(self, call: Any) -> Tensor:
+        if call.step in self._full:
+            output: Tensor = call.tail(call.blocks())
+            self._dtype = output.dtype
+            return output
+        begun = tuple(step for step in self._full if step < call.step)
+        end = next((step for step in self._full if step > call.step), STEPS)
+        velocity = self._sign * self._fits._velocity(begun, end, 0)[:1].to(self._dtype)
+        return torch.cat([velocity, velocity]) if self._is_batched else velocity
+
+
+@pytest.mark.parametrize("name", ["flux", "flux_cfg", "qwen", "sd3"])
+def test_in_bfloat16(name: str) -> None:
+    case = CASES[name][0]()
+    case.pipe.transformer.to(torch.bfloat16)
+
+    def half(arguments: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in arguments.items()
+        }
+
+    case = replace(case, prompts=[half(prompt) for prompt in case.prompts], arguments=half(case.arguments))
+    fits, predictor = _fitted(case)
+    enable(case.pipe, predictor)
+    made = case.plain(0)
+    assert summary(case.pipe).refused is None
+    assert made.dtype == torch.bfloat16
+    disable(case.pipe)
+    fits._source.run([0], _Follow(fits, predictor))
+    torch.testing.assert_close(made, case.latents[-1], rtol=0.05, atol=0.05)
+
+
+def test_channels_of_a_condition_are_left_aside() -> None:
+    # As FLUX Fill and Canny have them: the model takes more channels than it returns.
+    from diffusers import FluxControlPipeline
+
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    plain = flux_case()
+    pipe = flux(FluxControlPipeline, flux_transformer(8, 4))
+    case = Case(pipe, plain.prompts, plain.arguments | {"control_image": image})
+    _, predictor = _fitted(case)
+    enable(case.pipe, predictor)
+    case.plain(0)
+    assert summary(case.pipe).refused is None
+
+
+def _check_refused(case: Case, predictor: SolverPredictor, message: str, **arguments: Any) -> None:
+    """Check that a run is sampled as without a predictor, and says why."""
+    changed = replace(case, arguments=case.arguments | arguments)
+    disable(case.pipe)
+    plain = changed.plain(0)
+    enable(case.pipe, predictor)
+    with pytest.warns(LesaWarning, match=message):
+        made = changed.plain(0)
+    assert torch.equal(made, plain)
+
+
+def test_other_guidance_is_refused() -> None:
+    guided, unguided = flux_cfg_case(), flux_case()
+    predictor = _fitted(guided)[1]
+    _check_refused(guided, predictor, "step 0 had guidance of scale 5, .*calibrated with scale 3", true_cfg_scale=5.0)
+    _check_refused(guided, predictor, "step 0 made the calls", true_cfg_scale=1.0)
+    predictor = _fitted(unguided)[1]
+    _check_refused(replace(guided, pipe=unguided.pipe), predictor, r"step 0 made the calls \('cond', 'uncond'\)")
+    batched = sd3_case()
+    predictor = _fitted(batched)[1]
+    _check_refused(batched, predictor, "step 0 had guidance of scale 4", guidance_scale=4.0)
+    _check_refused(batched, predictor, "two equal halves", guidance_scale=1.0)
+
+
+# NumPy's remark on how diffusers reads a tensor.
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+            r"UniPCMultistepScheduler takes others: pipe.scheduler = FlowMatchEulerDiscreteScheduler\(shift=3.0\)",
+        ),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True), "stochastic_sampling=False"),
+        (FlowMatchHeunDiscreteScheduler(shift=3.0), "sigmas repeat"),
+        (
+            DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            "DPMSolverMultistepScheduler takes others",
+        ),
+    ],
+)
+def test_other_schedulers_are_refused_with_the_line_that_sets_them_right(scheduler: Any, message: str) -> None:
+    case = wan_case()
+    predictor = _fitted(case)[1]
+    case.pipe.scheduler = scheduler
+    enable(case.pipe, predictor)
+    with pytest.warns(LesaWarning, match=message):
+        case.plain(0)
+    assert summary(case.pipe).forecast == 0
+
+
+def test_latents_that_a_callback_changes_are_noticed() -> None:
+    case = flux_case()
+
+    def change(pipe: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": given["latents"] + 0.5} if step == 2 else {}
+
+    enable(case.pipe, _fitted(case)[1])
+    with pytest.warns(LesaWarning, match="step 2 moved the latents otherwise"):
+        replace(case, arguments=case.arguments | {"callback_on_step_end": change}).plain(0)
+    assert summary(case.pipe).forecast == 1
+
+
+def _late_case() -> Case:
+    case = flux_case()
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    pipe = flux(FluxImg2ImgPipeline, case.pipe.transformer)
+    return Case(pipe, case.prompts, case.arguments | {"image": image, "strength": 0.6})
+
+
+def test_a_run_that_starts_late_gets_the_training_free_forecaster() -> None:
+    predictor, late = _fitted(flux_case())[1], _late_case()
+    enable(late.pipe, predictor)
+    with pytest.warns(LesaWarning, match="starts at step 2, the learned solver was fitted for a start at step 0"):
+        late.plain(0)
+    assert summary(late.pipe).refused is None
+    assert summary(late.pipe).forecast > 0
+
+
+def test_a_fit_for_runs_that_start_late_serves_them() -> None:
+    late = _late_case()
+    assert late.source().first_step == 2
+    fits = SolverFits(late.source(), progress=False)
+    predictor = fits.fit(Schedule.explicit(STEPS, [0, 3, 5]), progress=False)
+    assert predictor.full_steps == (2, 3, 5)
+    enable(late.pipe, predictor)
+    made = late.plain(0)
+    assert summary(late.pipe).refused is None
+    assert (summary(late.pipe).full, summary(late.pipe).forecast) == (3, 1)
+    torch.testing.assert_close(made, fits._reached((2, 3, 5), STEPS, 0), rtol=1e-4, atol=1e-4)
+    disable(late.pipe)
+    with pytest.raises(ValueError, match="they start at step 2: fit_solver takes such"):
+        fit(late.source(), SCHEDULE, progress=False)
+
+
+def test_other_sigmas_and_other_schedules_are_refused() -> None:
+    case = flux_case()
+    predictor = _fitted(case)[1]
+    _check_refused(case, predictor, "other sigmas", sigmas=[1 - (step / STEPS) ** 2 for step in range(STEPS)])
+    disable(case.pipe)
+    plain = case.plain(0)
+    enable(case.pipe, predictor, Schedule.explicit(STEPS, [0, 3]))
+    with pytest.warns(LesaWarning, match=r"schedule must have the full steps \(0, 2, 4\)"):
+        assert torch.equal(case.plain(0), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capture": "norm_out"}, "capture must be None for a learned solver"),
+        ({"history_dtype": torch.bfloat16}, "history_dtype must be None"),
+        ({"check_every": 1}, "check_every must be None"),
+    ],
+)
+def test_options_of_features_are_refused(options: dict[str, Any], message: str) -> None:
+    case = flux_case()
+    predictor = SolverPredictor([1.0, 0.5, 0.0], [0])
+    with pytest.raises(ValueError, match=message):
+        enable(case.pipe, predictor, **options)
+    with pytest.raises(TypeError, match="serves all cache contexts at once"):
+        enable(case.pipe, {"cond": predictor, "uncond": TaylorSeer()})
+
+
+def test_a_finer_target_passes_all_levels_and_leads_nearer_to_the_solution() -> None:
+    case = flux_case()
+    source = case.source()
+    finer = source.refined(4)
+    assert len(finer.sigmas) == 4 * STEPS + 1
+    assert finer.sigmas[::4] == pytest.approx(source.sigmas, abs=1e-6)
+    assert finer.identity != source.identity
+    assert "set_timesteps" not in vars(case.pipe.scheduler)
+    aimed, plain = SolverFits(source, target=finer, progress=False), SolverFits(source, progress=False)
+    solution = SolverFits(source.refined(16), progress=False)._batches[0].target[-1]
+    ends = [(each._reached((0, 2, 4), STEPS, 0) - solution).norm() for each in (aimed, plain)]
+    assert ends[0] < ends[1]
+    with pytest.raises(ValueError, match="parts must be at least 2"):
+        source.refined(1)
+
+
+def test_the_second_transformer_has_guidance_of_its_own() -> None:
+    case = wan22_case()
+    predictor = _fitted(case)[1]
+    assert sorted({round(each.scale, 3) for each in predictor.guidance}) == [2, 4]
+    changed = replace(case, arguments=case.arguments | {"guidance_scale_2": 3.0})
+    enable(case.pipe, predictor)
+    with pytest.warns(LesaWarning, match=r"had guidance of scale 3, .*calibrated with scale 2"):
+        changed.plain(0)
