@@ -27,6 +27,8 @@ _FARTHEST = 3
 # A search ends where so many random changes in turn lead to nothing new.
 _DRAWS = 1000
 _FEWEST_CALLS = 3
+# Length of the last segment of an even schedule, the others' being 1: what is missed there no full step mends.
+_LAST_SEGMENT = 2 / 3
 
 Judge: TypeAlias = Callable[[Schedule], float]
 """Says how good a placement of the full steps is, in dB; higher is better. `SolverFits.psnr_db` is one."""
@@ -101,10 +103,10 @@ class FoundSchedule:
 
 
 def even_schedules(sigmas: Sequence[float], calls: int) -> list[Schedule]:
-    """Return evenly spaced full steps, where a search may begin: halfway between both kinds, by step, by sigma.
+    """Return evenly spaced full steps, where a search may begin: first halfway between by step and by sigma.
 
-    No segment is shorter than the others: the last one ends with the run, so no call is spent on a last step of
-    no length.
+    Then come those nearer to even in sigma, those by step, and `Schedule.uniform_in_sigma`. The last segment is two
+    thirds as long as the others.
 
     Args:
         sigmas: S+1 falling noise levels.
@@ -120,11 +122,11 @@ def even_schedules(sigmas: Sequence[float], calls: int) -> list[Schedule]:
     steps, span = len(levels) - 1, levels[0] - levels[-1]
     calls = check_int("calls", calls, 1, steps)
     found = []
-    for weight in (0.5, 1.0, 0.0):
+    for weight in (0.5, 0.25, 1.0):
         # How much of the run is over before each step.
         over = [weight * step / steps + (1 - weight) * (levels[0] - levels[step]) / span for step in range(steps + 1)]
-        found.append(_placed(over, [index / calls for index in range(calls)]))
-    return list(dict.fromkeys(found))
+        found.append(_placed(over, [index / (calls - 1 + _LAST_SEGMENT) for index in range(calls)]))
+    return list(dict.fromkeys([*found, Schedule.uniform_in_sigma(levels, calls)]))
 
 
 def _placed(over: Sequence[float], wanted: Sequence[float]) -> Schedule:

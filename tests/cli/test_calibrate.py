@@ -123,6 +123,16 @@ def test_one_prompt_is_judged_on_itself_and_that_is_said(tmp_path: Path) -> None
     assert "one prompt: fits are judged on the run that they are fitted to; give 8" in result.output
 
 
+def test_a_finer_target_is_reached_instead(tmp_path: Path) -> None:
+    found = {}
+    for target in ("plain", "finer"):
+        result = run(tmp_path / target, tmp_path, "--target", target, "--calls", "4", "--search", "1")
+        assert result.exit_code == 0, result.output
+        found[target] = lesa.load_predictor(tmp_path / target)
+    assert "240 before the search" in result.output, "48 plain ones and 192 finer ones"
+    assert not torch.equal(found["plain"].coefficients, found["finer"].coefficients)  # type: ignore[union-attr]
+
+
 def test_a_second_run_takes_the_place_of_the_first(tmp_path: Path) -> None:
     for calls in ("4", "3"):
         assert run(tmp_path / "out", tmp_path, "--calls", calls, "--search", "0").exit_code == 0
@@ -162,6 +172,7 @@ def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
     [
         (["--calls", "3", "--psnr-db", "20"], "give one budget: --calls or --psnr-db"),
         (["--psnr-db", "20", "--search", "0"], "--psnr-db needs a --search of at least 1"),
+        (["--target", "finer", "--form", "lesa"], "--target finer needs --form solver, got lesa"),
         (["--calls", "60"], "--calls must be below --steps 12"),
         (["--calls", "12", "--search", "0"], "--calls must be below --steps 12"),
     ],
