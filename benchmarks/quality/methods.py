@@ -34,6 +34,8 @@ TAIL = "coefficients through the tail"
 SOLVER, SOLVER_FEW, SOLVER_MANY = "learned solver", "learned solver, 8 runs", "learned solver, 96 runs"
 LESA, LESA_TUNED, L2P = "LESA as published", "LESA, tuned", "closed form on features (L2P)"
 EULER, BASHFORTH = "Euler", "Adams-Bashforth 2"
+SEARCHED = ("TaylorSeer 1, sigma", "TaylorSeer 2, sigma", "Spectrum", "Spectrum, free constant, sigma")
+"""Of the training-free forecasters, those whose best schedule is searched for."""
 RUNS = {SOLVER: 32, SOLVER_FEW: 8, SOLVER_MANY: 96}
 FEATURE_RUNS = 32
 
@@ -121,6 +123,7 @@ METHODS: dict[str, Method] = {
             (lambda setting, calls, name=name: OWN_SCHEDULES[name](setting.known.steps, calls))  # type: ignore[misc]
             if name in OWN_SCHEDULES
             else uniform,
+            name if name in SEARCHED else None,
         )
         for name, predictor in TRAINING_FREE.items()
     },

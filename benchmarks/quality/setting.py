@@ -131,7 +131,8 @@ class Samples:
         return len(self.prompts)
 
     def first(self, count: int) -> Samples:
-        """Return the first of the samples alone; the same object for the same count."""
+        """Return the first of the samples alone, or all of them; the same object for the same count."""
+        count = min(count, len(self))
         if count not in self._first:
             self._first[count] = Samples(self._data, self.pipe, count, self._first_seed, self._offset, self.steps)
         return self._first[count]

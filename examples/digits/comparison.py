@@ -145,14 +145,14 @@ def psnr(images: Tensor, reference: Tensor) -> tuple[float, float]:
     """Peak signal-to-noise ratio, a mean over images and its standard error.
 
     Args:
-        images: [B, 28, 28], clamped here to [-1, 1] as a viewer would.
+        images: [B, ...], clamped here to [-1, 1] as a viewer would.
         reference: likewise.
 
     Returns:
         (mean, standard error) in dB.
     """
     difference = images.clamp(-1, 1).double() - reference.clamp(-1, 1).double()
-    error = difference.square().mean(dim=(1, 2)).clamp_min(1e-12)
+    error = difference.square().flatten(1).mean(dim=1).clamp_min(1e-12)
     values = 10 * torch.log10(4.0 / error)
     spread = values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
     return values.mean().item(), spread

@@ -87,7 +87,7 @@ def draw_sheet(model: SD3Transformer2DModel, file: Path, seed: int) -> None:
     rows = pixels.reshape(SHEET_ROWS, SHEET_COLUMNS, size, size, 3).transpose(1, 2)
     sheet = Image.fromarray(rows.reshape(SHEET_ROWS * size, SHEET_COLUMNS * size, 3).numpy())
     with replacing(file) as unfinished:
-        sheet.resize((2 * sheet.width, 2 * sheet.height)).save(unfinished, optimize=True)
+        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(unfinished, optimize=True)
 
 
 @app.command()

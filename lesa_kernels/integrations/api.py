@@ -44,7 +44,7 @@ def enable(
     Args:
         target: a pipeline, with all of its transformers, or a bare transformer, whose steps `scheduler` or `sigmas`
             gives.
-        predictor: makes the forecasts; None takes `TaylorSeer(order=2, variable="sigma")`, which needs no training.
+        predictor: makes the forecasts; None takes `TaylorSeer(order=1, variable="sigma")`, which needs no training.
             Enable again after changing its weights. A mapping gives each cache context ("cond", "uncond", ...) its own;
             a context without one runs in full. With "cond" alone it serves a pipeline that opens no context too. Where
             one call holds both branches, as equal halves of its latents (SD3), "uncond" is for the first half.

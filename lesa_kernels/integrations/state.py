@@ -55,7 +55,7 @@ def default_schedule(sigmas: Sequence[float]) -> Schedule:
 
 def default_predictor() -> Predictor:
     """The predictor of `enable` without one; it needs no training."""
-    return TaylorSeer(order=2, variable="sigma")
+    return TaylorSeer(order=1, variable="sigma")
 
 
 class LesaWarning(UserWarning):

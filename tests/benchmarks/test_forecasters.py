@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.quality import training_free
 from benchmarks.quality.forecasters import (
     OWN_SCHEDULES,
     TRAINING_FREE,
@@ -98,11 +97,3 @@ def test_spectrum_s_schedules_are_the_published_ones_where_there_are_any() -> No
     assert {len(rule(50, 8).full_steps) for rule in OWN_SCHEDULES.values()} == {8}
     with pytest.raises(ValueError, match="must be what some growth gives at 50 steps, got 5"):
         spectrum_schedule(50, 5)
-
-
-def test_tables_hold_means_over_models_the_best_first() -> None:
-    found = {("a", "s"): {10: [1.0, 2.0], 8: [3.0, 4.0]}, ("b", "s"): {10: [5.0, 5.0], 8: [0.0, 2.0]}}
-    table = training_free.table(found, "title")
-    assert [list(column.cells) for column in table.columns] == [
-        ["b", "a"], ["s", "s"], ["5.00", "1.50"], ["1.00", "3.50"], ["3.00", "2.50"],
-    ]  # fmt: skip
