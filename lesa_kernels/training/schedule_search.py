@@ -19,8 +19,7 @@ from lesa_kernels.training.policies import PlanPolicy, SmallModels, batches, ref
 from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
-# How many full steps a change moves: mostly one or two. One after the other gets stuck: what one gains, its neighbors
-# must make room for.
+# How many full steps a change moves: mostly one or two. From a poor start, moves of one step alone get stuck.
 _MOVED = (1, 1, 2, 2, 3)
 # Farthest that they go in the first third of a search; 2 in the second, 1 in the last.
 _FARTHEST = 3

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import lesa_kernels as lesa
 from examples.digits.pipeline import DigitsPipeline
+from examples.emoji.emoji_pipeline import EmojiPipeline
 from lesa_kernels.cli import app
 from lesa_kernels.integrations import pipeline_source
 from lesa_kernels.training import SolverFits, even_schedules, search_schedule
@@ -131,6 +132,23 @@ def test_a_finer_target_is_reached_instead(tmp_path: Path) -> None:
         found[target] = lesa.load_predictor(tmp_path / target)
     assert "240 before the search" in result.output, "48 plain ones and 192 finer ones"
     assert not torch.equal(found["plain"].coefficients, found["finer"].coefficients)  # type: ignore[union-attr]
+
+
+def test_a_guided_pipeline_is_calibrated_for_its_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_source, "load_pipeline", lambda *_, **__: EmojiPipeline.load())
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("HOURGLASS\nWHITE SQUARE\n")
+    out = tmp_path / "out"
+    given = ["calibrate", "emoji", "--prompts", str(prompts), "--out", str(out), "--steps", "8", "--batch", "2"]
+    result = CliRunner().invoke(app, [*given, "--calls", "3", "--search", "4", "--set", "guidance_scale=2.5"])
+    assert result.exit_code == 0, result.output
+    predictor = lesa.load_predictor(out)
+    assert isinstance(predictor, lesa.SolverPredictor)
+    assert [each.scale for each in predictor.guidance] == pytest.approx([2.5] * 3, abs=1e-3)
+    pipe = EmojiPipeline.load()
+    use(result.output, pipe)
+    pipe("HOURGLASS", num_inference_steps=8, guidance_scale=2.5, output_type="pt")
+    assert (lesa.summary(pipe).full, lesa.summary(pipe).forecast) == (3, 5)
 
 
 def test_a_second_run_takes_the_place_of_the_first(tmp_path: Path) -> None:
