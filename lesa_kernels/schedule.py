@@ -13,7 +13,7 @@ from lesa_kernels.checks import check_decreasing, check_float, check_int, check_
 MAX_STEPS = 10_000
 # The published rule runs this step full whatever its counter says.
 _ALWAYS_FULL = 3
-# Of 1, 1.5, 2 and 3 the best mean on digits and MNIST, at 10, 8 and 6 calls under FLUX's, Qwen-Image's and Wan's sigmas.
+# Of 1, 1.5, 2 and 3 the best mean on digits and MNIST, at 10, 8 and 6 calls under FLUX's, Qwen's and Wan's sigmas.
 _LAST_SEGMENT_WEIGHT = 1.5
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -88,11 +87,11 @@ class Branches:
     names: tuple[str, ...] = (ONLY_BRANCH,)
     is_batched: bool = False
 
-    def split(self, call: ModelCall, tensor: Tensor) -> dict[str, Tensor]:
-        """Return what is each branch's of a call's feature, output or latents."""
+    def split(self, called: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return what is each branch's of the feature or the output of a call, by name; see `ModelCall.branch`."""
         if self.is_batched:
             return dict(zip(self.names, tensor.chunk(2), strict=True))
-        return {call.branch: tensor}
+        return {called: tensor}
 
     def own(self, latents: Tensor) -> Tensor:
         """Return the latents of one branch."""
@@ -130,7 +129,7 @@ class Reference:
 
 
 class PlanPolicy:
-    """Answers calls by plans: with the blocks on full steps, with forecasts on the others. Measures their times.
+    """Answers calls by plans: with the blocks on full steps, with forecasts on the others.
 
     Args:
         plan: of the only branch, or of each by its name; all with the same full steps.
@@ -138,14 +137,10 @@ class PlanPolicy:
 
     Attributes:
         final: latents of one branch at the end of the run, by Euler's last step; None before.
-        full_seconds: of each call whose blocks ran, until the device was done.
-        forecast_seconds: of each other call.
     """
 
     def __init__(self, plan: Plan | Mapping[str, Plan], reference: Reference | None = None) -> None:
         self.final: Tensor | None = None
-        self.full_seconds: list[float] = []
-        self.forecast_seconds: list[float] = []
         self._reference = reference or Reference({})
         names = self._reference.branches.names
         plans = dict.fromkeys(names, plan) if isinstance(plan, Plan) else plan
@@ -166,12 +161,9 @@ class PlanPolicy:
         branches, sigmas = self._reference.branches, self._plan.sigmas
         if call.branch not in self._sessions and not branches.is_batched:
             raise ValueError(f"source must make the calls {sorted(self._sessions)} in each step, got {call.branch!r}")
-        _wait(call.latents)
-        begin = time.perf_counter()
-        is_full = self._plan.is_full(call.step)
-        if is_full:
+        if self._plan.is_full(call.step):
             feature, output = watch(call)
-            for name, part in branches.split(call, feature).items():
+            for name, part in branches.split(call.branch, feature).items():
                 self._sessions[name].push(call.step, part)
         elif call.tail is None:
             output = None
@@ -181,20 +173,12 @@ class PlanPolicy:
             output = call.tail(forecasts[0] if len(forecasts) == 1 else torch.cat(forecasts))
         if output is not None and call.latents is not None and call.step == len(sigmas) - 2:
             # A loop may write to what it gets.
-            self._outputs |= {name: part.detach().clone() for name, part in branches.split(call, output).items()}
+            self._outputs |= {name: part.detach().clone() for name, part in branches.split(call.branch, output).items()}
             if set(self._outputs) == set(branches.names):
                 length = sigmas[call.step + 1] - sigmas[call.step]
                 velocity = self._reference.velocity(call.step, self._outputs)
                 self.final = branches.own(call.latents).detach() + length * velocity
-        _wait(call.latents)
-        (self.full_seconds if is_full else self.forecast_seconds).append(time.perf_counter() - begin)
         return output
-
-
-def _wait(tensor: Tensor | None) -> None:
-    """Wait for the device of a tensor, so that times are those of the work."""
-    if tensor is not None and tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 @torch.no_grad()
@@ -214,63 +198,86 @@ def reference_run(source: TrajectorySource, runs: Sequence[int], steps: Sequence
             as Euler does: another solver, other guidance than `lesa_kernels.guidance` knows, tokens that stay.
     """
     observer = _Observer(source.sigmas, len(runs), steps)
-    source.run(runs, SmallModels().limit(observer))
-    return observer.reference()
+    watcher = StepWatcher(observer.answer, observer.close)
+    source.run(runs, SmallModels().limit(watcher))
+    if watcher.last is None:
+        raise ValueError("source must call its model, it did not")
+    return observer.reference(watcher.last)
 
 
 @dataclass
-class _SeenStep:
-    """What a run shows at one step: the first call's latents, and the output of each call, copied."""
+class SeenStep:
+    """What a run shows at one step: its latents before the step, and the output of each call of the model, copied."""
 
-    call: ModelCall
+    step: int
     latents: Tensor
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
+class StepWatcher:
+    """A policy that answers calls by a function, and hands each step to another once the next step begins.
+
+    Args:
+        answer: call -> the model's output.
+        close: takes a step and the latents after it.
+
+    Attributes:
+        last: the latest step.
+    """
+
+    def __init__(self, answer: StepPolicy, close: Callable[[SeenStep, Tensor], None]) -> None:
+        self.last: SeenStep | None = None
+        self._answer = answer
+        self._close = close
+
+    def __call__(self, call: ModelCall) -> Tensor:
+        """Answer a call."""
+        if call.latents is None or call.tail is None:
+            raise ValueError("source must run a model with its tail and latents; this one holds features only")
+        if self.last is None or call.step != self.last.step:
+            done, self.last = self.last, SeenStep(call.step, call.latents.detach().clone())
+            if done is not None:
+                self._close(done, self.last.latents)
+        if call.branch in self.last.outputs:
+            raise ValueError(
+                f"source must call its model once a step, or once for each branch, got {call.branch!r} twice in step "
+                f"{call.step}"
+            )
+        output = self._answer(call)
+        if output is None:
+            raise ValueError("source must run a model with its tail; this one holds features only")
+        # A loop may write to what it gets.
+        self.last.outputs[call.branch] = output.detach().clone()
+        return output
+
+
 class _Observer:
-    """A policy that runs all steps in full, and learns how the latents follow from the model's outputs."""
+    """Learns from runs that are sampled in full how the latents follow from the model's outputs."""
 
     def __init__(self, sigmas: Sequence[float], rows: int, steps: Sequence[int]) -> None:
         self._sigmas = sigmas
         self._rows = rows
         self._steps = steps
         self._kept: dict[int, Tensor] = {}
-        self._seen: _SeenStep | None = None
         self._first: Tensor | None = None  # latents
         self._moved: Tensor | None = None  # sum over steps of (sigma_{s+1} - sigma_s) * velocity, but for the last
         self._guidance: dict[int, Guidance] = {}
         self._known = Reference({}, guidance=self._guidance)
 
-    def __call__(self, call: ModelCall) -> Tensor:
+    def answer(self, call: ModelCall) -> Tensor | None:
         """Answer a call in full."""
         check_single_model(call)
-        _, output = watch(call)
-        if output is None or call.latents is None:
-            raise ValueError("source must run a model with its tail and latents; this one holds features only")
-        if self._seen is None or call.step != self._seen.call.step:
-            if self._seen is not None:
-                self._close(self._seen, call.latents)
-            self._seen = _SeenStep(call, call.latents.detach().clone())
-        if call.branch in self._seen.outputs:
-            raise ValueError(
-                f"source must call its model once a step, or once for each branch, got {call.branch!r} twice in step "
-                f"{call.step}"
-            )
-        self._seen.outputs[call.branch] = output.detach().clone()
-        return output
+        return watch(call)[1]
 
-    def reference(self) -> Reference:
-        """Return what was seen, once the run is over."""
-        last = self._seen
-        if last is None:
-            raise ValueError("source must call its model, it did not")
+    def reference(self, last: SeenStep) -> Reference:
+        """Return what was seen, once the run is over and its last step is known."""
         if self._first is None:
             branches = _find_branches(last, self._rows)
             if len(branches.names) == 2:
                 raise ValueError("source must take at least 2 steps, which show its guidance, got 1")
             self._known = replace(self._known, branches=branches)
         elif self._guidance:
-            self._guidance[last.call.step] = self._guidance[max(self._guidance)]
+            self._guidance[last.step] = self._guidance[max(self._guidance)]
         latents, sign = self._own(last.latents), self._known.sign
         outputs = self._parts(last)
         if self._moved is not None and self._first is not None:
@@ -285,28 +292,28 @@ class _Observer:
                     f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
                 )
         found = replace(self._known, latents=self._kept, sign=sign)
-        self._keep(last.call.step, latents)
+        self._keep(last.step, latents)
         end = len(self._sigmas) - 1
-        length = self._sigmas[end] - self._sigmas[last.call.step]
-        self._keep(end, latents + length * found.velocity(last.call.step, outputs))
+        length = self._sigmas[end] - self._sigmas[last.step]
+        self._keep(end, latents + length * found.velocity(last.step, outputs))
         return found
 
-    def _close(self, done: _SeenStep, after: Tensor) -> None:
+    def close(self, done: SeenStep, after: Tensor) -> None:
         """Learn from a step once the next one has begun with other latents."""
         if after.shape != done.latents.shape:
             raise ValueError(
                 f"source must keep the shape of its latents, got {tuple(after.shape)} after {tuple(done.latents.shape)}"
             )
-        length = self._sigmas[done.call.step + 1] - self._sigmas[done.call.step]
+        length = self._sigmas[done.step + 1] - self._sigmas[done.step]
         if self._first is None:
             self._known = replace(self._known, branches=_find_branches(done, self._rows))
             self._first = self._own(done.latents)
         outputs, latents = self._parts(done), self._own(done.latents)
         if len(self._known.branches.names) == 2:
-            self._find_guidance(done.call.step, latents, self._own(after), outputs, length)
-        moved = length * self._known.velocity(done.call.step, outputs).float()
+            self._find_guidance(done.step, latents, self._own(after), outputs, length)
+        moved = length * self._known.velocity(done.step, outputs).float()
         self._moved = moved if self._moved is None else self._moved + moved
-        self._keep(done.call.step, latents)
+        self._keep(done.step, latents)
 
     def _find_guidance(
         self, step: int, latents: Tensor, after: Tensor, outputs: Mapping[str, Tensor], length: float
@@ -334,17 +341,17 @@ class _Observer:
             f"step {step} moved the latents elsewhere: another solver, other guidance, or new noise?"
         )
 
-    def _parts(self, seen: _SeenStep) -> dict[str, Tensor]:
+    def _parts(self, seen: SeenStep) -> dict[str, Tensor]:
         """Return the outputs of a step by branch."""
         branches = self._known.branches
         outputs = seen.outputs
         if branches.is_batched:
-            (output,) = outputs.values()
-            outputs = branches.split(seen.call, output)
+            ((called, output),) = outputs.items()
+            outputs = branches.split(called, output)
         if set(outputs) != set(branches.names):
             raise ValueError(
                 f"source must make the same calls in every step, {sorted(branches.names)}, got {sorted(outputs)} in "
-                f"step {seen.call.step}"
+                f"step {seen.step}"
             )
         for output in outputs.values():
             if output.shape != self._own(seen.latents).shape:
@@ -364,7 +371,7 @@ class _Observer:
             self._kept[step] = latents
 
 
-def _find_branches(seen: _SeenStep, rows: int) -> Branches:
+def _find_branches(seen: SeenStep, rows: int) -> Branches:
     """Tell guidance from the calls of a step; that two halves of a batch are branches shows in equal latents."""
     names = tuple(seen.outputs)
     if len(names) > 2:

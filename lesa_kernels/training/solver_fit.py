@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import statistics
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lesa_kernels.guidance import (
 )
 from lesa_kernels.predictors import SolverPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.training.policies import batches, run_until_stopped
+from lesa_kernels.training.policies import SeenStep, SmallModels, StepWatcher, batches, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
@@ -72,36 +72,6 @@ def fit_solver(
     """
     fits = SolverFits(source, window=window, ridge=ridge, target=target, batch=batch, progress=progress)
     return fits.fit(schedule, progress=progress)
-
-
-@dataclass
-class _Step:
-    """What a run shows at one step: its latents before the step, and the output of each call of the model."""
-
-    step: int
-    latents: Tensor
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-class _Watcher:
-    """A policy that answers calls by a function, and hands each step to another once the next step begins."""
-
-    def __init__(self, answer: Callable[[ModelCall], Tensor], close: Callable[[_Step, Tensor], None]) -> None:
-        self.last: _Step | None = None
-        self._answer = answer
-        self._close = close
-
-    def __call__(self, call: ModelCall) -> Tensor:
-        if call.latents is None or call.tail is None:
-            raise ValueError("source must run a model with its tail and latents; this one holds features only")
-        if self.last is None or call.step != self.last.step:
-            done, self.last = self.last, _Step(call.step, call.latents.detach().clone())
-            if done is not None:
-                self._close(done, self.last.latents)
-        output = self._answer(call)
-        # A loop may write to what it gets.
-        self.last.outputs[call.branch] = output.detach().clone()
-        return output
 
 
 @dataclass(frozen=True)
@@ -182,6 +152,7 @@ class SolverFits:
         self.first_step = 0
         self.model_calls = 0  # steps of single runs at which the model was called
         self._source = source
+        self._small = SmallModels()
         self._ridge = check_float("ridge", ridge, above=0)
         self._memory = check_int("memory", memory, 0)
         self._answers: OrderedDict[tuple[int, ...], list[_Answer]] = OrderedDict()
@@ -298,7 +269,7 @@ class SolverFits:
         latents: list[Tensor] = []
         first, sigmas, latest = -1, source.sigmas, Guidance(1.0)
 
-        def close(done: _Step, after: Tensor) -> None:
+        def close(done: SeenStep, after: Tensor) -> None:
             nonlocal first, latest
             if not latents:
                 first = done.step
@@ -307,8 +278,8 @@ class SolverFits:
             latest = self._guidance_of(done, after, sigmas)
             seen.setdefault(done.step, []).append(latest)
 
-        watcher = _Watcher(lambda call: self._called(call, runs), close)
-        source.run(runs, watcher)
+        watcher = StepWatcher(lambda call: self._called(call, runs), close)
+        source.run(runs, self._small.limit(watcher))
         last = watcher.last
         if last is None or not latents:
             raise ValueError("source must call its model in at least 2 steps")
@@ -334,7 +305,7 @@ class SolverFits:
             raise ValueError("source must run a model with its tail; this one holds features only")
         return output
 
-    def _learn_calls(self, step: _Step, after: Tensor, rows: int, sigmas: Sequence[float]) -> None:
+    def _learn_calls(self, step: SeenStep, after: Tensor, rows: int, sigmas: Sequence[float]) -> None:
         """Find out which calls are branches of guidance, and the sign of the model's output."""
         names = list(step.outputs)
         branches: tuple[str, ...] = ()
@@ -359,11 +330,11 @@ class SolverFits:
         ):
             self._branches = branches[::-1]
 
-    def _own(self, latents: Tensor, step: _Step) -> Tensor:
+    def _own(self, latents: Tensor, step: SeenStep) -> Tensor:
         """Return the latents that the model's output moves: one branch's, without channels of a condition."""
         return own_latents(latents, next(iter(step.outputs.values())), self._is_batched)
 
-    def _velocities(self, step: _Step) -> tuple[Tensor, Tensor]:
+    def _velocities(self, step: SeenStep) -> tuple[Tensor, Tensor]:
         """Return the velocities of both branches, float32."""
         outputs = [self._sign * output.float() for output in step.outputs.values()]
         if self._is_batched:
@@ -376,7 +347,7 @@ class SolverFits:
             raise ValueError(f"source must make the calls {self._branches} in every step, got {tuple(by_name)}")
         return by_name[self._branches[0]], by_name[self._branches[1]]
 
-    def _guidance_of(self, step: _Step, after: Tensor, sigmas: Sequence[float]) -> Guidance:
+    def _guidance_of(self, step: SeenStep, after: Tensor, sigmas: Sequence[float]) -> Guidance:
         """Return how the velocity of a step came of its branches.
 
         Raises:
@@ -391,7 +362,7 @@ class SolverFits:
             )
         return found
 
-    def _try_guidance(self, step: _Step, after: Tensor, sigmas: Sequence[float]) -> Guidance | None:
+    def _try_guidance(self, step: SeenStep, after: Tensor, sigmas: Sequence[float]) -> Guidance | None:
         """Return how the velocity of a step came of its branches, None where it did not."""
         before, after = self._own(step.latents, step), self._own(after, step)
         length = sigmas[step.step + 1] - sigmas[step.step]
@@ -404,7 +375,7 @@ class SolverFits:
             return Guidance(1.0) if agrees(cond, seen, noise) else None
         return find_guidance(uncond, cond, seen, noise)
 
-    def _answer(self, step: _Step, guidance: Guidance) -> _Answer:
+    def _answer(self, step: SeenStep, guidance: Guidance) -> _Answer:
         """Return what a full step shows."""
         uncond, cond = self._velocities(step)
         velocity = guidance.combine(uncond, cond) if self._branches else cond
@@ -432,7 +403,7 @@ class SolverFits:
         for position, step in enumerate(full[:-1]):
             if full[position + 1] > step + 1:
                 answers[step] = self._velocity(full[: position + 1], full[position + 1], number)
-        shown: _Step | None = None
+        shown: SeenStep | None = None
 
         def answer(call: ModelCall) -> Tensor:
             if call.step == due:
@@ -444,14 +415,14 @@ class SolverFits:
             velocity = (self._sign * answers[begin]).to(like.dtype)
             return torch.cat([velocity, velocity]) if self._is_batched else velocity
 
-        def close(done: _Step, after: Tensor) -> None:
+        def close(done: SeenStep, after: Tensor) -> None:
             nonlocal shown
             if done.step == due:
                 shown = done
                 raise StopRun
 
-        watcher = _Watcher(answer, close)
-        run_until_stopped(self._source, runs, watcher)
+        watcher = StepWatcher(answer, close)
+        run_until_stopped(self._source, runs, self._small.limit(watcher))
         shown = shown or watcher.last
         if shown is None or shown.step != due:
             raise ValueError(f"source must run all {len(self.sigmas) - 1} steps, it ended before step {due}")

@@ -29,8 +29,8 @@ from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
 _TAYLOR_ORDER = 2
-# Of the squared distance: a thousandth of the distance.
-WORTHWHILE = 2e-3
+# The first step's damping, and the relative gain of the squared distance that is worth another round.
+_DAMPING, WORTHWHILE = 0.03, 1e-3
 MOST_ROUNDS = 40
 
 Coefficients: TypeAlias = dict[int, dict[int, float]]
@@ -96,7 +96,9 @@ def fit(
         runs = ClosedLoopRuns(source, resolved, batch, bar)
         coefficients = {branch: dict(start) for branch in runs.branches}
         for segment in runs.track("fitting segment by segment", most):
-            search = LevenbergMarquardt(vector(coefficients, segment), name=segment.name, worthwhile=WORTHWHILE)
+            search = LevenbergMarquardt(
+                vector(coefficients, segment), name=segment.name, damping=_DAMPING, worthwhile=WORTHWHILE
+            )
             runs.minimize(search, coefficients, segment, most)
             runs.report(search, segment, "TaylorSeer's", is_limited=rounds is not None)
     found = {
@@ -200,7 +202,9 @@ class ClosedLoopRuns:
             self._bar.console.print(f"{segment.name}: {left}, {end}", soft_wrap=True, highlight=False)
         if not search.finished and not is_limited:
             warnings.warn(
-                f"the fit of {segment.name} has not converged after {search.rounds} rounds", UserWarning, stacklevel=3
+                f"the fit of {segment.name} has not converged after {search.rounds} rounds; rounds= allows more",
+                UserWarning,
+                stacklevel=3,
             )
 
     def _derivatives(
@@ -241,7 +245,7 @@ class ClosedLoopRuns:
             names = branches.names if branches.is_batched else (call.branch,)
             if call.step in self._schedule.full_steps:
                 feature, output = watch(call)
-                for name, part in branches.split(call, feature).items():
+                for name, part in branches.split(call.branch, feature).items():
                     full[name][call.step] = part
             else:
                 terms = [coefficients[name][call.step] for name in names]
@@ -252,11 +256,11 @@ class ClosedLoopRuns:
                 is_fitted = call.step in segment.steps
                 output, changes = derivatives(call.tail, _joined(parts), directions if is_fitted else [])
                 if is_fitted:
-                    split = [branches.split(call, change) for change in changes]
+                    split = [branches.split(call.branch, change) for change in changes]
                     slopes.update({name: [each[name] for each in split] for name in names})
             if output is not None:
                 # A loop may write to what it gets.
-                outputs.update(branches.split(call, output.clone()))
+                outputs.update(branches.split(call.branch, output.clone()))
             if len(outputs) == len(branches.names):
                 close(call)
             return output

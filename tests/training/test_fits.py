@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,11 +12,11 @@ import torch
 from torch import Tensor
 
 import lesa_kernels as lesa
-from lesa_kernels.training import fit, fit_lesa
+from lesa_kernels.training import Evaluator, fit, fit_lesa, fit_solver, policies, tail_fit
 from lesa_kernels.training.lesa_fit import SegmentPredictor, segment_stages, set_gains
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, gram_of
 from lesa_kernels.training.policies import PlanPolicy, batches, reference_run
-from lesa_kernels.training.tail_fit import derivatives
+from lesa_kernels.training.tail_fit import MOST_ROUNDS, derivatives
 from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
 
 STEPS, RUNS, WIDTH = 12, 6, 8
@@ -184,6 +186,59 @@ def test_a_compiled_tail_keeps_its_derivative() -> None:
         compiled(feature)
         output, (slope,) = derivatives(compiled, feature, [direction])
     torch.testing.assert_close((output, slope), (feature.square(), 2 * feature * direction))
+
+
+def test_a_fit_goes_on_until_each_segment_has_converged(capsys: pytest.CaptureFixture[str]) -> None:
+    few = fit(_source(), SCHEDULE, rounds=2, batch=RUNS)
+    shown = capsys.readouterr().out
+    assert shown.count("not converged") == shown.count("after 2 rounds") > 0
+    enough = fit(_source(), SCHEDULE, batch=RUNS)
+    shown = capsys.readouterr().out
+    for name in ("steps 1 to 2", "steps 4 to 5", "steps 7 to 8", "steps 10 to 11"):
+        assert re.search(rf"{name}: \d+\.\d % of TaylorSeer's distance is left after \d+ rounds, converged", shown)
+    again = fit(_source(), SCHEDULE, rounds=MOST_ROUNDS, batch=RUNS, progress=False)
+    assert isinstance(enough, lesa.LinearPredictor) and isinstance(again, lesa.LinearPredictor)
+    torch.testing.assert_close(enough.coefficients, again.coefficients, equal_nan=True)
+    assert isinstance(few, lesa.LinearPredictor) and _error(enough, seed=0) < _error(few, seed=0)
+    assert not capsys.readouterr().out, "hidden with the bar"
+
+
+def test_a_fit_that_does_not_converge_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tail_fit, "MOST_ROUNDS", 2)
+    with pytest.warns(UserWarning, match=r"the fit of steps \d+ to \d+ has not converged after 2 rounds"):
+        fit(_source(), SCHEDULE, batch=RUNS, progress=False)
+
+
+def test_small_models_are_computed_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, threads = _source(), set()
+
+    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
+        def watched(call: ModelCall) -> Tensor | None:
+            def blocks() -> Tensor:
+                threads.add((call.step > 0, torch.get_num_threads()))
+                return call.blocks()
+
+            return policy(replace(call, blocks=blocks))
+
+        source.run(runs, watched)
+        assert torch.get_num_threads() == 2
+
+    torch.set_num_threads(2)
+    watched = LoopSource(loop, RUNS, SIGMAS)
+    for compute in (
+        lambda: reference_run(watched, [0], []),
+        lambda: fit(watched, SCHEDULE, rounds=2, batch=RUNS, progress=False),
+        lambda: Evaluator(watched, batch=RUNS, progress=False)(lesa.Reuse(), SCHEDULE),
+        lambda: fit_solver(watched, SCHEDULE, batch=RUNS, progress=False),
+    ):
+        threads.clear()
+        compute()
+        # Nothing is known of the model before its first call.
+        assert {(True, 1), (False, 2)} <= threads <= {(True, 1), (False, 2), (False, 1)}
+    monkeypatch.setattr(policies, "MANY_ELEMENTS", 0)
+    threads.clear()
+    reference_run(watched, [0], [])
+    assert threads == {(True, 2), (False, 2)}
 
 
 def test_batches_do_not_change_the_fit() -> None:
