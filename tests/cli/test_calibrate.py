@@ -116,12 +116,12 @@ def test_coefficients_are_searched_by_their_own_fits(tmp_path: Path) -> None:
     assert len(full_steps(tmp_path / "out")) == 2
 
 
-def test_one_prompt_is_judged_on_itself_and_that_is_said(tmp_path: Path) -> None:
+def test_few_prompts_are_too_few_for_a_search_and_that_is_said(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, 1)
     given = ["calibrate", "digits", "--prompts", prompts, "--out", str(tmp_path / "out"), "--steps", "6"]
     result = CliRunner().invoke(app, [*given, "--calls", "3", "--search", "2"])
     assert result.exit_code == 0, result.output
-    assert "one prompt: fits are judged on the run that they are fitted to; give 8" in result.output
+    assert "1 prompts are few for a search, which may find what suits these alone: give 16 or more" in result.output
 
 
 def test_a_finer_target_is_reached_instead(tmp_path: Path) -> None:
