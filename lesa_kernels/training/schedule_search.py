@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+import random
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,9 +19,15 @@ from lesa_kernels.training.policies import PlanPolicy, SmallModels, batches, ref
 from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
-# Distances that the search moves a full step by, one after the other.
-_MOVES = (3, 2, 1)
+# How many full steps a change moves: mostly one or two. From a poor start, moves of one step alone get stuck.
+_MOVED = (1, 1, 2, 2, 3)
+# Farthest that they go in the first third of a search; 2 in the second, 1 in the last.
+_FARTHEST = 3
+# A search ends where so many random changes in turn lead to nothing new.
+_DRAWS = 1000
 _FEWEST_CALLS = 3
+# Length of the last segment of an even schedule, the others' being 1: what is missed there no full step mends.
+_LAST_SEGMENT = 2 / 3
 
 Judge: TypeAlias = Callable[[Schedule], float]
 """Says how good a placement of the full steps is, in dB; higher is better. `SolverFits.psnr_db` is one."""
@@ -94,10 +102,10 @@ class FoundSchedule:
 
 
 def even_schedules(sigmas: Sequence[float], calls: int) -> list[Schedule]:
-    """Return evenly spaced full steps, where a search may begin: halfway between both kinds, by step, by sigma.
+    """Return evenly spaced full steps, where a search may begin: first halfway between by step and by sigma.
 
-    No segment is shorter than the others: the last one ends with the run, so no call is spent on a last step of
-    no length.
+    Then come those nearer to even in sigma, those by step, and `Schedule.uniform_in_sigma`. The last segment is two
+    thirds as long as the others.
 
     Args:
         sigmas: S+1 falling noise levels.
@@ -113,11 +121,11 @@ def even_schedules(sigmas: Sequence[float], calls: int) -> list[Schedule]:
     steps, span = len(levels) - 1, levels[0] - levels[-1]
     calls = check_int("calls", calls, 1, steps)
     found = []
-    for weight in (0.5, 1.0, 0.0):
+    for weight in (0.5, 0.25, 1.0):
         # How much of the run is over before each step.
         over = [weight * step / steps + (1 - weight) * (levels[0] - levels[step]) / span for step in range(steps + 1)]
-        found.append(_placed(over, [index / calls for index in range(calls)]))
-    return list(dict.fromkeys(found))
+        found.append(_placed(over, [index / (calls - 1 + _LAST_SEGMENT) for index in range(calls)]))
+    return list(dict.fromkeys([*found, Schedule.uniform_in_sigma(levels, calls)]))
 
 
 def _placed(over: Sequence[float], wanted: Sequence[float]) -> Schedule:
@@ -135,6 +143,8 @@ def _starts(sigmas: Sequence[float], calls: int, like: Schedule | None) -> list[
     starts = even_schedules(sigmas, calls)
     if like is None:
         return starts
+    if like.num_steps != len(sigmas) - 1:
+        raise ValueError(f"like must have {len(sigmas) - 1} steps, got {like.num_steps}")
     bounds = (*like.full_steps, like.num_steps)
     wanted = []
     for index in range(calls):
@@ -146,10 +156,10 @@ def _starts(sigmas: Sequence[float], calls: int, like: Schedule | None) -> list[
 def search_schedule(
     judge: Judge, start: Schedule | Sequence[Schedule], *, placements: int = 60, progress: bool = True
 ) -> FoundSchedule:
-    """Search for the full steps that serve best, at the number of calls of a start, by moving one at a time.
+    """Search for the full steps that serve best, at the number of calls of a start, by moving some of them at random.
 
-    All starts are tried; the best is moved on from. Late steps are moved first: where the judge is
-    `SolverFits.psnr_db`, placements that begin alike share calls of the model.
+    All starts are tried; from the best one on, each change that is better is kept. The same arguments give the same
+    search. With `SolverFits.psnr_db` for a judge, placements that begin alike share calls of the model.
 
     Args:
         judge: says how good a placement is. What it measures should not be what it fits to.
@@ -169,8 +179,7 @@ def search_schedule(
         check_type(f"start[{index}]", each, Schedule, "a Schedule")
         if each.num_steps != starts[0].num_steps or len(each.full_steps) != len(starts[0].full_steps):
             raise ValueError(f"start must hold schedules of as many steps and full steps, got {starts}")
-    check_type("judge", judge, Callable, "a function")  # type: ignore[arg-type]
-    placements = check_int("placements", placements, 1)
+    placements = _check_search(judge, placements)
     if not 1 <= len(starts) <= placements:
         raise ValueError(
             f"placements must be at least 1 a start and start not empty, got {placements} placements for "
@@ -182,36 +191,42 @@ def search_schedule(
 
         def quality(schedule: Schedule) -> float:
             if schedule not in seen:
-                # NaN, which a fit to few runs may give, is no quality.
-                seen[schedule] = check_float("what judge returns", judge(schedule), finite=False)
+                decibels = check_float("what judge returns", judge(schedule), finite=False)
+                seen[schedule] = -math.inf if math.isnan(decibels) else decibels
                 text = f"searching for full steps, best {max(seen.values()):.2f} dB"
                 bar.update(task, advance=1, description=text)
             return seen[schedule]
 
         best = max(starts, key=quality)
-        for distance in _MOVES:
-            best = _climb(best, distance, quality, lambda: len(seen) < placements)
+        chance = random.Random(0)
+        while len(seen) < placements:
+            reach = 1 + int(_FARTHEST * (1 - len(seen) / placements))
+            changed = _changed(best, reach, seen, chance)
+            if changed is None:
+                break
+            best = max(best, changed, key=quality)
+        bar.update(task, total=len(seen))
     return FoundSchedule(best, seen[best], len(seen))
 
 
-def _climb(
-    best: Schedule, distance: int, quality: Callable[[Schedule], float], may_go_on: Callable[[], bool]
-) -> Schedule:
-    """Move single full steps by a distance, late ones first, as long as that helps."""
-    improved = True
-    while improved:
-        improved = False
-        for index, shift in itertools.product(range(len(best.full_steps) - 1, 0, -1), (-distance, distance)):
-            bounds = (*best.full_steps, best.num_steps)
-            if not bounds[index - 1] < bounds[index] + shift < bounds[index + 1]:
-                continue
-            if not may_go_on():
-                return best
-            full = best.full_steps
-            moved = Schedule(best.num_steps, (*full[:index], full[index] + shift, *full[index + 1 :]))
-            if quality(moved) > quality(best):
-                best, improved = moved, True
-    return best
+def _check_search(judge: object, placements: object) -> int:
+    """Check what all searches take; return the number of placements."""
+    check_type("judge", judge, Callable, "a function")  # type: ignore[arg-type]
+    return check_int("placements", placements, 1)
+
+
+def _changed(schedule: Schedule, reach: int, seen: Container[Schedule], chance: random.Random) -> Schedule | None:
+    """Move some full steps at random by a reach at most, to a schedule that was not seen; None where none is found."""
+    steps, count = schedule.num_steps, len(schedule.full_steps)
+    for _ in range(_DRAWS):
+        full = list(schedule.full_steps)
+        for index in chance.sample(range(1, count), min(count - 1, chance.choice(_MOVED))):
+            full[index] += chance.choice((-1, 1)) * chance.randint(1, reach)
+        if all(before < after for before, after in itertools.pairwise((*full, steps))):
+            changed = Schedule(steps, tuple(full))
+            if changed not in seen:
+                return changed
+    return None
 
 
 def fewest_calls(
@@ -236,6 +251,7 @@ def fewest_calls(
         TypeError: see `search_schedule`.
         ValueError: when an argument is out of range, or no number of calls below S reaches the bound.
     """
+    placements = _check_search(judge, placements)
     psnr_db = check_float("psnr_db", psnr_db)
     steps = len(check_decreasing(sigmas)) - 1
     low, high = min(_FEWEST_CALLS, steps - 1), steps - 1
@@ -285,7 +301,9 @@ def quality_curve(
     Raises:
         TypeError, ValueError: see `search_schedule` and `even_schedules`.
     """
-    placements = check_int("placements", placements, 1)
+    placements = _check_search(judge, placements)
+    if like is not None:
+        check_type("like", like, Schedule, "a Schedule or None")
     counts = sorted(check_int("calls", count, 1) for count in check_list("calls", calls, "numbers of full steps"))
     found: dict[int, FoundSchedule] = {}
     with progress_bar(progress) as bar:

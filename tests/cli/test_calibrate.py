@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import lesa_kernels as lesa
 from examples.digits.pipeline import DigitsPipeline
+from examples.emoji.emoji_pipeline import EmojiPipeline
 from lesa_kernels.cli import app
 from lesa_kernels.integrations import pipeline_source
 from lesa_kernels.training import SolverFits, even_schedules, search_schedule
@@ -115,12 +116,39 @@ def test_coefficients_are_searched_by_their_own_fits(tmp_path: Path) -> None:
     assert len(full_steps(tmp_path / "out")) == 2
 
 
-def test_one_prompt_is_judged_on_itself_and_that_is_said(tmp_path: Path) -> None:
+def test_few_prompts_are_too_few_for_a_search_and_that_is_said(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, 1)
     given = ["calibrate", "digits", "--prompts", prompts, "--out", str(tmp_path / "out"), "--steps", "6"]
     result = CliRunner().invoke(app, [*given, "--calls", "3", "--search", "2"])
     assert result.exit_code == 0, result.output
-    assert "one prompt: fits are judged on the run that they are fitted to; give 8" in result.output
+    assert "1 prompts are few for a search, which may find what suits these alone: give 16 or more" in result.output
+
+
+def test_a_finer_target_is_reached_instead(tmp_path: Path) -> None:
+    found = {}
+    for target in ("plain", "finer"):
+        result = run(tmp_path / target, tmp_path, "--target", target, "--calls", "4", "--search", "1")
+        assert result.exit_code == 0, result.output
+        found[target] = lesa.load_predictor(tmp_path / target)
+    assert "240 before the search" in result.output, "48 plain ones and 192 finer ones"
+    assert not torch.equal(found["plain"].coefficients, found["finer"].coefficients)  # type: ignore[union-attr]
+
+
+def test_a_guided_pipeline_is_calibrated_for_its_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_source, "load_pipeline", lambda *_, **__: EmojiPipeline.load())
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("HOURGLASS\nWHITE SQUARE\n")
+    out = tmp_path / "out"
+    given = ["calibrate", "emoji", "--prompts", str(prompts), "--out", str(out), "--steps", "8", "--batch", "2"]
+    result = CliRunner().invoke(app, [*given, "--calls", "3", "--search", "4", "--set", "guidance_scale=2.5"])
+    assert result.exit_code == 0, result.output
+    predictor = lesa.load_predictor(out)
+    assert isinstance(predictor, lesa.SolverPredictor)
+    assert [each.scale for each in predictor.guidance] == pytest.approx([2.5] * 3, abs=1e-3)
+    pipe = EmojiPipeline.load()
+    use(result.output, pipe)
+    pipe("HOURGLASS", num_inference_steps=8, guidance_scale=2.5, output_type="pt")
+    assert (lesa.summary(pipe).full, lesa.summary(pipe).forecast) == (3, 5)
 
 
 def test_a_second_run_takes_the_place_of_the_first(tmp_path: Path) -> None:
@@ -162,6 +190,7 @@ def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
     [
         (["--calls", "3", "--psnr-db", "20"], "give one budget: --calls or --psnr-db"),
         (["--psnr-db", "20", "--search", "0"], "--psnr-db needs a --search of at least 1"),
+        (["--target", "finer", "--form", "lesa"], "--target finer needs --form solver, got lesa"),
         (["--calls", "60"], "--calls must be below --steps 12"),
         (["--calls", "12", "--search", "0"], "--calls must be below --steps 12"),
     ],

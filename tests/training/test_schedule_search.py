@@ -43,14 +43,15 @@ class _Counting:
         return 10.0 * len(full) - distance
 
 
-def test_even_schedules_have_segments_of_one_length() -> None:
-    between, by_step, by_sigma = even_schedules(CURVED, 4)
-    assert by_step.full_steps == (0, 5, 10, 15)
-    # sigma goes down by a quarter where sigma squared, which is even in steps, is at 9/16, 4/16 and 1/16.
-    assert by_sigma.full_steps == (0, 9, 15, 19)
-    assert between.full_steps == (0, 6, 12, 17)
-    assert even_schedules(SIGMAS, 4) == [by_step], "each once"
-    assert even_schedules(CURVED, STEPS) == [lesa.Schedule(STEPS, tuple(range(STEPS)))]
+def test_even_schedules_have_segments_of_one_length_but_for_the_last() -> None:
+    between, quarter, by_step, by_sigma = even_schedules(CURVED, 4)
+    # 20 steps by 3 2/3: 5.45, 10.9, 16.4.
+    assert by_step.full_steps == (0, 5, 11, 16)
+    assert by_sigma == lesa.Schedule.uniform_in_sigma(CURVED, 4)
+    assert between.full_steps == (0, 7, 13, 18)
+    assert quarter.full_steps == (0, 8, 15, 19)
+    assert even_schedules(CURVED, STEPS) == [lesa.Schedule(STEPS, tuple(range(STEPS)))], "each once"
+    assert even_schedules(CURVED, 1) == [lesa.Schedule(STEPS, (0,))]
     with pytest.raises(ValueError, match="calls must be at most 20"):
         even_schedules(SIGMAS, 21)
 
