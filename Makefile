@@ -17,7 +17,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard build_backend/*
 NATIVE_FILES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 FORMATTED := $(NATIVE_FILES) $(shell find tests/cuda tests/ptxsim tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help setup demo demo-train test test-all fuzz soak sanitize compatibility compatibility-all bench gpu-pack gpu-check quality lint format clean
+.PHONY: help setup demo demo-train test test-all fuzz soak sanitize compatibility compatibility-all bench gpu-pack gpu-check quality quality-all lint format clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -76,8 +76,14 @@ bench: setup ## Time the kernels against their baselines
 	@$(BIN)/python -m benchmarks $(ARGS)
 	@$(BIN)/python -m benchmarks.hooks
 
-quality: setup ## Compare what all methods make of digits; trains small models the first time (hours)
-	@$(BIN)/python -m benchmarks.quality $(ARGS)
+# Into a file of its own: the committed rows are those of the whole.
+SLICE_OF_QUALITY := --data digits --seed 0 --calls 8 --out build/quality/rows.csv --plot build/quality/quality.png
+
+quality: setup ## Compare the images of all methods on a small model: minutes; ARGS= names another part
+	@$(BIN)/python -m benchmarks.quality $(if $(ARGS),$(ARGS),$(SLICE_OF_QUALITY))
+
+quality-all: setup ## Compare them on three data sets, three models each, and renew the pages: a night; goes on where it was
+	@$(BIN)/python -m benchmarks.quality --page docs/quality.md --readme README.md
 
 gpu-pack: setup ## Collect what a machine with a GPU needs; prints the commands to run there
 	@$(BIN)/python -m tools.gpu_check.pack $(ARGS)
