@@ -144,9 +144,12 @@ class SolverFits:
         check_source(source, may_start_late=True)
         self.sigmas = source.sigmas
         self.window = check_int("window", window, 1)
-        self.held_out = check_int("held_out", held_out, 0)
-        if self.held_out >= len(source):
+        fitted = len(source) - check_int("held_out", held_out, 0)
+        if fitted < 1:
             raise ValueError(f"held_out must leave a run to fit to, got {held_out} of {len(source)} runs")
+        self._fitted = range(fitted)
+        self._judged = range(fitted if held_out else 0, len(source))
+        self._exchanged: SolverFits | None = None
         if len(self.sigmas) < 3:
             raise ValueError(f"source must have at least 2 steps, got {len(self.sigmas) - 1}")
         self.first_step = 0
@@ -232,7 +235,7 @@ class SolverFits:
         full = self.full_steps(schedule)
         ratios = []
         for number, each in enumerate(self._batches):
-            chosen = [row for row, run in enumerate(each.runs) if not self.held_out or run >= self._fitted]
+            chosen = [row for row, run in enumerate(each.runs) if run in self._judged]
             if not chosen:
                 continue
             aim = each.target[-1].to(each.noise.device).float()
@@ -243,22 +246,34 @@ class SolverFits:
 
     def include_held_out(self) -> None:
         """Fit to all runs from now on; what was found without the held-out ones is forgotten."""
-        self.held_out = 0
+        self._fitted = self._judged = range(len(self._source))
+        self._exchanged = None
         self._answers.clear()
         self._found.clear()
 
     def eulers(self) -> SolverFits:
         """Return the same runs without coefficients: `psnr_db` is then of Euler's method on the full steps alone."""
-        plain = copy(self)
-        plain.model_calls, plain._answers, plain._found = 0, OrderedDict(), {}
+        plain = self._copy()
         # Beyond all data, so that nothing is added to Euler's step.
         plain._ridge = 1e30
         return plain
 
-    @property
-    def _fitted(self) -> int:
-        """How many runs are fitted to: the first ones."""
-        return len(self._source) - self.held_out
+    def cross_validated_db(self, schedule: Schedule | ScheduleRule) -> float:
+        """Return the mean of `psnr_db` and of what it is with fitted and held-out runs exchanged; for few runs.
+
+        Args:
+            schedule: which steps are full.
+        """
+        if self._exchanged is None:
+            self._exchanged = self._copy()
+            self._exchanged._fitted, self._exchanged._judged = self._judged, self._fitted
+        return (self.psnr_db(schedule) + self._exchanged.psnr_db(schedule)) / 2
+
+    def _copy(self) -> SolverFits:
+        """Return fits of their own to the same runs."""
+        other = copy(self)
+        other.model_calls, other._answers, other._found, other._exchanged = 0, OrderedDict(), {}, None
+        return other
 
     def _end(self, full: Sequence[int], position: int) -> int:
         """Return the step at which a segment ends."""
@@ -446,13 +461,13 @@ class SolverFits:
         count = len(self._columns(full, 0))
         if end > begin + 1:
             for number, each in enumerate(self._batches):
-                rows = sum(run < self._fitted for run in each.runs)
+                rows = [row for row, run in enumerate(each.runs) if run in self._fitted]
                 if not rows:
                     continue
                 answer = self._observe(full)[number]
                 aim = each.target[end].to(answer.latents)
                 left = aim - answer.latents - (self.sigmas[end] - self.sigmas[begin]) * answer.velocity
-                parts = [part[:rows] * each.moves[:rows] for part in (*self._columns(full, number), left)]
+                parts = [(part * each.moves)[rows[0] : rows[-1] + 1] for part in (*self._columns(full, number), left)]
                 products = torch.ops.lesa.gram(parts)[:-1, :-1].cpu()
                 sums = products if sums is None else sums + products
         if sums is None:
