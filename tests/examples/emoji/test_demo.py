@@ -69,6 +69,7 @@ def test_the_settings_are_written(results: dict[str, Any]) -> None:
     assert results["samples"] == 2 and results["prompts"] == list(prompts.SHOWN[:2])
     assert results["command"].startswith("python -m examples.emoji")
     assert results["clock"] == "processor time" and results["converged_steps"] == 12
+    assert results["seconds"] > results["fit"]["seconds"] > 0
     assert set(results["machine"]) == {"device", "threads", "torch", "python"}
     assert results["fit"]["runs"] == 2 and results["fit"]["model_calls"] == 2 * (50 + 8)
 
@@ -186,12 +187,17 @@ def interrupt_after(calls: int, function: Callable[..., Any]) -> Callable[..., A
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_measured", interrupt_after(2, demo._measured))
-    monkeypatch.setattr(demo, "CONVERGED_STEPS", 12)
-    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--samples", "1", "--runs", "1"])
-    assert result.exit_code == 130 and "Interrupted" in result.output
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(DemoConfig(tmp_path, **{**QUICK, "samples": 1}), Console(quiet=True))
     assert names_in(tmp_path) == {".lock"}
     with lock_folder(tmp_path):
         pass
+
+
+def test_an_interrupted_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run_demo", interrupt_after(0, run_demo))
+    result = CliRunner().invoke(app, ["--out", str(tmp_path)])
+    assert result.exit_code == 130 and "Interrupted" in result.output and "Traceback" not in result.output
 
 
 def test_an_interrupted_picture_leaves_the_old_one(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
