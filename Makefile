@@ -39,11 +39,11 @@ $(INSTALL_STAMP): $(TORCH_STAMP) $(BUILD_FILES) $(NATIVE_FILES)
 setup: $(INSTALL_STAMP) ## Create .venv with torch, the compiled package and every extra
 	@:
 
-demo: setup ## Accelerate a small diffusion transformer: table, pictures, JSON
-	@$(BIN)/python -m examples.digits
+demo: setup ## Fit the learned solver to a small SD3, compare it with its rivals: table, pictures, JSON; 3 minutes
+	@$(BIN)/python -m examples.emoji $(ARGS)
 
-demo-train: setup ## Train the demo's diffusion transformer again (minutes)
-	@$(BIN)/python -m examples.digits.train_model
+demo-train: setup ## Train the demo's diffusion transformer again (half an hour)
+	@$(BIN)/python -m examples.emoji.train_emoji $(ARGS)
 
 # One process a core and one thread a process: threads of small models that wait for each other cost more than they do.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -1,1 +1,1 @@
-"""A small diffusion transformer that draws digits, sampled with a fraction of its block calls: `make demo`."""
+"""A small diffusion transformer that draws digits; `python -m examples.digits.train_model` trains it."""

@@ -138,6 +138,8 @@ def calibrate(
             has_curve = bool(search) and calls is None and psnr_db is None
             numbers = sorted({max(2, round(budget * part)) for part in _CURVE}) if has_curve else []
             finer = source.refined(_PARTS) if target is Target.finer else None
+            if search and len(source) < _FEW_RUNS:
+                search = min(search, len(even_schedules(source.sigmas, budget)))
             if form is Form.solver:
                 make = partial(_solver, source, finer, batch, search)
             else:
@@ -181,7 +183,7 @@ class _Cost:
     def placement(self, calls: int) -> int:
         """What judging a placement takes at most."""
         if self.form is Form.solver:
-            return self.runs * calls
+            return self.runs * calls * (2 if self.runs < _FEW_RUNS else 1)
         # The fit samples its runs in full, and in each round up to the end of one segment after the other.
         of_run = self.steps + _ROUNDS_TO_TRY * calls * (calls + 1) // 2
         return (self.runs - self.runs // 2) * of_run + max(1, self.runs // 2) * calls
@@ -205,8 +207,8 @@ def _fits(
     )
     if cost.runs < _FEW_RUNS:
         console.print(
-            f"{cost.runs} prompts are few for a search, which may find what suits these alone: give {_FEW_RUNS} or "
-            "more, or --search 0",
+            f"{cost.runs} prompts are too few for a search, which would find what suits these alone: evenly spaced full "
+            f"steps are tried, and no others; give {_FEW_RUNS} or more",
             soft_wrap=True,
         )
     begin = time.monotonic()
@@ -221,11 +223,14 @@ def _solver(source: TrajectorySource, target: TrajectorySource | None, batch: in
     fits = SolverFits(source, held_out=len(source) // 2 if search else 0, target=target, batch=batch)
 
     def predictors(schedule: Schedule) -> dict[str, SolverPredictor]:
-        if fits.held_out:
+        if search:
             fits.include_held_out()
         return {ONLY_BRANCH: fits.fit(schedule)}
 
-    return _Fits(predictors, fits.psnr_db, fits.eulers().psnr_db) if search else _Fits(predictors)
+    if not search:
+        return _Fits(predictors)
+    judge = fits.cross_validated_db if len(source) < _FEW_RUNS else fits.psnr_db
+    return _Fits(predictors, judge, fits.eulers().psnr_db)
 
 
 def _through_tail(source: TrajectorySource, form: Form, batch: int, search: int) -> _Fits:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lesa_kernels import Schedule, SolverPredictor, load_predictor
 from lesa_kernels.guidance import Guidance
-from lesa_kernels.training import LoopSource, RecordedSource, SolverFits, fit_solver
+from lesa_kernels.training import LoopSource, RecordedSource, SelectedRuns, SolverFits, fit_solver
 from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 STEPS, RUNS = 12, 6
@@ -190,6 +190,16 @@ def test_held_out_runs_are_not_fitted_to() -> None:
     assert some.psnr_db(SCHEDULE) != all_runs.psnr_db(SCHEDULE)
     some.include_held_out()
     assert some.psnr_db(SCHEDULE) == all_runs.psnr_db(SCHEDULE)
+
+
+def test_cross_validation_exchanges_the_halves() -> None:
+    def runs_from(first: int) -> SolverFits:
+        order = SelectedRuns(_source({"cond": _curved}), [*range(first, RUNS), *range(first)])
+        return SolverFits(order, held_out=RUNS // 2, batch=RUNS, progress=False)
+
+    halves = [runs_from(first).psnr_db(SCHEDULE) for first in (0, RUNS // 2)]
+    assert halves[0] != halves[1]
+    assert runs_from(0).cross_validated_db(SCHEDULE) == pytest.approx(sum(halves) / 2, abs=1e-3)
 
 
 def test_a_finer_target_is_met_instead() -> None:
