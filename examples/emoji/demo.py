@@ -31,7 +31,7 @@ from lesa_kernels.training.ranks import lock_folder
 PLACEMENTS = {
     10: (0, 3, 10, 18, 24, 26, 34, 40, 44, 46),
     8: (0, 5, 14, 22, 29, 37, 43, 47),
-    6: (0, 8, 17, 29, 39, 45),
+    6: (0, 6, 16, 26, 37, 45),
 }
 """Calls -> full steps of the learned solver, as `python -m examples.emoji.prepare placements` printed them."""
 CONVERGED_STEPS = 200
@@ -185,7 +185,7 @@ def _run(config: DemoConfig, console: Console) -> list[figures.Row]:
             pictures.append(images)
     console.print(figures.table(rows, plain_row, config.samples))
     for calls, predictor in learned.items():
-        predictor.save_pretrained(config.out / f"{calls}-calls")
+        predictor.save_pretrained(config.out / "predictors" / f"{calls}-calls")
     settings = {
         "samples": config.samples,
         "prompts": samples.prompts,
@@ -201,8 +201,7 @@ def _run(config: DemoConfig, console: Console) -> list[figures.Row]:
         _draw(config.out, samples.prompts, plain, rows, pictures)
     console.print(
         f"{time.perf_counter() - began:.0f} s in all. Pictures: [bold]{config.out / 'images.png'}[/], "
-        f"{config.out / 'quality.png'}; figures: {config.out / 'results.json'}; {figures.BEST}: "
-        f"{', '.join(str(config.out / f'{calls}-calls') for calls in learned)}",
+        f"{config.out / 'quality.png'}; figures: {config.out / 'results.json'}; fits: {config.out / 'predictors'}",
         soft_wrap=True,
     )
     return rows

@@ -28,7 +28,7 @@ from examples.emoji.emoji_pipeline import EmojiPipeline
 from lesa_kernels.training.ranks import lock_folder
 
 QUICK = {"samples": 2, "runs": 2, "calls": (8,), "converged_steps": 12}
-WRITTEN = {".lock", "8-calls", "images.png", "quality.png", "results.json"}
+WRITTEN = {".lock", "predictors", "images.png", "quality.png", "results.json"}
 METHODS = {"learned solver", "LESA as published", "Spectrum", "TaylorSeer", "Adams-Bashforth 2", "Euler"}
 
 
@@ -99,7 +99,7 @@ def test_the_pictures_are_of_the_right_size(out: Path) -> None:
 def test_the_fitted_predictor_is_served(out: Path) -> None:
     pipe = EmojiPipeline.load()
     pipe.set_progress_bar_config(disable=True)
-    with lesa.enabled(pipe, lesa.load_predictor(out / "8-calls")):
+    with lesa.enabled(pipe, lesa.load_predictor(out / "predictors" / "8-calls")):
         pipe("octopus", generator=torch.Generator().manual_seed(0))
         assert lesa.summary(pipe).refused is None
 
