@@ -121,10 +121,7 @@ def test_few_prompts_are_too_few_for_a_search_and_that_is_said(tmp_path: Path) -
     given = ["calibrate", "digits", "--prompts", prompts, "--out", str(tmp_path / "out"), "--steps", "6"]
     result = CliRunner().invoke(app, [*given, "--calls", "3", "--search", "2"])
     assert result.exit_code == 0, result.output
-    assert (
-        "1 prompts are too few for a search, which would find what suits these alone: evenly spaced full steps are tried"
-        in result.output
-    )
+    assert "1 prompts are too few for a search" in result.output
 
 
 def test_a_finer_target_is_reached_instead(tmp_path: Path) -> None:
