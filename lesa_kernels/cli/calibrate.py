@@ -207,8 +207,8 @@ def _fits(
     )
     if cost.runs < _FEW_RUNS:
         console.print(
-            f"{cost.runs} prompts are too few for a search, which would find what suits these alone: only evenly spaced "
-            f"full steps are tried; give {_FEW_RUNS} or more",
+            f"{cost.runs} prompts are too few for a search, which would find what suits these alone: only evenly "
+            f"spaced full steps are tried; give {_FEW_RUNS} or more",
             soft_wrap=True,
         )
     begin = time.monotonic()
