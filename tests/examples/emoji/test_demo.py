@@ -186,7 +186,7 @@ def interrupt_after(calls: int, function: Callable[..., Any]) -> Callable[..., A
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_measured", interrupt_after(2, demo._measured))
+    monkeypatch.setattr(demo, "_measured", interrupt_after(3, demo._measured))
     with pytest.raises(KeyboardInterrupt):
         run_demo(DemoConfig(tmp_path, **{**QUICK, "samples": 1}), Console(quiet=True))
     assert names_in(tmp_path) == {".lock"}
