@@ -18,7 +18,8 @@ Rule: TypeAlias = Literal["linear", "rescale", "norm"]
 
 # Of the velocity: what pipelines compute in another order differs by less, other rules by more.
 _TOLERANCE = 1e-3
-# Roundings of x to x's dtype, of the branches and of what is made of them.
+# Roundings of the branches and of what is made of them. Latents are rounded twice at most, and over many elements that
+# comes to less than the largest that a single rounding can be.
 _ROUNDINGS = 4.0
 # A rule with more to choose from must come nearer than this to be taken for the simpler one.
 _NO_WORSE = 1.01
@@ -47,7 +48,8 @@ class Guidance:
         if self.rule not in get_args(Rule):
             raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, got {self.rule!r}")
         check_float("scale", self.scale)
-        check_float("rescale", self.rescale)
+        if not 0 <= check_float("rescale", self.rescale) <= 1:
+            raise ValueError(f"rescale must be 0 to 1, got {self.rescale}")
 
     def combine(self, uncond: Tensor, cond: Tensor) -> Tensor:
         """Return the guided velocity.
@@ -200,7 +202,7 @@ def rounding_noise(latents: Tensor, velocity: Tensor, dtype: torch.dtype, length
     """
     unit = torch.finfo(dtype).eps / 2
     of_latents, of_velocity = torch.stack([latents.float().norm(), velocity.float().norm()]).tolist()
-    return float(_ROUNDINGS * unit * (of_latents / length + of_velocity))
+    return float(unit * (of_latents / length + _ROUNDINGS * of_velocity))
 
 
 def _ratio(size: Callable[[Tensor], Tensor], cond: Tensor, guided: Tensor) -> Tensor:

@@ -162,8 +162,9 @@ class SelectedRuns:
     """
 
     def __init__(self, source: TrajectorySource, runs: Sequence[int]) -> None:
-        check_source(source)
+        check_source(source, may_start_late=True)
         self.sigmas = source.sigmas
+        self.first_step: int = getattr(source, "first_step", 0)
         self._source = source
         self._runs = [
             check_int(f"runs[{index}]", run, 0, len(source) - 1)

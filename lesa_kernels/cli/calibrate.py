@@ -134,9 +134,9 @@ def calibrate(
         with lock_folder(out):
             source = pipeline.source(console)
             torch.manual_seed(seed)
-            budget = calls or max(3, -(-steps // 5))
+            budget = calls or min(max(3, -(-steps // 5)), steps - 1)
             has_curve = bool(search) and calls is None and psnr_db is None
-            numbers = sorted({max(2, round(budget * part)) for part in _CURVE}) if has_curve else []
+            numbers = sorted({min(max(2, round(budget * part)), steps - 1) for part in _CURVE}) if has_curve else []
             finer = source.refined(_PARTS) if target is Target.finer else None
             if search and len(source) < _FEW_RUNS:
                 search = min(search, len(even_schedules(source.sigmas, budget)))
@@ -144,7 +144,8 @@ def calibrate(
                 make = partial(_solver, source, finer, batch, search)
             else:
                 make = partial(_through_tail, source, form, batch, search)
-            fits = _fits(make, _Cost(form, target, len(source), steps), budget, search, numbers, console)
+            planned = budget if psnr_db is None else None
+            fits = _fits(make, _Cost(form, target, len(source), steps), planned, search, numbers, console)
             schedule = _placement(fits, source.sigmas, budget, psnr_db, search, console)
             if has_curve:
                 _draw_curve(fits, source.sigmas, numbers, schedule, out / _CURVE_FILE, console)
@@ -194,10 +195,13 @@ class _Cost:
 
 
 def _fits(
-    make: Callable[[], _Fits], cost: _Cost, calls: int, search: int, numbers: Sequence[int], console: Console
+    make: Callable[[], _Fits], cost: _Cost, calls: int | None, search: int, numbers: Sequence[int], console: Console
 ) -> _Fits:
-    """Sample the unaccelerated runs, and say what the search takes before and after."""
+    """Sample the unaccelerated runs, and say what the search takes before and after; not where the calls are sought."""
     if not search:
+        return make()
+    if calls is None:
+        console.print(f"calls of the model, one for each step of a run: {cost.references} before the search")
         return make()
     placements, curve = search * cost.placement(calls), cost.curve(numbers)
     console.print(

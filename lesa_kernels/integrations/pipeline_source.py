@@ -19,7 +19,7 @@ from lesa_kernels.checks import check_decreasing, check_int
 from lesa_kernels.integrations.api import find_models, is_pipeline
 from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
 from lesa_kernels.integrations.outputs import read_output
-from lesa_kernels.integrations.steps import StepTracker
+from lesa_kernels.integrations.steps import StepTracker, scheduler_incompatibility
 from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
@@ -172,6 +172,11 @@ class PipelineSource:
 
         self._probe(stop)
         return found[0] if found else 0
+
+    @property
+    def solver_incompatibility(self) -> str | None:
+        """Why the scheduler allows no learned solver for these runs; None where it allows one."""
+        return scheduler_incompatibility(self._pipe.scheduler)
 
     def refined(self, parts: int = 4) -> PipelineSource:
         """Return the same runs with finer steps, as a target for `fit_solver`: nearer to the solution of the equation.

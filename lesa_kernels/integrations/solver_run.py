@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,24 +19,6 @@ from lesa_kernels.session import Session
 _SAME_SCALE = 0.02
 # Standard deviations of what rounding does to the scale that is seen.
 _DEVIATIONS = 4.0
-
-
-def scheduler_incompatibility(scheduler: Any) -> str | None:
-    """Say why a scheduler's steps are not those that a learned solver is made for; None where nothing is known."""
-    if scheduler is None or not type(scheduler).__module__.startswith("diffusers."):
-        return None
-    name, config = type(scheduler).__name__, scheduler.config
-    wanted = "FlowMatchEulerDiscreteScheduler"
-    if wanted not in [base.__name__ for base in type(scheduler).__mro__]:
-        shift = getattr(config, "flow_shift", None)
-        made = f"{wanted}.from_config(pipe.scheduler.config)" if shift is None else f"{wanted}(shift={shift})"
-        return f"a learned solver needs Euler's steps of a flow, {name} takes others: pipe.scheduler = {made}"
-    if getattr(config, "stochastic_sampling", False):
-        return (
-            f"a learned solver needs steps without new noise: pipe.scheduler = {name}.from_config("
-            "pipe.scheduler.config, stochastic_sampling=False)"
-        )
-    return None
 
 
 class SolverRun:
@@ -70,9 +53,10 @@ class SolverRun:
         Returns:
             Why this run cannot be forecast, None if it can.
         """
-        due, before, tensor = self._due, self._latents, only_tensor(latents)
+        due, before = self._due, self._latents
         if due is None or step == due:
             return None
+        tensor = only_tensor(latents)
         if before is None or tensor is None or step != due + 1:
             return f"step {step} came after step {due}"
         branches = self._predictor.branches
@@ -90,6 +74,8 @@ class SolverRun:
         guidance = self._predictor.guidance[self._full_steps.index(due)] if branches else None
         velocity = cond if guidance is None else guidance.combine(uncond, cond)
         after = own_latents(tensor, velocities[0], self._predictor.is_batched)
+        if not branches and is_doubled(after) and not is_doubled(velocity):
+            return f"step {due} was guided in one call, the predictor was calibrated without guidance"
         reason = self._difference(due, before, after, uncond, cond, velocity)
         if reason is not None:
             return reason
@@ -148,16 +134,20 @@ class SolverRun:
         length = self._sigmas[step + 1] - self._sigmas[step]
         seen, moves = seen_velocity(before, after, length)
         noise = rounding_noise(after, velocity, self._dtype, abs(length))
+        otherwise = (
+            f"step {step} moved the latents otherwise than Euler's step with the calibrated guidance: another solver, "
+            "another rule of guidance, new noise or a callback?"
+        )
         if self._predictor.branches:
             guidance = self._predictor.guidance[self._full_steps.index(step)]
             scale = estimate_scale(uncond * moves, cond * moves, seen, guidance.rule)
             apart = float((cond - uncond).norm())
             rounding = _DEVIATIONS * noise / max(apart * seen.numel() ** 0.5, 1e-20)
             if abs(scale - guidance.scale) > _SAME_SCALE * max(1.0, abs(guidance.scale)) + rounding:
-                return f"step {step} had guidance of scale {scale:.3g}, the predictor was calibrated with {guidance}"
-        if not agrees(velocity * moves, seen, noise):
-            return (
-                f"step {step} moved the latents otherwise than Euler's step with the calibrated guidance: another "
-                "solver, another rule of guidance, new noise or a callback?"
-            )
-        return None
+                other = replace(guidance, scale=scale).combine(uncond, cond)
+                if agrees(other * moves, seen, noise):
+                    return (
+                        f"step {step} had guidance of scale {scale:.3g}, the predictor was calibrated with {guidance}"
+                    )
+                return otherwise
+        return None if agrees(velocity * moves, seen, noise) else otherwise

@@ -18,9 +18,15 @@ from torch import Tensor
 from lesa_kernels.checks import check_decreasing, check_float
 from lesa_kernels.integrations.halves import HalvesSession, are_equal_halves
 from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
-from lesa_kernels.integrations.solver_run import SolverRun, scheduler_incompatibility
+from lesa_kernels.integrations.solver_run import SolverRun
 from lesa_kernels.integrations.stats import RunStats
-from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
+from lesa_kernels.integrations.steps import (
+    StepPosition,
+    StepTracker,
+    call_name,
+    find_incompatibility,
+    scheduler_incompatibility,
+)
 from lesa_kernels.plan import Plan, check_count
 from lesa_kernels.predictors import Predictor, SolverPredictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
@@ -148,6 +154,7 @@ class CacheState:
         self._tracker = tracker
         self._is_shared = isinstance(predictors, Predictor)
         self._predictors = {_SHARED: predictors} if isinstance(predictors, Predictor) else dict(predictors)
+        self._has_solver = isinstance(predictors, SolverPredictor)
         self._options = options
         self._blocks = blocks
         self._run: RunState | None = None
@@ -300,16 +307,18 @@ class CacheState:
 
     def _begin(self, position: StepPosition) -> RunState:
         """Begin a run, and release what a run that was broken off kept."""
-        solver = None
+        solver, refused = None, None
         for sibling in self.siblings:
             if sibling._run is not None:
                 if sibling._run.position.source is position.source:
                     # The history of velocities reaches from one model to the other.
                     solver = sibling._run.solver
+                    refused = sibling._run.stats.refused if self._has_solver else None
                 sibling._run.release()
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
         self.stats = RunStats(max(position.num_steps, 0), self._blocks)
+        self.stats.refused = refused
         self._run = RunState(position, self.stats, solver=solver)
         return self._run
 
@@ -333,17 +342,17 @@ class CacheState:
                 )
             return None
         predictor = self._predictors[names[0]]
-        is_solver = isinstance(predictor, SolverPredictor)
-        if isinstance(predictor, SolverPredictor):
+        solver = predictor if isinstance(predictor, SolverPredictor) else None
+        if solver is not None:
             if (reason := scheduler_incompatibility(self._tracker.scheduler)) is not None:
                 run.disable_forecasts(reason)
                 return None
-            if step != predictor.first_step:
-                names, is_solver = (_FALLBACK,), False
+            if step != solver.first_step:
                 run.warn(
                     f"the run starts at step {step}, the learned solver was fitted for a start at step "
-                    f"{predictor.first_step}: {default_predictor()} forecasts the model's output instead"
+                    f"{solver.first_step}: {default_predictor()} forecasts the model's output instead"
                 )
+                names, predictor, solver = (_FALLBACK,), default_predictor(), None
         try:
             plans = [self._plan(name, sigmas, step) for name in names]
             reason = predictor.incompatibility(sigmas)
@@ -355,8 +364,8 @@ class CacheState:
         if reason is not None:
             run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
         run.stats.plan = run.stats.plan or str(plans[0])
-        if is_solver and isinstance(predictor, SolverPredictor):
-            run.solver = SolverRun(predictor, plans[0])
+        if solver is not None:
+            run.solver = SolverRun(solver, plans[0])
             session = run.solver.session
         return BranchState(called, session, frozenset(plans[0].full_steps), layout, step, solver=run.solver)
 

@@ -159,6 +159,24 @@ class StepTracker:
         return position
 
 
+def scheduler_incompatibility(scheduler: Any) -> str | None:
+    """Say why a scheduler's steps are not those that a learned solver is made for; None where nothing is known."""
+    if scheduler is None or not type(scheduler).__module__.startswith("diffusers."):
+        return None
+    name, config = type(scheduler).__name__, scheduler.config
+    wanted = "FlowMatchEulerDiscreteScheduler"
+    if wanted not in [base.__name__ for base in type(scheduler).__mro__]:
+        shift = getattr(config, "flow_shift", None)
+        made = f"{wanted}.from_config(pipe.scheduler.config)" if shift is None else f"{wanted}(shift={shift})"
+        return f"a learned solver needs Euler's steps of a flow, {name} takes others: pipe.scheduler = {made}"
+    if getattr(config, "stochastic_sampling", False):
+        return (
+            f"a learned solver needs steps without new noise: pipe.scheduler = {name}.from_config("
+            "pipe.scheduler.config, stochastic_sampling=False)"
+        )
+    return None
+
+
 def find_incompatibility(
     position: StepPosition, context: Any, step: int, number: int, foreign_cache: bool
 ) -> str | None:

@@ -147,6 +147,8 @@ class PlanPolicy:
         if set(plans) != set(names):
             raise ValueError(f"predictors must be of the branches {sorted(names)}, got {sorted(plans)}")
         self._plan = plans[names[0]]
+        if self._plan.quantities:
+            raise ValueError("predictor must forecast features; SolverFits.psnr_db judges learned solvers")
         if any(each.full_steps != self._plan.full_steps for each in plans.values()):
             raise ValueError(
                 "predictors must have the same full steps for all branches, got "
@@ -289,7 +291,7 @@ class _Observer:
             if error > _EULER_TOLERANCE:
                 raise ValueError(
                     "source must step as Euler does, latents + (sigma_next - sigma) * output, got latents that went "
-                    f"{100 * error:.0f} % elsewhere: another solver, guidance within a batch, or tokens that stay?"
+                    f"{100 * error:.0f} % elsewhere: another solver, or tokens that stay?"
                 )
         found = replace(self._known, latents=self._kept, sign=sign)
         self._keep(last.step, latents)

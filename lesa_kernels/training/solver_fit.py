@@ -104,9 +104,8 @@ class _Answer:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
-        return sum(
-            each.nbytes for each in (*self.outputs.values(), self.latents, self.uncond, self.cond, self.velocity)
-        )
+        tensors = (*self.outputs.values(), self.latents, self.uncond, self.cond, self.velocity)
+        return sum({id(each): each.nbytes for each in tensors}.values())
 
 
 class SolverFits:
@@ -121,7 +120,8 @@ class SolverFits:
         ridge: see `fit_solver`.
         target: see `fit_solver`.
         batch: see `fit_solver`.
-        memory: bytes of answers of the model that are kept for schedules that begin alike.
+        memory: bytes, on the model's device, of its answers that are kept for schedules that begin alike; those of one
+            schedule are always.
         progress: show a bar while the unaccelerated runs are sampled.
 
     Raises:
@@ -142,6 +142,8 @@ class SolverFits:
         progress: bool = True,
     ) -> None:
         check_source(source, may_start_late=True)
+        if (reason := getattr(source, "solver_incompatibility", None)) is not None:
+            raise ValueError(f"source must step as Euler does: {reason}")
         self.sigmas = source.sigmas
         self.window = check_int("window", window, 1)
         fitted = len(source) - check_int("held_out", held_out, 0)
@@ -254,6 +256,7 @@ class SolverFits:
     def eulers(self) -> SolverFits:
         """Return the same runs without coefficients: `psnr_db` is then of Euler's method on the full steps alone."""
         plain = self._copy()
+        plain._memory = 0
         # Beyond all data, so that nothing is added to Euler's step.
         plain._ridge = 1e30
         return plain
@@ -400,11 +403,12 @@ class SolverFits:
         """Return what all batches show at the last of some full steps, which come first in a schedule."""
         if full not in self._answers:
             self._answers[full] = [self._run(full, number) for number in range(len(self._batches))]
+            # Those of the schedule in work are needed until its end.
+            others = [key for key in self._answers if key != full[: len(key)]]
+            while others and self._used() > self._memory:
+                del self._answers[others.pop(0)]
         self._answers.move_to_end(full)
-        answers = self._answers[full]
-        while len(self._answers) > 1 and self._used() > self._memory:
-            self._answers.popitem(last=False)
-        return answers
+        return self._answers[full]
 
     def _used(self) -> int:
         """Return the bytes that kept answers take."""
@@ -424,7 +428,8 @@ class SolverFits:
             if call.step == due:
                 return self._called(call, runs)
             if call.step in known:
-                return known[call.step].outputs[call.branch]
+                # A loop may write to what it gets.
+                return known[call.step].outputs[call.branch].clone()
             begin = max(step for step in known if step < call.step)
             like = next(iter(known[begin].outputs.values()))
             velocity = (self._sign * answers[begin]).to(like.dtype)

@@ -188,6 +188,21 @@ def test_other_schedulers_are_refused_with_the_line_that_sets_them_right(schedul
     with pytest.warns(LesaWarning, match=message):
         case.plain(0)
     assert summary(case.pipe).forecast == 0
+    disable(case.pipe)
+    if "sigmas repeat" not in message:
+        with pytest.raises(ValueError, match=message):
+            SolverFits(case.source(), progress=False)
+
+
+def test_guidance_in_half_precision_is_noticed_without_branches() -> None:
+    case = sd3_case()
+    unguided = replace(case, arguments=case.arguments | {"guidance_scale": 1.0})
+    predictor = _fitted(unguided)[1]
+    assert predictor.branches == ()
+    case.pipe.transformer.to(torch.bfloat16)
+    half = {key: value.bfloat16() if isinstance(value, Tensor) else value for key, value in case.arguments.items()}
+    prompts = [{key: value.bfloat16() for key, value in prompt.items()} for prompt in case.prompts]
+    _check_refused(replace(case, arguments=half, prompts=prompts), predictor, "step 0 was guided in one call")
 
 
 def test_latents_that_a_callback_changes_are_noticed() -> None:
@@ -282,6 +297,12 @@ def test_the_second_transformer_has_guidance_of_its_own() -> None:
     case = wan22_case()
     predictor = _fitted(case)[1]
     assert sorted({round(each.scale, 3) for each in predictor.guidance}) == [2, 4]
+    changed = replace(case, arguments=case.arguments | {"guidance_scale": 6.0})
+    enable(case.pipe, predictor)
+    with pytest.warns(LesaWarning) as warnings:
+        changed.plain(0)
+    assert len(warnings) == 1, "the second model samples in full without a word of its own"
+    assert summary(case.pipe).forecast == 0
     changed = replace(case, arguments=case.arguments | {"guidance_scale_2": 3.0})
     enable(case.pipe, predictor)
     with pytest.warns(LesaWarning, match=r"had guidance of scale 3, .*calibrated with scale 2"):

@@ -139,11 +139,32 @@ def test_the_model_is_called_once_a_full_step() -> None:
     assert fits.model_calls == RUNS * (STEPS + 4 + 2)
 
 
-def test_forgotten_answers_are_asked_for_again() -> None:
+def test_answers_of_one_schedule_are_kept_whatever_the_memory() -> None:
     plenty = SolverFits(_source({"cond": _curved}), batch=RUNS, progress=False)
     little = SolverFits(_source({"cond": _curved}), batch=RUNS, progress=False, memory=0)
     assert little.psnr_db(SCHEDULE) == plenty.psnr_db(SCHEDULE)
-    assert little.model_calls > plenty.model_calls
+    assert little.model_calls == plenty.model_calls == RUNS * (STEPS + 4)
+    other = Schedule.explicit(STEPS, [0, 2, 6, 9])
+    assert little.psnr_db(other) == plenty.psnr_db(other)
+    little.psnr_db(SCHEDULE)
+    assert little.model_calls == RUNS * (STEPS + 4 + 3 + 3), "what other schedules answered is forgotten"
+
+
+def test_a_loop_may_write_to_the_model_s_output() -> None:
+    def loop(chosen: Sequence[int], policy: StepPolicy) -> None:
+        latents = _noise(chosen)
+        for step, (sigma, after) in enumerate(pairwise(SIGMAS)):
+
+            def blocks(latents: Tensor = latents, sigma: float = sigma) -> Tensor:
+                return -_curved(latents, sigma, chosen)
+
+            output = policy(ModelCall(step, blocks, lambda feature: feature, latents))
+            assert output is not None
+            latents = latents + (after - sigma) * output.neg_()
+
+    written = SolverFits(LoopSource(loop, RUNS, SIGMAS), batch=RUNS, progress=False)
+    kept = SolverFits(_source({"cond": _curved}, sign=-1.0), batch=RUNS, progress=False)
+    assert written.psnr_db(SCHEDULE) == pytest.approx(kept.psnr_db(SCHEDULE), abs=1e-3)
 
 
 @pytest.mark.parametrize("guidance", [Guidance(3.0), Guidance(2.0, "norm"), Guidance(4.0, "rescale", 0.5)], ids=str)
