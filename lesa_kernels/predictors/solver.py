@@ -44,8 +44,8 @@ class SolverPredictor(
     step answers as ever; the steps after it all answer with the velocity that leads from there to x_e.
 
     It is made for one set of full steps, one set of sigmas, one guidance, and for Euler's steps of a flow: other runs
-    are refused. (Guidance that the model takes as an argument is not seen.) `save_pretrained(folder)` writes safetensors
-    and config.json, `from_pretrained` reads them.
+    are refused. (Guidance that the model takes as an argument is not seen.) `save_pretrained(folder)` writes
+    safetensors and config.json, `from_pretrained` reads them.
 
     Args:
         sigmas: S+1 falling noise levels.
