@@ -9,29 +9,34 @@ import pytest
 import torch
 
 from benchmarks import history, pages
-from benchmarks.quality.setting import Setting
-from examples.digits.model import SMALL_DIGITS, build_model
+from benchmarks.quality.setting import DATA, Samples, Setting
+from examples.digits.model import SMALL_DIGITS, build_model, scheduler
+from examples.digits.pipeline import DigitsPipeline
 from lesa_kernels.integrations import LesaWarning
-from lesa_kernels.predictors import Reuse
+from lesa_kernels.predictors import LinearPredictor, Reuse
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import TrainingConfig
+
+METHODS = ("TaylorSeer 2, sigma", "coefficients through the tail", "LESA through the tail", "LESA, tuned")
 
 
 @pytest.fixture
 def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
     """A small model without training; what takes long to fit is replaced."""
-    monkeypatch.setattr(history, "through_tail", lambda *_: [("fitted", Reuse())])
+    monkeypatch.setattr(history, "fit", lambda source, *_, **__: LinearPredictor(source.sigmas, [0]))
+    monkeypatch.setattr(history, "fit_lesa", lambda *_, **__: Reuse())
     torch.manual_seed(0)
-    return Setting(build_model(SMALL_DIGITS).eval(), SMALL_DIGITS, learn=2, samples=2, steps=12)
+    pipe = DigitsPipeline(build_model(SMALL_DIGITS).eval(), scheduler())
+    return Setting(Samples(DATA["digits"], pipe, 2, 0, 0, 12), Samples(DATA["digits"], pipe, 2, 100, 1, 12))
 
 
 def test_a_smaller_dtype_takes_less_memory(setting: Setting) -> None:
     found = list(history.cases(setting, 5, TrainingConfig(1, 1)))
     assert [(case.method, case.chunk) for case in found] == [
-        (method, chunk) for chunk in (None, 1) for method in ("TaylorSeer 2, sigma", "fitted", "LESA, tuned")
+        (method, chunk) for chunk in (None, 1) for method in METHODS
     ]
     for case in (found[0], found[-1]):
-        line = history.measure(setting, case)
+        line = history.measure(setting.unseen, case)
         sizes = dict(zip(history.DTYPES, (size for _, size in line.found), strict=True))
         assert sizes[torch.float32] == 2 * sizes[torch.float16] == 2 * sizes[torch.bfloat16]
         assert all(quality > 30 for quality, _ in line.found)
@@ -43,7 +48,7 @@ def test_a_run_without_forecasts_is_no_result(setting: Setting) -> None:
         pytest.warns(LesaWarning),
         pytest.raises(RuntimeError, match="TaylorSeer 2, sigma with a history of"),
     ):
-        history.measure(setting, case)
+        history.measure(setting.unseen, case)
 
 
 def test_the_table_goes_to_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def run(out: Path, prompts: Path, *arguments: str) -> Any:
     return CliRunner().invoke(app, [*given, "--steps", "12", *arguments])
 
 
+@pytest.fixture
+def _enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let two prompts be enough for a search."""
+    monkeypatch.setattr(sys.modules["lesa_kernels.cli.calibrate"], "_FEW_RUNS", 2)
+
+
 def full_steps(folder: Path) -> tuple[int, ...]:
     schedule = lesa.load_predictor(folder).schedule
     assert schedule is not None
@@ -59,6 +66,7 @@ def test_a_fit_serves_the_pipeline_with_its_own_schedule(form: str, kind: type, 
     assert "before the search" not in result.output, "nothing is judged where nothing is searched"
 
 
+@pytest.mark.usefixtures("_enough")
 def test_the_learned_solver_is_the_default_and_its_calls_are_told_before(tmp_path: Path) -> None:
     result = run(tmp_path / "out", tmp_path, "--calls", "4", "--search", "5")
     assert result.exit_code == 0, result.output
@@ -69,6 +77,7 @@ def test_the_learned_solver_is_the_default_and_its_calls_are_told_before(tmp_pat
     assert not (tmp_path / "out" / "curve.png").exists()
 
 
+@pytest.mark.usefixtures("_enough")
 def test_without_a_budget_it_takes_a_fifth_of_the_steps_and_draws_others(tmp_path: Path) -> None:
     result = run(tmp_path / "out", tmp_path, "--search", "4")
     assert result.exit_code == 0, result.output
@@ -157,6 +166,7 @@ def test_a_second_run_takes_the_place_of_the_first(tmp_path: Path) -> None:
     assert len(full_steps(tmp_path / "out")) == 3
 
 
+@pytest.mark.usefixtures("_enough")
 def test_five_lines_of_python_do_the_same(tmp_path: Path) -> None:
     assert run(tmp_path / "out", tmp_path, "--calls", "4", "--search", "24").exit_code == 0
     source = pipeline_source.PipelineSource(DigitsPipeline.load(), list("0123"), steps=12)

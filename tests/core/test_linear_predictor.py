@@ -82,7 +82,9 @@ def test_folders_that_hold_no_predictor_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"must hold config\.json"):
         lesa.load_predictor(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"predictor": "Oracle"}))
-    with pytest.raises(ValueError, match="predictor must be one of LesaPredictor, LinearPredictor, got 'Oracle'"):
+    with pytest.raises(
+        ValueError, match="predictor must be one of LesaPredictor, LinearPredictor, SolverPredictor, got 'Oracle'"
+    ):
         lesa.load_predictor(tmp_path)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ValueError, match="must be a JSON object"):
