@@ -260,6 +260,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for data in sorted({line.data for line in found}):
         own = [line for line in found if line.data == data]
         calls = sorted({line.calls for line in own}, reverse=True)
+        seeds = f"models of seeds {', '.join(map(str, sorted({row.seed for row in rows if row.data == data})))}."
         by_method: dict[str, dict[tuple[int, str], Line]] = {}
         for line in own:
             by_method.setdefault(line.method, {})[line.calls, line.schedule] = line
@@ -271,8 +272,8 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
         fidelity = [[name, *(_fidelity(_best(by_method[name], count)) for count in calls)] for name in ranked]
         parts += [
-            f"**{data}**, PSNR in dB against all calls, mean (lowest to highest) over models: by default over all, at "
-            "the best schedule over the two that it was not searched on:",
+            f"**{data}**, {seeds} PSNR in dB against all calls, mean (lowest to highest): by default over all models, "
+            "at the best schedule over those that it was not searched on:",
             _grid(["method", *heads], body),
             f"**{data}**, at the better schedule: SSIM against all calls, and PSNR in dB against a converged run:",
             _grid(["method", *(f"{count} calls" for count in calls)], fidelity),
