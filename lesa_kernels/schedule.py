@@ -162,6 +162,8 @@ def _even_segments(levels: Sequence[float], count: int) -> list[int]:
     size = len(levels)
     if count == 1:
         return [0]
+    # Squares of levels on another scale could be beyond all numbers.
+    levels = [(level - levels[-1]) / (levels[0] - levels[-1]) for level in levels]
     # Of segments that reach an end: the smallest sum of squared spans, and where the last of them begins.
     sums = [(levels[0] - level) ** 2 for level in levels]
     lasts = [[0] * size]

@@ -107,3 +107,10 @@ def test_explicit_sorts_and_drops_repeats() -> None:
 def test_errors(make: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()  # type: ignore[operator]
+
+
+def test_even_segments_do_not_depend_on_the_scale_of_the_levels() -> None:
+    levels = [1 - (step / 20) ** 1.3 for step in range(20)] + [0.0]
+    plain = Schedule.uniform_in_sigma(levels, 6)
+    for scale in (1e300, 1e-300, 80.0):
+        assert Schedule.uniform_in_sigma([scale * level for level in levels], 6) == plain
