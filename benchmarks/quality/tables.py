@@ -29,7 +29,7 @@ SEARCHED_SEED = 0
 README_METHODS = {
     SOLVER: "`lesa calibrate`: the learned solver",
     BASHFORTH: "Adams-Bashforth 2: a solver, no cache",
-    "TaylorSeer 2, sigma": "TaylorSeer 2, sigma",
+    "TaylorSeer 1, sigma": "TaylorSeer 1, sigma: what `lesa.enable` takes without a predictor",
     "Spectrum": "Spectrum",
     LESA_TUNED: "`lesa train`: LESA",
 }
