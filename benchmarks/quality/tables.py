@@ -225,9 +225,9 @@ VERDICT_COLUMNS = ("data", "calls", "target", "compared", "asked, dB", "measured
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Compare with the targets, on the models that both were measured on."""
+    """Compare with the targets, on the models that no schedule was searched on."""
     found = []
-    every = lines(rows)
+    every = lines(row for row in rows if row.seed != SEARCHED_SEED)
     for data, calls in sorted({(line.data, line.calls) for line in every}, key=lambda key: (key[0], -key[1])):
         for target in TARGETS:
             own = [line for line in every if (line.data, line.calls) == (data, calls)]
