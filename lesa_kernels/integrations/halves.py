@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa_kernels.guidance import is_doubled
 from lesa_kernels.integrations.outputs import only_tensor
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
@@ -52,4 +53,4 @@ class HalvesSession:
 def are_equal_halves(latents: Any) -> bool:
     """Whether a model's first argument holds the same latents twice; waits for the device."""
     tensor = only_tensor(latents)
-    return tensor is not None and len(tensor) % 2 == 0 and torch.equal(*tensor.chunk(2))
+    return tensor is not None and is_doubled(tensor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_int
-from lesa_kernels.guidance import Guidance, find_guidance, rounding_noise, seen_velocity
+from lesa_kernels.guidance import Guidance, find_guidance, is_doubled, rounding_noise, seen_velocity
 from lesa_kernels.machine import MANY_ELEMENTS, one_thread
 from lesa_kernels.plan import Plan
 from lesa_kernels.session import Session
@@ -381,7 +381,7 @@ def _find_branches(seen: SeenStep, rows: int) -> Branches:
             f"source must call its model once a step, or for two branches of guidance, got the calls {list(names)}"
         )
     if len(names) == 1:
-        if len(seen.latents) == 2 * rows and torch.equal(*seen.latents.chunk(2)):
+        if len(seen.latents) == 2 * rows and is_doubled(seen.latents):
             return Branches(HALVES, is_batched=True)
         return Branches(names)
     return Branches(names[::-1] if names[1] == "uncond" else names)
