@@ -1,15 +1,17 @@
-"""Turns forecasts on and off for diffusers' pipelines and transformers, and sums up their runs."""
+"""Turns forecasts on and off for diffusers' pipelines and transformers, sums up their runs, and records features."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_adapter
+from lesa_kernels.integrations.outputs import read_output
 from lesa_kernels.integrations.state import CacheState, Options, Predictors, default_predictor
 from lesa_kernels.integrations.stats import Summary, summarize
 from lesa_kernels.integrations.steps import StepTracker
@@ -157,6 +159,52 @@ def summary(target: Any) -> Summary:
     if not runs:
         raise ValueError("lesa.summary: target must have run since it was enabled, it has not")
     return summarize(runs)
+
+
+@contextmanager
+def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor], None, None]:
+    """Record features for the length of a with statement, of full and of forecast steps alike.
+
+    Args:
+        target: a pipeline or a transformer, with `lesa.enable` or without.
+        capture: the submodule whose first argument is the feature, where it is not to be the adapter's.
+
+    Yields:
+        A list that receives a detached copy [*feature] at each call of a model, at the adapter's capture point.
+
+    Raises:
+        ValueError: when there is no adapter for the model.
+        TypeError: when target is something else.
+    """
+    features: list[Tensor] = []
+    models = find_models(target)
+    with ExitStack() as stack:
+        if any(wrappers or getattr(model, "_compiled_call_impl", None) is not None for model, wrappers in models):
+            # Graphs that were compiled before do not see hooks that are added now.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for model, _ in models:
+            for handle in _record(model, find_adapter(model, capture).capture, features):
+                stack.callback(handle.remove)
+        yield features
+
+
+def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[RemovableHandle]:
+    """Append the feature of each call of a model to a list, until the handles are removed."""
+    latest: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The first full step of an adapter that is made from the model's structure comes by twice.
+        latest[:] = [args[0] if args else next(iter(kwargs.values()))]
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        feature = read_output(output) if capture == MODEL_OUTPUT else latest.pop() if latest else None
+        if feature is not None:
+            features.append(feature.detach().clone())
+
+    handles = [model.register_forward_hook(keep)]
+    if capture != MODEL_OUTPUT:
+        handles.append(model.get_submodule(capture).register_forward_pre_hook(take, with_kwargs=True))
+    return handles
 
 
 def is_pipeline(target: Any) -> bool:

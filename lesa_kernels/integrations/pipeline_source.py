@@ -1,7 +1,8 @@
-"""Runs diffusers pipelines for training: as a source of trajectories, and under a recorder of features."""
+"""Runs diffusers pipelines as a source of trajectories for training."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
@@ -13,64 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lesa_kernels.checks import check_decreasing, check_int
 from lesa_kernels.integrations.api import find_models, is_pipeline
-from lesa_kernels.integrations.models import MODEL_OUTPUT, find_adapter
-from lesa_kernels.integrations.outputs import read_output
+from lesa_kernels.integrations.models import find_adapter
 from lesa_kernels.integrations.steps import StepTracker, scheduler_incompatibility
 from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
 _OF_EACH_PROMPT = ("negative_prompt", "negative_pooled_prompt")
 _OWN = ("num_inference_steps", "generator")
-
-
-@contextmanager
-def recorded(target: Any, capture: str | None = None) -> Generator[list[Tensor], None, None]:
-    """Record features for the length of a with statement, of full and of forecast steps alike.
-
-    Args:
-        target: a pipeline or a transformer, with `lesa.enable` or without.
-        capture: the submodule whose first argument is the feature, where it is not to be the adapter's.
-
-    Yields:
-        A list that receives a detached copy [*feature] at each call of a model, at the adapter's capture point.
-
-    Raises:
-        ValueError: when there is no adapter for the model.
-        TypeError: when target is something else.
-    """
-    features: list[Tensor] = []
-    models = find_models(target)
-    with ExitStack() as stack:
-        if any(wrappers or getattr(model, "_compiled_call_impl", None) is not None for model, wrappers in models):
-            # Graphs that were compiled before do not see hooks that are added now.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for model, _ in models:
-            for handle in _record(model, find_adapter(model, capture).capture, features):
-                stack.callback(handle.remove)
-        yield features
-
-
-def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[RemovableHandle]:
-    """Append the feature of each call of a model to a list, until the handles are removed."""
-    latest: list[Tensor] = []
-
-    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The first full step of an adapter that is made from the model's structure comes by twice.
-        latest[:] = [args[0] if args else next(iter(kwargs.values()))]
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        feature = read_output(output) if capture == MODEL_OUTPUT else latest.pop() if latest else None
-        if feature is not None:
-            features.append(feature.detach().clone())
-
-    handles = [model.register_forward_hook(keep)]
-    if capture != MODEL_OUTPUT:
-        handles.append(model.get_submodule(capture).register_forward_pre_hook(take, with_kwargs=True))
-    return handles
+# Those that print alike are alike; tensors, images and random generators are not.
+_READABLE = (str, int, float, type(None), torch.device, torch.dtype)
 
 
 class PipelineSource:
@@ -82,6 +37,11 @@ class PipelineSource:
     twice, [uncond, cond] (SD3). Two transformers that take turns (Wan 2.2) are one source; `ModelCall.model` says which
     runs. Image-to-image starts at a later step, `first_step`, which `fit_solver` alone takes. The pipeline itself must
     not be enabled (`lesa.disable`), and it is left as it was found.
+
+    A batch of texts goes through the text encoders once: what `encode_prompt` returned is kept as long as the source
+    lives, on the device of the pipeline (FLUX: 4 MB a prompt in bfloat16). A LoRA that is loaded into a text encoder
+    later, a cast and another device are noticed; after any other change of a text encoder, such as of the weight of its
+    LoRA, make another source.
 
     Args:
         pipe: a pipeline with a transformer and a scheduler; offloading, LoRA and torch.compile are as with `enable`.
@@ -116,6 +76,7 @@ class PipelineSource:
 
         self._steps = check_int("steps", steps, 1)
         self._parts = 1  # that each interval of the pipeline's noise levels is divided into
+        self._encoded = EncodedPrompts()
         _check_pipeline(pipe)
         self._pipe = pipe
         self._seed = seed
@@ -195,6 +156,7 @@ class PipelineSource:
             self._pipe, self._prompts, steps=self._steps, seed=self._seed, capture=self._capture, **self._shared
         )
         finer._parts = self._parts * check_int("parts", parts, 2)
+        finer._encoded = self._encoded
         return finer
 
     @cached_property
@@ -269,6 +231,7 @@ class PipelineSource:
             for hook in self._hooks:
                 stack.enter_context(hook.attached())
             stack.enter_context(_silent(self._pipe))
+            stack.enter_context(self._encoded.remembered(self._pipe))
             if self._parts > 1:
                 stack.enter_context(_divided(self._pipe.scheduler, self._parts))
             stack.enter_context(torch.no_grad())
@@ -279,6 +242,56 @@ class PipelineSource:
                 if hasattr(self._pipe, "maybe_free_model_hooks"):
                     self._pipe.maybe_free_model_hooks()
                 raise
+
+
+class EncodedPrompts:
+    """What the `encode_prompt` of one pipeline returned, by its arguments, on the device where it was returned.
+
+    Calls with a tensor, or anything else that cannot be compared by its text, are not kept.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {}
+
+    @contextmanager
+    def remembered(self, pipe: Any) -> Generator[None, None, None]:
+        """Let a pipeline encode no prompt again for the length of a with statement; it may have no `encode_prompt`."""
+        encode = getattr(pipe, "encode_prompt", None)
+        if encode is None:
+            yield
+            return
+        own = vars(pipe).get("encode_prompt")
+
+        @functools.wraps(encode)
+        def remember(*args: Any, **kwargs: Any) -> Any:
+            if not _is_readable([*args, *kwargs.values()]):
+                return encode(*args, **kwargs)
+            key = repr((args, sorted(kwargs.items()), _state(pipe)))
+            # Copies, as pipelines and compiled text encoders may write to what they have returned.
+            if key not in self._kept:
+                self._kept[key] = copy.deepcopy(encode(*args, **kwargs))
+            return copy.deepcopy(self._kept[key])
+
+        pipe.encode_prompt = remember
+        try:
+            yield
+        finally:
+            if own is None:
+                del pipe.encode_prompt
+            else:
+                pipe.encode_prompt = own
+
+
+def _is_readable(value: Any) -> bool:
+    """Whether an argument that prints alike is alike."""
+    return all(map(_is_readable, value)) if isinstance(value, (list, tuple)) else isinstance(value, _READABLE)
+
+
+def _state(pipe: Any) -> tuple[str, int]:
+    """Return where a pipeline runs, and a hash of its parameters' names and types: a cast and a LoRA change them."""
+    models = [(name, part) for name, part in vars(pipe).items() if isinstance(part, nn.Module)]
+    parameters = [(part, name, each.dtype) for part, model in models for name, each in model.named_parameters()]
+    return str(getattr(pipe, "_execution_device", None)), hash(tuple(parameters))
 
 
 def _check_pipeline(pipe: Any) -> None:
