@@ -191,13 +191,18 @@ def seen_velocity(before: Tensor, after: Tensor, length: float) -> tuple[Tensor,
     return (after.float() - before.float()) / length, (after != before).any(-1, keepdim=True)
 
 
+def coarsest(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype with the largest rounding among those of some tensors."""
+    return max((tensor.dtype for tensor in tensors), key=lambda kind: torch.finfo(kind).eps)
+
+
 def rounding_noise(latents: Tensor, velocity: Tensor, dtype: torch.dtype, length: float) -> float:
     """Return the norm of what rounding may do to the velocity that two latents show.
 
     Args:
         latents: [B, ...] after the step.
         velocity: [B, ...] that the branches give.
-        dtype: the coarsest among those of latents and branches.
+        dtype: the `coarsest` among those of latents and branches.
         length: |sigma_next - sigma| of the step.
     """
     unit = torch.finfo(dtype).eps / 2

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.guidance import agrees, estimate_scale, is_doubled, own_latents, rounding_noise, seen_velocity
+from lesa_kernels.guidance import (
+    agrees,
+    coarsest,
+    estimate_scale,
+    is_doubled,
+    own_latents,
+    rounding_noise,
+    seen_velocity,
+)
 from lesa_kernels.integrations.outputs import only_tensor, refilled
 from lesa_kernels.plan import Plan
 from lesa_kernels.predictors import SolverPredictor
@@ -112,7 +120,7 @@ class SolverRun:
             return "the predictor was calibrated with guidance in one call, whose latents are two equal halves"
         self._output = output
         self._due = step
-        self._dtype = max(before.dtype, made.dtype, key=lambda kind: torch.finfo(kind).eps)
+        self._dtype = coarsest(before, made)
         # Loops may write to both.
         self._latents = own.float().clone()
         self._velocities[name] = self._predictor.sign * made.detach().float()

@@ -15,8 +15,10 @@ from torch import Tensor
 from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list, check_type
 from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training.policies import PlanPolicy, SmallModels, batches, reference_run
+from lesa_kernels.training.plan_policy import PlanPolicy
 from lesa_kernels.training.progress import progress_bar, waiting
+from lesa_kernels.training.references import reference_run
+from lesa_kernels.training.runs import SmallModels, batches
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
 # How many full steps a change moves: mostly one or two. From a poor start, moves of one step alone get stuck.
@@ -81,7 +83,8 @@ class Evaluator:
 
 def _psnr_db(latents: Tensor, reference: Tensor) -> Tensor:
     """Return -20 log10 of the relative error of each sample, [B]."""
-    error = (latents - reference).float().flatten(1).norm(dim=1) / reference.float().flatten(1).norm(dim=1)
+    reference = reference.to(latents.device, torch.float32)
+    error = (latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
     ratios: Tensor = -20 * error.clamp_min(1e-6).log10()
     return ratios
 

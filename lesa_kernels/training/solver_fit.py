@@ -16,19 +16,12 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.checks import check_float, check_int
-from lesa_kernels.guidance import (
-    Guidance,
-    agrees,
-    find_guidance,
-    is_doubled,
-    own_latents,
-    rounding_noise,
-    seen_velocity,
-)
+from lesa_kernels.guidance import Guidance
 from lesa_kernels.predictors import SolverPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.training.policies import SeenStep, SmallModels, StepWatcher, batches, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.training.references import Branches, Reference, reference_run
+from lesa_kernels.training.runs import SeenStep, SmallModels, StepWatcher, batches, run_until_stopped
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
 _WINDOW = 3
@@ -162,20 +155,22 @@ class SolverFits:
         self._memory = check_int("memory", memory, 0)
         self._answers: OrderedDict[tuple[int, ...], list[_Answer]] = OrderedDict()
         self._found: dict[tuple[int, ...], Tensor] = {}
-        self._branches: tuple[str, ...] = ()
-        self._is_batched = False
-        self._sign = 1.0
+        self._branches = Branches()
         self._batches: list[_Batch] = []
         seen: dict[int, list[Guidance]] = {}
         with progress_bar(progress) as bar:
             for runs in bar.track(batches(source, batch), description="sampling unaccelerated runs"):
-                self._batches.append(self._sample(source, runs, seen))
-            self._guidance = _steadied(seen, len(self.sigmas) - 1)
+                reference, sampled = self._sample(source, runs)
+                self._batches.append(sampled)
+                self._branches, self.first_step = reference.branches, min(reference.latents)
+                for step, guidance in reference.guidance.items():
+                    seen.setdefault(step, []).append(guidance)
+            self._guidance = _steadied(seen)
             if target is not None:
                 check_source(target, may_start_late=True)
                 places = _places(self.sigmas, target.sigmas)
                 for number, own in enumerate(bar.track(self._batches, description="sampling the runs to be reached")):
-                    finer = self._sample(target, own.runs, {})
+                    _, finer = self._sample(target, own.runs)
                     if not torch.allclose(finer.noise, own.noise, rtol=1e-2, atol=1e-2):
                         raise ValueError("target must begin its runs with the noise of those of source")
                     self._batches[number] = replace(own, target=[finer.target[place] for place in places])
@@ -205,15 +200,15 @@ class SolverFits:
         Returns:
             The predictor.
         """
-        full = self.full_steps(schedule)
+        full, branches = self.full_steps(schedule), self._branches
         predictor = SolverPredictor(
             self.sigmas,
             full,
             self.window,
-            self._branches,
-            self._is_batched,
-            [self._guidance[step] for step in full] if self._branches else [],
-            self._sign,
+            branches.names if branches.are_guided else (),
+            branches.is_batched,
+            [self._guidance[step] for step in full] if branches.are_guided else [],
+            branches.sign,
         )
         with progress_bar(progress) as bar:
             for position in bar.track(range(len(full)), description="fitting segment by segment"):
@@ -282,122 +277,30 @@ class SolverFits:
         """Return the step at which a segment ends."""
         return full[position + 1] if position + 1 < len(full) else len(self.sigmas) - 1
 
-    def _sample(self, source: TrajectorySource, runs: Sequence[int], seen: dict[int, list[Guidance]]) -> _Batch:
-        """Sample some runs in full; learn how the pipeline makes a velocity of the model's outputs."""
-        latents: list[Tensor] = []
-        first, sigmas, latest = -1, source.sigmas, Guidance(1.0)
-
-        def close(done: SeenStep, after: Tensor) -> None:
-            nonlocal first, latest
-            if not latents:
-                first = done.step
-                self._learn_calls(done, after, len(runs), sigmas)
-            latents.append(self._own(done.latents, done).cpu())
-            latest = self._guidance_of(done, after, sigmas)
-            seen.setdefault(done.step, []).append(latest)
-
-        watcher = StepWatcher(lambda call: self._called(call, runs), close)
-        source.run(runs, self._small.limit(watcher))
-        last = watcher.last
-        if last is None or not latents:
+    def _sample(self, source: TrajectorySource, runs: Sequence[int]) -> tuple[Reference, _Batch]:
+        """Sample some runs in full."""
+        reference = reference_run(source, runs, answer=lambda call: self._called(call, len(runs)))
+        first = min(reference.latents)
+        if reference.moves is None or reference.last is None:
             raise ValueError("source must call its model in at least 2 steps")
-        answer = self._answer(last, latest)
-        noise, before = latents[0].to(answer.latents), answer.latents
-        end = before + (sigmas[-1] - sigmas[last.step]) * answer.velocity
-        if not bool(torch.isfinite(end).all()):
-            raise FloatingPointError("the latents of the unaccelerated runs are not finite at the end")
-        if source is self._source:
-            self.first_step = first
-        moves = (before != noise).any(-1, keepdim=True)
+        moves = reference.moves
         # Steps before the first are of no run.
-        target = (
-            [latents[0]] * first + latents + [self._own(last.latents, last).cpu(), torch.where(moves, end, noise).cpu()]
-        )
-        return _Batch(runs, noise, moves, target)
+        target = [reference.latents[max(step, first)] for step in range(len(source.sigmas))]
+        return reference, _Batch(runs, target[first].to(moves.device, torch.float32), moves, target)
 
-    def _called(self, call: ModelCall, runs: Sequence[int]) -> Tensor:
+    def _called(self, call: ModelCall, rows: int) -> Tensor:
         """Run the model."""
-        self.model_calls += len(runs)
+        self.model_calls += rows
         output = watch(call)[1]
         if output is None:
             raise ValueError("source must run a model with its tail; this one holds features only")
         return output
 
-    def _learn_calls(self, step: SeenStep, after: Tensor, rows: int, sigmas: Sequence[float]) -> None:
-        """Find out which calls are branches of guidance, and the sign of the model's output."""
-        names = list(step.outputs)
-        branches: tuple[str, ...] = ()
-        is_batched = len(names) == 1 and len(step.latents) == 2 * rows and is_doubled(step.latents)
-        if is_batched:
-            branches = ("uncond", "cond")
-        elif len(names) == 2:
-            # Of two calls without names the rule says which is which, where that makes a difference.
-            branches = tuple(sorted(names, key=lambda name: name != "uncond"))
-        elif len(names) > 2:
-            raise ValueError(f"source must call its model once or twice a step, got the calls {names} in one step")
-        self._branches, self._is_batched, self._sign = branches, is_batched, 1.0
-        output = self._velocities(step)[1]
-        moved = self._own(after, step).float() - self._own(step.latents, step).float()
-        if (moved * (sigmas[step.step + 1] - sigmas[step.step]) * output).sum() < 0:
-            self._sign = -1.0
-        if (
-            self._branches
-            and not is_batched
-            and "uncond" not in names
-            and self._try_guidance(step, after, sigmas) is None
-        ):
-            self._branches = branches[::-1]
-
-    def _own(self, latents: Tensor, step: SeenStep) -> Tensor:
-        """Return the latents that the model's output moves: one branch's, without channels of a condition."""
-        return own_latents(latents, next(iter(step.outputs.values())), self._is_batched)
-
-    def _velocities(self, step: SeenStep) -> tuple[Tensor, Tensor]:
-        """Return the velocities of both branches, float32."""
-        outputs = [self._sign * output.float() for output in step.outputs.values()]
-        if self._is_batched:
-            uncond, cond = outputs[0].chunk(2)
-            return uncond, cond
-        if not self._branches:
-            return outputs[0], outputs[0]
-        by_name = dict(zip(step.outputs, outputs, strict=True))
-        if set(by_name) != set(self._branches):
-            raise ValueError(f"source must make the calls {self._branches} in every step, got {tuple(by_name)}")
-        return by_name[self._branches[0]], by_name[self._branches[1]]
-
-    def _guidance_of(self, step: SeenStep, after: Tensor, sigmas: Sequence[float]) -> Guidance:
-        """Return how the velocity of a step came of its branches.
-
-        Raises:
-            ValueError: when it did not, or the step is not Euler's.
-        """
-        found = self._try_guidance(step, after, sigmas)
-        if found is None:
-            raise ValueError(
-                "source must step as Euler does, latents + (sigma_next - sigma) * velocity, with guidance that is "
-                f"linear, rescaled or norm-preserving; step {step.step} moved the latents elsewhere: another solver, "
-                "stochastic sampling, skip-layer or projected guidance?"
-            )
-        return found
-
-    def _try_guidance(self, step: SeenStep, after: Tensor, sigmas: Sequence[float]) -> Guidance | None:
-        """Return how the velocity of a step came of its branches, None where it did not."""
-        before, after = self._own(step.latents, step), self._own(after, step)
-        length = sigmas[step.step + 1] - sigmas[step.step]
-        seen, moves = seen_velocity(before, after, length)
-        uncond, cond = (each * moves for each in self._velocities(step))
-        kinds = (before.dtype, *(output.dtype for output in step.outputs.values()))
-        coarsest = max(kinds, key=lambda kind: torch.finfo(kind).eps)
-        noise = rounding_noise(after, seen, coarsest, abs(length))
-        if not self._branches:
-            return Guidance(1.0) if agrees(cond, seen, noise) else None
-        return find_guidance(uncond, cond, seen, noise)
-
-    def _answer(self, step: SeenStep, guidance: Guidance) -> _Answer:
+    def _answer(self, step: SeenStep, guidance: Guidance | None) -> _Answer:
         """Return what a full step shows."""
-        uncond, cond = self._velocities(step)
-        velocity = guidance.combine(uncond, cond) if self._branches else cond
-        return _Answer(step.outputs, self._own(step.latents, step).float(), uncond, cond, velocity)
+        uncond, cond = self._branches.velocities_of(step)
+        velocity = cond if guidance is None else guidance.combine(uncond, cond)
+        return _Answer(step.outputs, self._branches.latents_of(step).float(), uncond, cond, velocity)
 
     def _observe(self, full: tuple[int, ...]) -> list[_Answer]:
         """Return what all batches show at the last of some full steps, which come first in a schedule."""
@@ -426,14 +329,14 @@ class SolverFits:
 
         def answer(call: ModelCall) -> Tensor:
             if call.step == due:
-                return self._called(call, runs)
+                return self._called(call, len(runs))
             if call.step in known:
                 # A loop may write to what it gets.
                 return known[call.step].outputs[call.branch].clone()
             begin = max(step for step in known if step < call.step)
             like = next(iter(known[begin].outputs.values()))
-            velocity = (self._sign * answers[begin]).to(like.dtype)
-            return torch.cat([velocity, velocity]) if self._is_batched else velocity
+            velocity = (self._branches.sign * answers[begin]).to(like.dtype)
+            return torch.cat([velocity, velocity]) if self._branches.is_batched else velocity
 
         def close(done: SeenStep, after: Tensor) -> None:
             nonlocal shown
@@ -446,13 +349,13 @@ class SolverFits:
         shown = shown or watcher.last
         if shown is None or shown.step != due:
             raise ValueError(f"source must run all {len(self.sigmas) - 1} steps, it ended before step {due}")
-        return self._answer(shown, self._guidance[due])
+        return self._answer(shown, self._guidance.get(due))
 
     def _columns(self, full: tuple[int, ...], number: int) -> list[Tensor]:
         """Return what the coefficients of a segment count for, in the order of `SolverPredictor.terms`, float32."""
         recent = [self._observe(full[: len(full) - k])[number] for k in range(min(self.window, len(full)))]
         noise = self._batches[number].noise
-        if not self._branches:
+        if not self._branches.are_guided:
             return [noise, *(each.velocity for each in recent)]
         return [noise, *(each.uncond for each in recent), *(each.cond - each.uncond for each in recent)]
 
@@ -514,7 +417,7 @@ def _places(sigmas: Sequence[float], finer: Sequence[float]) -> list[int]:
     return places
 
 
-def _steadied(seen: Mapping[int, Sequence[Guidance]], steps: int) -> dict[int, Guidance]:
+def _steadied(seen: Mapping[int, Sequence[Guidance]]) -> dict[int, Guidance]:
     """Return the guidance of each step: the median over runs, and over neighboring steps that seem to have the same."""
     groups: list[list[Guidance]] = []
     of_step: dict[int, list[Guidance]] = {}
@@ -529,7 +432,7 @@ def _steadied(seen: Mapping[int, Sequence[Guidance]], steps: int) -> dict[int, G
             groups.append([])
         groups[-1] += seen[step]
         of_step[step] = groups[-1]
-    found = {
+    return {
         step: Guidance(
             statistics.median(each.scale for each in group),
             group[0].rule,
@@ -537,6 +440,3 @@ def _steadied(seen: Mapping[int, Sequence[Guidance]], steps: int) -> dict[int, G
         )
         for step, group in of_step.items()
     }
-    # Nothing comes after the last step that would show it.
-    found.setdefault(steps - 1, found[max(found)])
-    return found

@@ -24,8 +24,9 @@ from lesa_kernels.plan import Row
 from lesa_kernels.predictors import LinearPredictor, Reuse, TaylorSeer
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt
-from lesa_kernels.training.policies import Reference, SmallModels, batches, reference_run, run_until_stopped
 from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.training.references import Reference, reference_run
+from lesa_kernels.training.runs import SmallModels, batches, run_until_stopped
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
 _TAYLOR_ORDER = 2
@@ -216,7 +217,13 @@ class ClosedLoopRuns:
         columns: dict[str, list[Tensor]] = {name: [] for name in branches.names}
         outputs: dict[str, Tensor] = {}  # of the present step
         slopes: dict[str, list[Tensor]] = {}
+        latest: Tensor | None = None  # output of a call
         residual: Tensor | None = None
+
+        def own(call: ModelCall) -> Tensor:
+            if call.latents is None or latest is None:
+                raise ValueError("source must run a model with its latents in each step")
+            return branches.own(call.latents, latest)
 
         def finish(latents: Tensor) -> None:
             nonlocal residual
@@ -232,16 +239,17 @@ class ClosedLoopRuns:
                     slopes[name],
                 )
                 columns[name] += [length * change for change in changes]
-            if call.step == len(sigmas) - 2 and call.latents is not None:
-                finish(branches.own(call.latents) + length * reference.velocity(call.step, outputs))
+            if call.step == len(sigmas) - 2:
+                finish(own(call) + length * reference.velocity(call.step, outputs))
             outputs.clear()
             slopes.clear()
 
         def policy(call: ModelCall) -> Tensor | None:
-            if call.latents is None or call.tail is None:
+            nonlocal latest
+            if call.tail is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")
             if call.step == segment.end:
-                finish(branches.own(call.latents))
+                finish(own(call))
             names = branches.names if branches.is_batched else (call.branch,)
             if call.step in self._schedule.full_steps:
                 feature, output = watch(call)
@@ -260,7 +268,8 @@ class ClosedLoopRuns:
                     slopes.update({name: [each[name] for each in split] for name in names})
             if output is not None:
                 # A loop may write to what it gets.
-                outputs.update(branches.split(call.branch, output.clone()))
+                latest = output.clone()
+                outputs.update(branches.split(call.branch, latest))
             if len(outputs) == len(branches.names):
                 close(call)
             return output

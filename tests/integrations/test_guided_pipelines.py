@@ -15,7 +15,8 @@ from tiny_sources import BRANCHES, CASES, SPARSE, STEPS, Case, sd3_case, wan22_c
 from lesa_kernels import LinearPredictor, Reuse, Schedule, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, summary
 from lesa_kernels.training import Evaluator, fit
-from lesa_kernels.training.policies import PlanPolicy, reference_run
+from lesa_kernels.training.plan_policy import PlanPolicy
+from lesa_kernels.training.references import reference_run
 
 GUIDED = ["flux cfg", "qwen", "sd3", "wan", "z_image"]
 every_guided = pytest.mark.parametrize("name", GUIDED)

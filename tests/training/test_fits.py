@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import lesa_kernels as lesa
-from lesa_kernels.training import Evaluator, fit, fit_lesa, fit_solver, policies, tail_fit
+from lesa_kernels.training import Evaluator, fit, fit_lesa, fit_solver, runs, tail_fit
 from lesa_kernels.training.lesa_fit import SegmentPredictor, segment_stages, set_gains
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, gram_of
-from lesa_kernels.training.policies import PlanPolicy, batches, reference_run
+from lesa_kernels.training.plan_policy import PlanPolicy
+from lesa_kernels.training.references import reference_run
+from lesa_kernels.training.runs import batches
 from lesa_kernels.training.tail_fit import MOST_ROUNDS, derivatives
 from lesa_kernels.trajectories import ONLY_BRANCH, LoopSource, ModelCall, RecordedSource, StepPolicy
 
@@ -166,7 +168,7 @@ def _elsewhere() -> LoopSource:
 
 
 def test_steps_other_than_eulers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"source must step as Euler does.*got latents that went 100 % elsewhere"):
+    with pytest.raises(ValueError, match=r"source must step as Euler does.*step 0 moved the latents elsewhere"):
         fit(_elsewhere(), SCHEDULE, batch=RUNS, progress=False)
 
 
@@ -235,7 +237,7 @@ def test_small_models_are_computed_with_one_thread(monkeypatch: pytest.MonkeyPat
         compute()
         # Nothing is known of the model before its first call.
         assert {(True, 1), (False, 2)} <= threads <= {(True, 1), (False, 2), (False, 1)}
-    monkeypatch.setattr(policies, "MANY_ELEMENTS", 0)
+    monkeypatch.setattr(runs, "MANY_ELEMENTS", 0)
     threads.clear()
     reference_run(watched, [0], [])
     assert threads == {(True, 2), (False, 2)}

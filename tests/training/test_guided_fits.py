@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 import lesa_kernels as lesa
 from lesa_kernels.guidance import Guidance
 from lesa_kernels.training import Evaluator, fit, fit_lesa
-from lesa_kernels.training.policies import PlanPolicy, Reference, reference_run
+from lesa_kernels.training.plan_policy import PlanPolicy
 from lesa_kernels.training.progress import progress_bar
+from lesa_kernels.training.references import Reference, reference_run
 from lesa_kernels.training.tail_fit import BranchCoefficients, ClosedLoopRuns, segments
 from lesa_kernels.trajectories import LoopSource, ModelCall, StepPolicy
 
@@ -107,7 +107,7 @@ def fitted(flow: Flow, batch: int = RUNS) -> dict[str, lesa.LinearPredictor]:
 def test_the_reference_shows_the_guidance(guidance: Guidance, is_batched: bool) -> None:
     flow = Flow(guidance, is_batched, sign=-1.0)
     reference = reference_run(flow.source(), range(RUNS), [0, STEPS])
-    assert reference.sign == -1.0 and reference.branches.names == ("uncond", "cond")
+    assert reference.branches.sign == -1.0 and reference.branches.names == ("uncond", "cond")
     assert reference.branches.is_batched == is_batched
     assert list(reference.guidance) == list(range(STEPS))
     for found in reference.guidance.values():
@@ -244,16 +244,30 @@ def test_calls_of_another_kind_are_refused(change: str, message: str) -> None:
         fit(_changed(change), SCHEDULE, batch=RUNS, progress=False)
 
 
-def test_outputs_of_another_shape_than_the_latents_are_refused() -> None:
-    def loop(runs: Sequence[int], policy: StepPolicy) -> None:
-        latents = torch.randn(len(runs), 4, WIDTH)
-        for step in range(STEPS):
-            output = policy(ModelCall(step, partial(torch.tanh, latents), lambda feature: feature[:, :2], latents))
-            assert output is not None
-            latents[:, :2] += output
+def test_tokens_of_a_condition_stay_and_count_for_nothing() -> None:
+    flow, extra = Flow(), torch.ones(RUNS, 2, WIDTH)
 
-    with pytest.raises(ValueError, match=r"must have the shape of its latents, got \(4, 2, 8\) for \(4, 4, 8\)"):
-        fit(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, batch=RUNS, progress=False)
+    def longer(policy: StepPolicy) -> StepPolicy:
+        def answer(call: ModelCall) -> Tensor | None:
+            assert call.latents is not None and call.tail is not None
+            latents, tail = torch.cat([call.latents, extra[: len(call.latents)]], 1), call.tail
+            output = policy(replace(call, latents=latents, tail=lambda feature: torch.cat([tail(feature), extra], 1)))
+            return None if output is None else output[:, :-2]
+
+        return answer
+
+    source = LoopSource(lambda runs, policy: flow.loop(runs, longer(policy)), RUNS, SIGMAS)
+    reference = reference_run(source, range(RUNS))
+    assert reference.moves is not None and reference.moves[:, :, 0].tolist() == [[True] * 5 + [False] * 2] * RUNS
+    found, plain = fit(source, SCHEDULE, rounds=6, batch=RUNS, progress=False), fitted(flow)
+    assert isinstance(found, dict)
+    for branch in found:
+        torch.testing.assert_close(found[branch].coefficients, plain[branch].coefficients, equal_nan=True)
+    score, wanted = (
+        Evaluator(each, batch=RUNS, progress=False)(lesa.TaylorSeer(1), SCHEDULE) for each in (source, flow.source())
+    )
+    # It is relative to all latents, of which those that stay are a part.
+    assert wanted < score < wanted + 3
 
 
 def test_guidance_of_a_single_step_is_not_known() -> None:
