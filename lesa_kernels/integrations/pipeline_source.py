@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import itertools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
@@ -76,6 +76,7 @@ class PipelineSource:
 
         self._steps = check_int("steps", steps, 1)
         self._parts = 1  # that each interval of the pipeline's noise levels is divided into
+        self._begin = 0  # where finer runs start
         self._encoded = EncodedPrompts()
         _check_pipeline(pipe)
         self._pipe = pipe
@@ -102,13 +103,23 @@ class PipelineSource:
         """How many runs there are: one a prompt."""
         return len(self._prompts)
 
-    @cached_property
+    @property
     def sigmas(self) -> tuple[float, ...]:
         """The S+1 noise levels, known once the pipeline has set its scheduler; the model does not run.
 
         Raises:
             ValueError: when they cannot be read, do not fall, or are not `steps` + 1.
         """
+        return self._start[0]
+
+    @property
+    def first_step(self) -> int:
+        """The step at which the runs start: 0, or later for image-to-image; found with `sigmas`, and raises alike."""
+        return self._start[1]
+
+    @cached_property
+    def _start(self) -> tuple[tuple[float, ...], int]:
+        """The noise levels and the first step, found by a run that ends before the model does."""
 
         def stop(call: ModelCall) -> Tensor:
             raise StopRun
@@ -120,19 +131,7 @@ class PipelineSource:
         if len(sigmas) != self._steps * self._parts + 1:
             wanted = self._steps * self._parts
             raise ValueError(f"the pipeline must have {wanted} steps as asked for, it has {len(sigmas) - 1}")
-        return check_decreasing(sigmas, "the noise levels of the pipeline's scheduler")
-
-    @cached_property
-    def first_step(self) -> int:
-        """The step at which the runs start: 0, or later for image-to-image; the model does not run."""
-        found: list[int] = []
-
-        def stop(call: ModelCall) -> Tensor:
-            found.append(call.step)
-            raise StopRun
-
-        self._probe(stop)
-        return found[0] if found else 0
+        return check_decreasing(sigmas, "the noise levels of the pipeline's scheduler"), self._answered.latest_step
 
     @property
     def solver_incompatibility(self) -> str | None:
@@ -146,16 +145,17 @@ class PipelineSource:
             parts: each interval between the pipeline's noise levels is divided evenly into so many.
 
         Returns:
-            A source of `parts` times as many steps, which passes all levels of this one.
+            A source of `parts` times as many steps, which passes all levels of this one, and starts where it does.
 
         Raises:
             TypeError: when parts is no integer.
-            ValueError: when it is below 2.
+            ValueError: when it is below 2; or see `sigmas`.
         """
         finer = PipelineSource(
             self._pipe, self._prompts, steps=self._steps, seed=self._seed, capture=self._capture, **self._shared
         )
         finer._parts = self._parts * check_int("parts", parts, 2)
+        finer._begin = self.first_step * parts
         finer._encoded = self._encoded
         return finer
 
@@ -233,7 +233,7 @@ class PipelineSource:
             stack.enter_context(_silent(self._pipe))
             stack.enter_context(self._encoded.remembered(self._pipe))
             if self._parts > 1:
-                stack.enter_context(_divided(self._pipe.scheduler, self._parts))
+                stack.enter_context(_divided(self._pipe, self._parts, self._begin))
             stack.enter_context(torch.no_grad())
             try:
                 self._pipe(num_inference_steps=self._steps, generator=generators, **arguments, **self._shared)
@@ -260,7 +260,6 @@ class EncodedPrompts:
         if encode is None:
             yield
             return
-        own = vars(pipe).get("encode_prompt")
 
         @functools.wraps(encode)
         def remember(*args: Any, **kwargs: Any) -> Any:
@@ -272,14 +271,8 @@ class EncodedPrompts:
                 self._kept[key] = copy.deepcopy(encode(*args, **kwargs))
             return copy.deepcopy(self._kept[key])
 
-        pipe.encode_prompt = remember
-        try:
+        with _replaced(pipe, "encode_prompt", remember):
             yield
-        finally:
-            if own is None:
-                del pipe.encode_prompt
-            else:
-                pipe.encode_prompt = own
 
 
 def _is_readable(value: Any) -> bool:
@@ -365,11 +358,13 @@ def _together(values: list[Any]) -> Any:
 
 
 @contextmanager
-def _divided(scheduler: Any, parts: int) -> Generator[None, None, None]:
-    """Divide the intervals between a scheduler's noise levels for the length of a with statement.
+def _divided(pipe: Any, parts: int, begin: int) -> Generator[None, None, None]:
+    """Divide the intervals between a pipeline's noise levels, and begin late, for the length of a with statement.
 
-    The levels are set once the scheduler has made its own: those that it is given it would shift once more.
+    The levels are set once the scheduler has made its own: those that it is given it would shift once more. Where
+    image-to-image begins is counted in steps and rounded, so that of finer steps it would be another level.
     """
+    scheduler = pipe.scheduler
     set_timesteps = scheduler.set_timesteps
 
     def divide(levels: Tensor) -> Tensor:
@@ -386,11 +381,30 @@ def _divided(scheduler: Any, parts: int) -> Generator[None, None, None]:
         scheduler.timesteps = divide(torch.cat([timesteps, end]))
         scheduler.num_inference_steps = len(scheduler.timesteps)
 
-    scheduler.set_timesteps = set_finer
+    def begin_late(*args: Any, **kwargs: Any) -> tuple[Tensor, int]:
+        scheduler.set_begin_index(begin)
+        timesteps = scheduler.timesteps[begin:]
+        return timesteps, len(timesteps)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(scheduler, "set_timesteps", set_finer))
+        if hasattr(pipe, "get_timesteps"):
+            stack.enter_context(_replaced(pipe, "get_timesteps", begin_late))
+        yield
+
+
+@contextmanager
+def _replaced(target: Any, name: str, method: Callable[..., Any]) -> Generator[None, None, None]:
+    """Give an object another method for the length of a with statement."""
+    own = vars(target).get(name)
+    setattr(target, name, method)
     try:
         yield
     finally:
-        del scheduler.set_timesteps
+        if own is None:
+            delattr(target, name)
+        else:
+            setattr(target, name, own)
 
 
 @contextmanager

@@ -170,7 +170,12 @@ class SolverFits:
                 check_source(target, may_start_late=True)
                 places = _places(self.sigmas, target.sigmas)
                 for number, own in enumerate(bar.track(self._batches, description="sampling the runs to be reached")):
-                    _, finer = self._sample(target, own.runs)
+                    reached, finer = self._sample(target, own.runs)
+                    if (begin := min(reached.latents)) != (due := places[self.first_step]):
+                        raise ValueError(
+                            f"target must begin its runs at step {due}, the noise level at which those of source "
+                            f"begin, it begins at step {begin}"
+                        )
                     if not torch.allclose(finer.noise, own.noise, rtol=1e-2, atol=1e-2):
                         raise ValueError("target must begin its runs with the noise of those of source")
                     self._batches[number] = replace(own, target=[finer.target[place] for place in places])

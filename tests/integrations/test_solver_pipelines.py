@@ -12,7 +12,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    FluxImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
 from tiny_pipelines import counting, flux, flux_transformer
@@ -21,9 +20,11 @@ from tiny_sources import (
     Case,
     flux_case,
     flux_cfg_case,
+    flux_image_case,
     hunyuan_case,
     qwen_case,
     sd3_case,
+    sd3_image_case,
     wan22_case,
     wan_case,
     z_image_case,
@@ -217,15 +218,8 @@ def test_latents_that_a_callback_changes_are_noticed() -> None:
     assert summary(case.pipe).forecast == 1
 
 
-def _late_case() -> Case:
-    case = flux_case()
-    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    pipe = flux(FluxImg2ImgPipeline, case.pipe.transformer)
-    return Case(pipe, case.prompts, case.arguments | {"image": image, "strength": 0.6})
-
-
 def test_a_run_that_starts_late_gets_the_training_free_forecaster() -> None:
-    predictor, late = _fitted(flux_case())[1], _late_case()
+    predictor, late = _fitted(flux_case())[1], flux_image_case(0.6)
     enable(late.pipe, predictor)
     with pytest.warns(LesaWarning, match="starts at step 2, the learned solver was fitted for a start at step 0"):
         late.plain(0)
@@ -234,7 +228,7 @@ def test_a_run_that_starts_late_gets_the_training_free_forecaster() -> None:
 
 
 def test_a_fit_for_runs_that_start_late_serves_them() -> None:
-    late = _late_case()
+    late = flux_image_case(0.6)
     assert late.source().first_step == 2
     fits = SolverFits(late.source(), progress=False)
     predictor = fits.fit(Schedule.explicit(STEPS, [0, 3, 5]), progress=False)
@@ -291,6 +285,29 @@ def test_a_finer_target_passes_all_levels_and_leads_nearer_to_the_solution() -> 
     assert ends[0] < ends[1]
     with pytest.raises(ValueError, match="parts must be at least 2"):
         source.refined(1)
+
+
+# 6 steps start at step int(6 - 6 * strength); int(24 - 24 * strength), of four times as many, is another level.
+@pytest.mark.parametrize("make", [flux_image_case, sd3_image_case])
+@pytest.mark.parametrize(("strength", "first"), [(0.6, 2), (0.9, 0)])
+def test_a_finer_target_starts_late_where_its_source_does(
+    make: Callable[[float], Case], strength: float, first: int
+) -> None:
+    case = make(strength)
+    source = case.source()
+    finer = source.refined(2).refined(2)
+    assert (source.first_step, finer.first_step) == (first, 4 * first)
+    methods = set(vars(case.pipe)) | set(vars(case.pipe.scheduler))
+    assert not methods & {"set_timesteps", "get_timesteps"}
+    aimed, plain = (SolverFits(source, target=target, progress=False) for target in (finer, None))
+    reached, own = aimed._batches[0], plain._batches[0]
+    assert torch.equal(reached.target[first], own.target[first])
+    solution = SolverFits(source.refined(16), progress=False)._batches[0].target
+    distances = [(batch.target[-1] - solution[-1]).norm() for batch in (reached, own)]
+    assert distances[0] < distances[1] / 2
+    other = replace(case, arguments=case.arguments | {"strength": 0.3}).source().refined()
+    with pytest.raises(ValueError, match=rf"begin its runs at step {4 * first}, .*, it begins at step 16"):
+        SolverFits(source, target=other, progress=False)
 
 
 def test_the_second_transformer_has_guidance_of_its_own() -> None:

@@ -101,7 +101,9 @@ def flux_cfg_case() -> Case:
 
 def sd3_case() -> Case:
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), layers_per_block=1, latent_channels=4, norm_num_groups=1, shift_factor=0.06
+    )
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=MODELS["sd3"].model(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -119,6 +121,22 @@ def sd3_case() -> Case:
         "guidance_scale": 3.0,
     }
     return Case(quiet(pipe), embeddings(pooled=True), negative | {"height": 4, "width": 4})
+
+
+def flux_image_case(strength: float) -> Case:
+    case = flux_case()
+    pipe = flux(diffusers.FluxImg2ImgPipeline, case.pipe.transformer)
+    return Case(pipe, case.prompts, case.arguments | {"image": _image(8), "strength": strength})
+
+
+def sd3_image_case(strength: float) -> Case:
+    case = sd3_case()
+    pipe = quiet(diffusers.StableDiffusion3Img2ImgPipeline(**case.pipe.components))
+    return Case(pipe, case.prompts, case.arguments | {"image": _image(4), "strength": strength})
+
+
+def _image(size: int) -> Tensor:
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def z_image_case() -> Case:
