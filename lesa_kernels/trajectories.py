@@ -34,6 +34,8 @@ class ModelCall:
         latents: the input of the model, None where a source holds features only.
         branch: of the guidance.
         model: which one it is of, where several take turns (Wan 2.2); no history of features reaches across them.
+        timestep: what the model is told of the noise level, in the model's own units; None where it is not one number.
+        told: timestep -> the same call, whose model is told another one; None where the source cannot do that.
     """
 
     step: int
@@ -42,6 +44,8 @@ class ModelCall:
     latents: Tensor | None = None
     branch: str = ONLY_BRANCH
     model: int = 0
+    timestep: float | None = None
+    told: Callable[[float], ModelCall] | None = None
 
 
 StepPolicy: TypeAlias = Callable[[ModelCall], "Tensor | None"]

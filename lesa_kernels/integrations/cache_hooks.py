@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from diffusers.hooks.hooks import CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
@@ -27,6 +27,8 @@ from lesa_kernels.integrations.outputs import agree, read_output, uncompiled
 from lesa_kernels.integrations.state import CacheState
 
 _NAME = "lesa"
+# What models call the argument that tells them the noise level.
+_TIMESTEPS = ("timestep", "timesteps", "t")
 _UNNAMED = CacheContext("")
 _copy = uncompiled()(copy.deepcopy)
 
@@ -102,6 +104,50 @@ class CompiledCall:
             setattr(self._owner, self._name, self._compiled)
 
 
+class ForwardCall(NamedTuple):
+    """A call of a model that a hook answers.
+
+    Args:
+        run: runs the model's forward, compiled or not. No code of this class lies between, as it would be compiled too.
+        names: of the forward's parameters.
+        args: of the call.
+        kwargs: of the call.
+    """
+
+    run: partial[Any]
+    names: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @uncompiled(recursive=False)
+    def latents(self) -> Any:
+        """Return the first argument."""
+        return self.args[0] if self.args else self.kwargs[self.names[0]]
+
+    @uncompiled(recursive=False)
+    def timestep(self) -> Tensor | None:
+        """Return what the model is told of the noise level; None where that is no tensor."""
+        given = dict(zip(self.names, self.args, strict=False)) | self.kwargs
+        found = next((given[name] for name in _TIMESTEPS if name in given), None)
+        return found if isinstance(found, Tensor) else None
+
+    @uncompiled(recursive=False)
+    def told(self, timestep: float) -> ForwardCall:
+        """Return a call whose model is told another noise level.
+
+        Raises:
+            ValueError: when it is told none.
+        """
+        known = self.timestep()
+        if known is None:
+            raise ValueError(f"the model must be given a tensor as one of {', '.join(_TIMESTEPS)}")
+        other = torch.full_like(known, timestep)
+        args = tuple(other if each is known else each for each in self.args)
+        kwargs = {name: other if each is known else each for name, each in self.kwargs.items()}
+        before = self.run.args[: len(self.run.args) - len(args)]
+        return ForwardCall(partial(self.run.func, *before, *args, **kwargs), self.names, args, kwargs)
+
+
 class CacheHook(ModelHook):
     """Stands before a model, in diffusers' own registry; a subclass answers its calls.
 
@@ -133,10 +179,10 @@ class CacheHook(ModelHook):
         )
 
     @abstractmethod
-    def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
-        """Answer a call of the model, whose first argument is `latents`, by `run_full`, by `run_tail`, or by both.
+    def answer(self, call: ForwardCall, module: nn.Module) -> Any:
+        """Answer a call of the model, by `run_full`, by `run_tail`, or by both.
 
-        All three take `call`, which leads to the model's forward, compiled or not, and are kept out of graphs.
+        All three are kept out of graphs.
         """
 
     @abstractmethod
@@ -162,7 +208,7 @@ class CacheHook(ModelHook):
         with self._lock:
             self._decided, self._thread = True, threading.get_ident()
             try:
-                return self.answer(partial(run, *args, **kwargs), module, args[0] if args else kwargs[self._names[0]])
+                return self.answer(ForwardCall(partial(run, *args, **kwargs), self._names, args, kwargs), module)
             except BaseException:
                 # Whatever comes next, it is not the step after this one.
                 self.reset()
@@ -270,18 +316,19 @@ class ForecastHook(CacheHook):
         self.state = state
 
     @uncompiled(recursive=False)
-    def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
+    def answer(self, call: ForwardCall, module: nn.Module) -> Any:
         """See `CacheHook.answer`."""
-        branch = self.state.enter(self.contexts.current, latents, getattr(module, "is_cache_enabled", False))
+        branch = self.state.enter(self.contexts.current, call.latents(), getattr(module, "is_cache_enabled", False))
         if branch is None:
-            output = call()
+            output = call.run()
         elif branch.solver is not None:
             output = branch.output
             if output is None:
-                output = call()
-                self.state.capture_output(branch, latents, output)
+                timestep = branch.solver.timestep(branch.step)
+                output = (call if timestep is None else call.told(timestep)).run()
+                self.state.capture_output(branch, call.latents(), output)
         elif branch.feature is None:
-            output, feature, reason = self.run_full(module, call)
+            output, feature, reason = self.run_full(module, call.run)
             if reason is not None:
                 self.state.disable_forecasts(reason)
             elif feature is not None:
@@ -289,9 +336,9 @@ class ForecastHook(CacheHook):
         elif self._tail is not None:
             # As `run_tail`, in fewer calls; `decide` empties the capture point.
             self._point.forecast = branch.feature
-            output = call()
+            output = call.run()
         else:
-            output = self.run_tail(branch.feature, module, call)
+            output = self.run_tail(branch.feature, module, call.run)
         self.state.leave(branch)
         return output
 

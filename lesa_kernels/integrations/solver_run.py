@@ -126,6 +126,17 @@ class SolverRun:
         self._velocities[name] = self._predictor.sign * made.detach().float()
         return None
 
+    @property
+    def caveat(self) -> str:
+        """What a run is besides that ends here without a forecast; its first call may have been the solver's own."""
+        if self._predictor.first_timestep is None or self.session.ring is not None:
+            return ""
+        return "; its first call was told another noise level, so it is not quite the unaccelerated run"
+
+    def timestep(self, step: int) -> float | None:
+        """Return what the model is to be told of the noise level in a full step, None for what the pipeline says."""
+        return self._predictor.first_timestep if step == self._predictor.first_step else None
+
     def answer(self, step: int) -> Any:
         """Return the model's output of a forecast step: the same in every branch, and a copy, as loops write to it."""
         made = only_tensor(self._output)

@@ -196,7 +196,7 @@ class CacheState:
         run, branch = self._place(context, latents, layout, foreign_cache)
         solver = None if branch is None else branch.solver
         if branch is not None and solver is not None:
-            reason = _reason(solver.arrive, branch.step, latents)
+            reason = _reason(solver, solver.arrive, branch.step, latents)
             if reason is not None:
                 run.disable_forecasts(reason)
                 branch = None
@@ -222,7 +222,7 @@ class CacheState:
         run, solver = self._run, branch.solver
         if run is None or solver is None:
             return
-        reason = _reason(solver.capture, branch.step, branch.name, latents, output)
+        reason = _reason(solver, solver.capture, branch.step, branch.name, latents, output)
         if reason is not None:
             run.disable_forecasts(reason)
 
@@ -386,9 +386,10 @@ class CacheState:
         return HALVES if set(self._predictors) == set(HALVES) and are_equal_halves(latents) else ()
 
 
-def _reason(act: Callable[..., str | None], *arguments: Any) -> str | None:
+def _reason(solver: SolverRun, act: Callable[..., str | None], *arguments: Any) -> str | None:
     """Let a learned solver act, and return why it cannot; a failure ends the forecasts, not the run."""
     try:
-        return act(*arguments)
+        reason = act(*arguments)
     except (ValueError, TypeError, RuntimeError) as error:
-        return f"the learned solver failed: {error}"
+        reason = f"the learned solver failed: {error}"
+    return None if reason is None else reason + solver.caveat

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.cache_hooks import CacheHook
+from lesa_kernels.integrations.cache_hooks import CacheHook, ForwardCall
 from lesa_kernels.integrations.models import Adapter
 from lesa_kernels.integrations.outputs import layout_of, only_tensor, refilled, uncompiled
 from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
@@ -97,17 +98,31 @@ class TrajectoryHook(CacheHook):
             self.detach(self._model)
 
     @uncompiled(recursive=False)
-    def answer(self, call: Callable[[], Any], module: nn.Module, latents: Any) -> Any:
+    def answer(self, call: ForwardCall, module: nn.Module) -> Any:
         """See `CacheHook.answer`."""
         run = self._run_of_all
         step, branch = run.place(self.contexts.current, getattr(module, "is_cache_enabled", False))
         if run.policy is None:
             raise ValueError("lesa: the pipeline cannot be run: there is no policy")
-        pending = _PendingCall(self, module, call, latents)
+        pending = _PendingCall(self, module, call)
+        timestep = _only_number(call.timestep())
+
+        def told(other: float) -> ModelCall:
+            pending.call = call.told(other)
+            return replace(seen, timestep=other)
+
+        seen = ModelCall(
+            step,
+            pending.blocks,
+            pending.tail,
+            only_tensor(call.latents()),
+            branch,
+            self._number,
+            timestep,
+            None if timestep is None else told,
+        )
         with torch.set_grad_enabled(run.gradients):
-            answer = run.policy(
-                ModelCall(step, pending.blocks, pending.tail, only_tensor(latents), branch, self._number)
-            )
+            answer = run.policy(seen)
         return pending.output_of(answer, step)
 
     def reset(self) -> None:
@@ -118,11 +133,10 @@ class TrajectoryHook(CacheHook):
 class _PendingCall:
     """A call of the model while a policy answers it."""
 
-    def __init__(self, hook: TrajectoryHook, module: nn.Module, call: Callable[[], Any], latents: Any) -> None:
+    def __init__(self, hook: TrajectoryHook, module: nn.Module, call: ForwardCall) -> None:
+        self.call = call
         self._hook = hook
         self._module = module
-        self._call = call
-        self._latents = latents
         self._feature: Tensor | None = None
         self._full_output: Any = None
         self._latest_output: Any = None
@@ -132,7 +146,7 @@ class _PendingCall:
         """See `ModelCall`."""
         if self._feature is not None:
             raise RuntimeError("blocks must be called at most once in a call")
-        output, feature, reason = self._hook.run_full(self._module, self._call)
+        output, feature, reason = self._hook.run_full(self._module, self.call.run)
         if feature is None or reason is not None:
             raise ValueError(f"lesa: {reason}")
         # Policies may keep it; the pipeline may write to the model's output, a CUDA graph to all that it returned.
@@ -145,7 +159,7 @@ class _PendingCall:
     def tail(self, feature: Tensor) -> Tensor:
         """See `ModelCall`."""
         self._latest_output = (
-            self._full_output if feature is self._feature else self._hook.run_tail(feature, self._module, self._call)
+            self._full_output if feature is self._feature else self._hook.run_tail(feature, self._module, self.call.run)
         )
         output = only_tensor(self._latest_output)
         if output is None:
@@ -169,13 +183,19 @@ class _PendingCall:
                 f"a policy must call blocks before its first answer without the model, it did not by step {step}"
             )
         # An earlier call may have been of another number of runs.
-        rows = layout_of(self._latents)[0][0] if self._latest_output is None else tensor.shape[0]
+        rows = layout_of(self.call.latents())[0][0] if self._latest_output is None else tensor.shape[0]
         expected = (rows, *tensor.shape[1:])
         if answer.shape != expected:
             raise ValueError(
                 f"a policy must answer with an output of shape {expected}, got {tuple(answer.shape)} at step {step}"
             )
         return refilled(output, answer.detach())
+
+
+def _only_number(tensor: Tensor | None) -> float | None:
+    """Return the number that all elements of a tensor are, None where they are several; waits for the device."""
+    values = [] if tensor is None else tensor.unique().tolist()
+    return float(values[0]) if len(values) == 1 else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa_kernels.checks import check_decreasing, check_int, check_list
+from lesa_kernels.checks import check_decreasing, check_float, check_int, check_list
 from lesa_kernels.guidance import Guidance
 from lesa_kernels.ops.contract import MAX_HISTORY
 from lesa_kernels.plan import Plan, Row, RowRule, Term
@@ -43,6 +43,9 @@ class SolverPredictor(
     steps earlier (k = 0: step i), and x_T is the noise. Without guidance u_k = c_k = v_k, and there is no q. The full
     step answers as ever; the steps after it all answer with the velocity that leads from there to x_e.
 
+    At the first noise level a model can say no more than the mean of all images. So the first call may be told a lower
+    one, `first_timestep`: what it makes of the noise then points to where this run goes.
+
     It is made for one set of full steps, one set of sigmas, one guidance, and for Euler's steps of a flow: other runs
     are refused. (Guidance that the model takes as an argument is not seen.) `save_pretrained(folder)` writes
     safetensors and config.json, `from_pretrained` reads them.
@@ -55,6 +58,8 @@ class SolverPredictor(
         is_batched: whether the branches are two halves of one call, u first.
         guidance: with branches: of each full step, as `Guidance` or its fields [scale, rule, rescale].
         sign: -1 where the pipeline takes the negative of what its model returns, else 1.
+        first_timestep: what the model is told of the noise level in its first call, in the units of its own argument;
+            None: that of its latents.
 
     Raises:
         ValueError: when the sigmas do not fall, the full steps are not ascending and below S, or a number is out of
@@ -73,6 +78,7 @@ class SolverPredictor(
         is_batched: bool = False,
         guidance: Sequence[Any] = (),
         sign: float = 1.0,
+        first_timestep: float | None = None,
     ) -> None:
         super().__init__()
         self.trained_sigmas = check_decreasing(sigmas)
@@ -101,6 +107,7 @@ class SolverPredictor(
         if sign not in (1, -1):
             raise ValueError(f"sign must be 1 or -1, got {sign!r}")
         self.sign = float(sign)
+        self.first_timestep = None if first_timestep is None else check_float("first_timestep", first_timestep)
         columns = 1 + self.window * (2 if self.branches else 1)
         self.register_buffer("coefficients", torch.zeros(len(steps), columns, dtype=torch.float64))
         self._hub_mixin_config: dict[str, Any] = {
@@ -112,6 +119,7 @@ class SolverPredictor(
             "is_batched": self.is_batched,
             "guidance": [list(astuple(each)) for each in self.guidance],
             "sign": self.sign,
+            "first_timestep": self.first_timestep,
         }
 
     @property

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from lesa_kernels.training.references import Branches, Reference, reference_run
 from lesa_kernels.training.runs import SeenStep, SmallModels, StepWatcher, batches, run_until_stopped
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
-_WINDOW = 3
+_WINDOW, _LOOKAHEAD = 3, 0.35
 # Of the diagonal: it takes nothing from what the data say, and keeps coefficients of like columns small.
 _RIDGE = 1e-4
 # Relative to the larger of 1 and the scale: by how much guidance of one kind may seem to vary from step to step.
@@ -37,6 +38,7 @@ def fit_solver(
     schedule: Schedule | ScheduleRule,
     *,
     window: int = _WINDOW,
+    lookahead: float = _LOOKAHEAD,
     ridge: float = _RIDGE,
     target: TrajectorySource | None = None,
     batch: int = 1,
@@ -48,6 +50,8 @@ def fit_solver(
         source: runs a model whose latents go by Euler's steps of a flow, with guidance of two branches or without.
         schedule: which steps are full.
         window: K, full steps whose velocities count.
+        lookahead: the first call is told the noise level that lies at so much of the way to the second full step, 0 to
+            1; 0 is its own. Runs that start late, and sources whose calls have no `ModelCall.told`, keep their own.
         ridge: of the least squares, relative to each column's mean square.
         target: runs from the same noise whose latents are to be reached instead of `source`'s own: with finer levels,
             among which are all of `source`'s (see `PipelineSource.refined`).
@@ -63,8 +67,21 @@ def fit_solver(
             steps that are not Euler's.
         FloatingPointError: when latents are not finite; names the step.
     """
-    fits = SolverFits(source, window=window, ridge=ridge, target=target, batch=batch, progress=progress)
+    fits = SolverFits(
+        source, window=window, lookahead=lookahead, ridge=ridge, target=target, batch=batch, progress=progress
+    )
     return fits.fit(schedule, progress=progress)
+
+
+@dataclass(frozen=True)
+class _FullStep:
+    """A full step, and what the model is told of the noise level there, None for what the source says."""
+
+    step: int
+    timestep: float | None = None
+
+
+_Path: TypeAlias = tuple[_FullStep, ...]
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,7 @@ class SolverFits:
         source: see `fit_solver`.
         held_out: so many of its last runs are not fitted to; `psnr_db` is measured on them.
         window: see `fit_solver`.
+        lookahead: see `fit_solver`.
         ridge: see `fit_solver`.
         target: see `fit_solver`.
         batch: see `fit_solver`.
@@ -128,6 +146,7 @@ class SolverFits:
         *,
         held_out: int = 0,
         window: int = _WINDOW,
+        lookahead: float = _LOOKAHEAD,
         ridge: float = _RIDGE,
         target: TrajectorySource | None = None,
         batch: int = 1,
@@ -152,9 +171,13 @@ class SolverFits:
         self._source = source
         self._small = SmallModels()
         self._ridge = check_float("ridge", ridge, above=0)
+        self._lookahead = check_float("lookahead", lookahead)
+        if not 0 <= self._lookahead <= 1:
+            raise ValueError(f"lookahead must be 0 to 1, got {lookahead}")
+        self._timesteps: dict[int, float] = {}  # what the model is told in each step, where it can be told otherwise
         self._memory = check_int("memory", memory, 0)
-        self._answers: OrderedDict[tuple[int, ...], list[_Answer]] = OrderedDict()
-        self._found: dict[tuple[int, ...], Tensor] = {}
+        self._answers: OrderedDict[_Path, list[_Answer]] = OrderedDict()
+        self._found: dict[tuple[_Path, int], Tensor] = {}
         self._branches = Branches()
         self._batches: list[_Batch] = []
         seen: dict[int, list[Guidance]] = {}
@@ -206,6 +229,7 @@ class SolverFits:
             The predictor.
         """
         full, branches = self.full_steps(schedule), self._branches
+        path = self._path(full)
         predictor = SolverPredictor(
             self.sigmas,
             full,
@@ -214,10 +238,11 @@ class SolverFits:
             branches.is_batched,
             [self._guidance[step] for step in full] if branches.are_guided else [],
             branches.sign,
+            path[0].timestep,
         )
         with progress_bar(progress) as bar:
             for position in bar.track(range(len(full)), description="fitting segment by segment"):
-                found = self._coefficients(full[: position + 1], self._end(full, position))
+                found = self._coefficients(path[: position + 1], self._end(path, position))
                 terms = predictor.terms(position)
                 columns = [column for column, term in enumerate(terms) if term is not None]
                 predictor.coefficients[position, columns] = found
@@ -234,14 +259,14 @@ class SolverFits:
             -20 log10 of the relative error of the final latents, mean over the held-out runs; over all runs where none
             is held out.
         """
-        full = self.full_steps(schedule)
+        path = self._path(self.full_steps(schedule))
         ratios = []
         for number, each in enumerate(self._batches):
             chosen = [row for row, run in enumerate(each.runs) if run in self._judged]
             if not chosen:
                 continue
             aim = each.target[-1].to(each.noise.device).float()
-            error = (self._reached(full, len(self.sigmas) - 1, number) - aim) * each.moves
+            error = (self._reached(path, len(self.sigmas) - 1, number) - aim) * each.moves
             sizes = [(part * each.moves)[chosen].flatten(1).norm(dim=1) for part in (error, aim)]
             ratios.append(-20 * (sizes[0] / sizes[1]).clamp_min(1e-6).log10())
         return torch.cat(ratios).mean().item()
@@ -256,7 +281,7 @@ class SolverFits:
     def eulers(self) -> SolverFits:
         """Return the same runs without coefficients: `psnr_db` is then of Euler's method on the full steps alone."""
         plain = self._copy()
-        plain._memory = 0
+        plain._memory, plain._lookahead = 0, 0.0
         # Beyond all data, so that nothing is added to Euler's step.
         plain._ridge = 1e30
         return plain
@@ -278,13 +303,28 @@ class SolverFits:
         other.model_calls, other._answers, other._found, other._exchanged = 0, OrderedDict(), {}, None
         return other
 
-    def _end(self, full: Sequence[int], position: int) -> int:
+    def _path(self, full: tuple[int, ...]) -> _Path:
+        """Return full steps with what the model is told: in the first call a noise level that is still to come."""
+        timestep = None
+        # After a segment of one step nothing is left that could correct it.
+        if self._lookahead and full[0] == 0 and full[1:2] > (1,) and {*full[:2]} <= set(self._timesteps):
+            here, there = (self._timesteps[step] for step in full[:2])
+            timestep = here + self._lookahead * (there - here)
+        return (_FullStep(full[0], timestep), *(_FullStep(step) for step in full[1:]))
+
+    def _end(self, path: _Path, position: int) -> int:
         """Return the step at which a segment ends."""
-        return full[position + 1] if position + 1 < len(full) else len(self.sigmas) - 1
+        return path[position + 1].step if position + 1 < len(path) else len(self.sigmas) - 1
 
     def _sample(self, source: TrajectorySource, runs: Sequence[int]) -> tuple[Reference, _Batch]:
         """Sample some runs in full."""
-        reference = reference_run(source, runs, answer=lambda call: self._called(call, len(runs)))
+
+        def answer(call: ModelCall) -> Tensor:
+            if call.told is not None and call.timestep is not None and source is self._source:
+                self._timesteps[call.step] = call.timestep
+            return self._called(call, len(runs))
+
+        reference = reference_run(source, runs, answer=answer)
         first = min(reference.latents)
         if reference.moves is None or reference.last is None:
             raise ValueError("source must call its model in at least 2 steps")
@@ -293,9 +333,11 @@ class SolverFits:
         target = [reference.latents[max(step, first)] for step in range(len(source.sigmas))]
         return reference, _Batch(runs, target[first].to(moves.device, torch.float32), moves, target)
 
-    def _called(self, call: ModelCall, rows: int) -> Tensor:
-        """Run the model."""
+    def _called(self, call: ModelCall, rows: int, timestep: float | None = None) -> Tensor:
+        """Run the model, told what the source says of the noise level or otherwise."""
         self.model_calls += rows
+        if timestep is not None and call.told is not None:
+            call = call.told(timestep)
         output = watch(call)[1]
         if output is None:
             raise ValueError("source must run a model with its tail; this one holds features only")
@@ -307,34 +349,35 @@ class SolverFits:
         velocity = cond if guidance is None else guidance.combine(uncond, cond)
         return _Answer(step.outputs, self._branches.latents_of(step).float(), uncond, cond, velocity)
 
-    def _observe(self, full: tuple[int, ...]) -> list[_Answer]:
+    def _observe(self, path: _Path) -> list[_Answer]:
         """Return what all batches show at the last of some full steps, which come first in a schedule."""
-        if full not in self._answers:
-            self._answers[full] = [self._run(full, number) for number in range(len(self._batches))]
+        if path not in self._answers:
+            self._answers[path] = [self._run(path, number) for number in range(len(self._batches))]
             # Those of the schedule in work are needed until its end.
-            others = [key for key in self._answers if key != full[: len(key)]]
+            others = [key for key in self._answers if key != path[: len(key)]]
             while others and self._used() > self._memory:
                 del self._answers[others.pop(0)]
-        self._answers.move_to_end(full)
-        return self._answers[full]
+        self._answers.move_to_end(path)
+        return self._answers[path]
 
     def _used(self) -> int:
         """Return the bytes that kept answers take."""
         return sum(each.nbytes for answers in self._answers.values() for each in answers)
 
-    def _run(self, full: tuple[int, ...], number: int) -> _Answer:
+    def _run(self, path: _Path, number: int) -> _Answer:
         """Sample a batch up to a full step; what earlier full steps answered is known."""
-        runs, due = self._batches[number].runs, full[-1]
-        known = {step: self._observe(full[: position + 1])[number] for position, step in enumerate(full[:-1])}
+        runs, due = self._batches[number].runs, path[-1].step
+        known: dict[int, _Answer] = {}
         answers: dict[int, Tensor] = {}
-        for position, step in enumerate(full[:-1]):
-            if full[position + 1] > step + 1:
-                answers[step] = self._velocity(full[: position + 1], full[position + 1], number)
+        for position, each in enumerate(path[:-1]):
+            known[each.step] = self._observe(path[: position + 1])[number]
+            if (end := self._end(path, position)) > each.step + 1:
+                answers[each.step] = self._velocity(path[: position + 1], end, number)
         shown: SeenStep | None = None
 
         def answer(call: ModelCall) -> Tensor:
             if call.step == due:
-                return self._called(call, len(runs))
+                return self._called(call, len(runs), path[-1].timestep)
             if call.step in known:
                 # A loop may write to what it gets.
                 return known[call.step].outputs[call.branch].clone()
@@ -356,31 +399,31 @@ class SolverFits:
             raise ValueError(f"source must run all {len(self.sigmas) - 1} steps, it ended before step {due}")
         return self._answer(shown, self._guidance.get(due))
 
-    def _columns(self, full: tuple[int, ...], number: int) -> list[Tensor]:
+    def _columns(self, path: _Path, number: int) -> list[Tensor]:
         """Return what the coefficients of a segment count for, in the order of `SolverPredictor.terms`, float32."""
-        recent = [self._observe(full[: len(full) - k])[number] for k in range(min(self.window, len(full)))]
+        recent = [self._observe(path[: len(path) - k])[number] for k in range(min(self.window, len(path)))]
         noise = self._batches[number].noise
         if not self._branches.are_guided:
             return [noise, *(each.velocity for each in recent)]
         return [noise, *(each.uncond for each in recent), *(each.cond - each.uncond for each in recent)]
 
-    def _coefficients(self, full: tuple[int, ...], end: int) -> Tensor:
+    def _coefficients(self, path: _Path, end: int) -> Tensor:
         """Return the coefficients of the segment from the last of some full steps to its end, float64."""
-        key = (*full, end)
+        key = (path, end)
         if key in self._found:
             return self._found[key]
-        begin = full[-1]
+        begin = path[-1].step
         sums: Tensor | None = None
-        count = len(self._columns(full, 0))
+        count = len(self._columns(path, 0))
         if end > begin + 1:
             for number, each in enumerate(self._batches):
                 rows = [row for row, run in enumerate(each.runs) if run in self._fitted]
                 if not rows:
                     continue
-                answer = self._observe(full)[number]
+                answer = self._observe(path)[number]
                 aim = each.target[end].to(answer.latents)
                 left = aim - answer.latents - (self.sigmas[end] - self.sigmas[begin]) * answer.velocity
-                parts = [(part * each.moves)[rows[0] : rows[-1] + 1] for part in (*self._columns(full, number), left)]
+                parts = [(part * each.moves)[rows[0] : rows[-1] + 1] for part in (*self._columns(path, number), left)]
                 products = torch.ops.lesa.gram(parts)[:-1, :-1].cpu()
                 sums = products if sums is None else sums + products
         if sums is None:
@@ -394,23 +437,23 @@ class SolverFits:
         self._found[key] = found
         return found
 
-    def _change(self, full: tuple[int, ...], end: int, number: int) -> Tensor:
+    def _change(self, path: _Path, end: int, number: int) -> Tensor:
         """Return r, what the fit adds to Euler's step from a full step to the end of its segment, float32."""
-        columns = self._columns(full, number)
-        row = self._coefficients(full, end).to(columns[0])[None]
+        columns = self._columns(path, number)
+        row = self._coefficients(path, end).to(columns[0])[None]
         change: Tensor = torch.ops.lesa.forecast(columns, row, row.new_zeros(1))[0]
         return change
 
-    def _velocity(self, full: tuple[int, ...], end: int, number: int) -> Tensor:
+    def _velocity(self, path: _Path, end: int, number: int) -> Tensor:
         """Return the velocity that leads from the step after a full step to the end of its segment, float32."""
-        left = self.sigmas[end] - self.sigmas[full[-1] + 1]
-        return self._observe(full)[number].velocity + self._change(full, end, number) / left
+        left = self.sigmas[end] - self.sigmas[path[-1].step + 1]
+        return self._observe(path)[number].velocity + self._change(path, end, number) / left
 
-    def _reached(self, full: tuple[int, ...], end: int, number: int) -> Tensor:
+    def _reached(self, path: _Path, end: int, number: int) -> Tensor:
         """Return the latents at the end of a segment, float32."""
-        answer = self._observe(full)[number]
-        length = self.sigmas[end] - self.sigmas[full[-1]]
-        return answer.latents + length * answer.velocity + self._change(full, end, number)
+        answer = self._observe(path)[number]
+        length = self.sigmas[end] - self.sigmas[path[-1].step]
+        return answer.latents + length * answer.velocity + self._change(path, end, number)
 
 
 def _places(sigmas: Sequence[float], finer: Sequence[float]) -> list[int]:

@@ -90,15 +90,17 @@ class _Follow:
     """Answers the calls of one run as a fit does: the model at full steps, its velocity at the others."""
 
     def __init__(self, fits: SolverFits, predictor: SolverPredictor) -> None:
-        self._fits, self._full = fits, predictor.full_steps
+        self._fits, self._full, self._timestep = fits, predictor.full_steps, predictor.first_timestep
         self._sign, self._is_batched = predictor.sign, predictor.is_batched
 
     def __call__(self, call: Any) -> Tensor:
         if call.step in self._full:
+            if call.step == 0:
+                call = call.told(self._timestep)
             output: Tensor = call.tail(call.blocks())
             self._dtype = output.dtype
             return output
-        begun = tuple(step for step in self._full if step < call.step)
+        begun = self._fits._path(self._full)[: sum(step < call.step for step in self._full)]
         end = next((step for step in self._full if step > call.step), STEPS)
         velocity = self._sign * self._fits._velocity(begun, end, 0)[:1].to(self._dtype)
         return torch.cat([velocity, velocity]) if self._is_batched else velocity
@@ -141,14 +143,18 @@ def test_channels_of_a_condition_are_left_aside() -> None:
 
 
 def _check_refused(case: Case, predictor: SolverPredictor, message: str, **arguments: Any) -> None:
-    """Check that a run is sampled as without a predictor, and says why."""
+    """Check that a run is sampled as without a predictor, but for what its first call was told, and says why."""
     changed = replace(case, arguments=case.arguments | arguments)
     disable(case.pipe)
     plain = changed.plain(0)
     enable(case.pipe, predictor)
-    with pytest.warns(LesaWarning, match=message):
+    with pytest.warns(LesaWarning, match=message) as warned:
         made = changed.plain(0)
-    assert torch.equal(made, plain)
+    if "other sigmas" in message:
+        assert torch.equal(made, plain)
+    else:
+        assert "its first call was told another noise level" in str(warned[0].message)
+        assert 0 < (made - plain).float().norm() < 0.2 * plain.float().norm()
 
 
 def test_other_guidance_is_refused() -> None:
@@ -237,7 +243,7 @@ def test_a_fit_for_runs_that_start_late_serves_them() -> None:
     made = late.plain(0)
     assert summary(late.pipe).refused is None
     assert (summary(late.pipe).full, summary(late.pipe).forecast) == (3, 1)
-    torch.testing.assert_close(made, fits._reached((2, 3, 5), STEPS, 0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made, fits._reached(fits._path((2, 3, 5)), STEPS, 0), rtol=1e-4, atol=1e-4)
     disable(late.pipe)
     with pytest.raises(ValueError, match="they start at step 2: fit_solver takes such"):
         fit(late.source(), SCHEDULE, progress=False)
@@ -281,7 +287,7 @@ def test_a_finer_target_passes_all_levels_and_leads_nearer_to_the_solution() -> 
     assert "set_timesteps" not in vars(case.pipe.scheduler)
     aimed, plain = SolverFits(source, target=finer, progress=False), SolverFits(source, progress=False)
     solution = SolverFits(source.refined(16), progress=False)._batches[0].target[-1]
-    ends = [(each._reached((0, 2, 4), STEPS, 0) - solution).norm() for each in (aimed, plain)]
+    ends = [(each._reached(each._path((0, 2, 4)), STEPS, 0) - solution).norm() for each in (aimed, plain)]
     assert ends[0] < ends[1]
     with pytest.raises(ValueError, match="parts must be at least 2"):
         source.refined(1)
