@@ -25,7 +25,7 @@ from lesa_kernels.training.references import Branches, Reference, reference_run
 from lesa_kernels.training.runs import SeenStep, SmallModels, StepWatcher, batches, run_until_stopped
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
-_WINDOW, _LOOKAHEAD = 3, 0.35
+_WINDOW, _LOOKAHEAD = 3, 0.3
 # Of the diagonal: it takes nothing from what the data say, and keeps coefficients of like columns small.
 _RIDGE = 1e-4
 # Relative to the larger of 1 and the scale: by how much guidance of one kind may seem to vary from step to step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -73,8 +74,12 @@ def test_what_is_fitted_is_what_runs(name: str) -> None:
     assert predictor.is_batched == (guidance is not None and calls == 1)
     assert predictor.sign == (-1 if name == "z_image" else 1)
     enable(case.pipe, predictor)
+    told = _listen(case)
     with counting(*case.models()) as count:
         made = case.plain(0)
+    assert told[:calls] == [pytest.approx(predictor.first_timestep)] * calls
+    # Z-Image counts up from 0.
+    assert min(told[0], told[-1]) < told[calls] < max(told[0], told[-1])
     result = summary(case.pipe)
     assert result.refused is None
     assert (result.full, result.forecast) == (FULL * calls, FORECAST * calls)
@@ -84,6 +89,22 @@ def test_what_is_fitted_is_what_runs(name: str) -> None:
     assert torch.equal(case.plain(0), plain)
     fits._source.run([0], _Follow(fits, predictor))
     torch.testing.assert_close(made.flatten(), case.latents[-1].flatten(), rtol=1e-3, atol=1e-3)
+
+
+def _listen(case: Case) -> list[float]:
+    """Return a list that receives what enabled models are told of the noise level, call by call."""
+    told: list[float] = []
+    for model in case.models():
+        reference = model._diffusers_hook.get_hook("lesa").fn_ref
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+        def forward(*args: Any, forward: Any = reference.original_forward, names: Any = names, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            told.append(float(given["timestep" if "timestep" in given else "t"].flatten()[0]))
+            return forward(*args, **kwargs)
+
+        reference.original_forward = forward
+    return told
 
 
 class _Follow:

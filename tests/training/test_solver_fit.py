@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -34,8 +35,14 @@ def _source(
     sign: float = 1.0,
     disturb: Callable[[Tensor, int], Tensor] = lambda latents, step: latents,
     runs: int = RUNS,
+    timesteps: float | None = None,
+    heard: list[tuple[int, float]] | None = None,
 ) -> LoopSource:
-    """Return runs of a flow whose model is a formula; of several branches by guidance."""
+    """Return runs of a flow whose model is a formula; of several branches by guidance.
+
+    With `timesteps` the model is told each noise level times that, and may be told another; `heard` receives what it
+    was told whenever it ran.
+    """
 
     def loop(chosen: Sequence[int], policy: StepPolicy) -> None:
         latents = _noise(chosen)
@@ -46,10 +53,18 @@ def _source(
             ) -> Tensor:
                 given = torch.cat([latents] * len(of))
 
-                def blocks() -> Tensor:
-                    return torch.cat([sign * each(latents, sigma, chosen) for each in of])
+                def told(level: float) -> ModelCall:
+                    def blocks() -> Tensor:
+                        if heard is not None:
+                            heard.append((step, level))
+                        return torch.cat([sign * each(latents, level, chosen) for each in of])
 
-                output = policy(ModelCall(step, blocks, lambda feature: feature, given, name))
+                    call = ModelCall(step, blocks, lambda feature: feature, given, name)
+                    if timesteps is None:
+                        return call
+                    return replace(call, timestep=timesteps * level, told=lambda timestep: told(timestep / timesteps))
+
+                output = policy(told(sigma))
                 assert output is not None
                 return sign * output
 
@@ -234,14 +249,59 @@ def test_a_finer_target_is_met_instead() -> None:
     assert errors[1][1] < errors[0][1]
 
 
+def _late(latents: Tensor, sigma: float, runs: Sequence[int]) -> Tensor:
+    """A velocity that turns between 1 and 0.75, and shows nothing of it at 1."""
+    return (1 - sigma) * max(sigma - 0.75, 0) * 40 * torch.tanh(2 * latents.roll(1, -1)) + 0.3 * latents
+
+
+def test_the_first_call_is_told_a_level_that_is_still_to_come() -> None:
+    heard: list[tuple[int, float]] = []
+    source = _source({"cond": _late}, timesteps=1000, heard=heard)
+    ahead, plain = (SolverFits(source, lookahead=lookahead, batch=RUNS, progress=False) for lookahead in (0.5, 0.0))
+    heard.clear()
+    assert ahead.psnr_db(SCHEDULE) > plain.psnr_db(SCHEDULE) + 3
+    # Half of the way from 1 to 0.75.
+    assert heard == [
+        (step, pytest.approx(level))
+        for first in (0.875, 1)
+        for step, level in ((0, first), (3, 0.75), (6, 0.5), (9, 0.25))
+    ]
+    assert ahead.fit(SCHEDULE, progress=False).first_timestep == pytest.approx(875)
+    assert plain.fit(SCHEDULE, progress=False).first_timestep is None
+    heard.clear()
+    ahead.eulers().psnr_db(SCHEDULE)
+    assert heard[0] == (0, 1), "Euler's method is without it"
+
+
+def test_schedules_share_a_first_call_that_is_told_the_same() -> None:
+    heard: list[tuple[int, float]] = []
+    fits = SolverFits(_source({"cond": _late}, timesteps=1, heard=heard), batch=RUNS, progress=False)
+    heard.clear()
+    for full in ([0, 3, 6], [0, 3, 8], [0, 4, 8]):
+        fits.psnr_db(Schedule.explicit(STEPS, full))
+    assert [step for step, _ in heard] == [0, 3, 6, 8, 0, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("full", "timesteps"),
+    [([0, 1, 6], 1000), ([0], 1000), ([0, 3, 6], None)],
+    ids=["a segment of one step", "a single segment", "a source that cannot"],
+)
+def test_first_calls_that_are_told_their_own_level(full: list[int], timesteps: float | None) -> None:
+    fits = SolverFits(_source({"cond": _late}, timesteps=timesteps), batch=RUNS, progress=False)
+    assert fits.fit(Schedule.explicit(STEPS, full), progress=False).first_timestep is None
+
+
 def test_saved_and_loaded(tmp_path) -> None:
     velocities = {"cond": _curved, "uncond": _other}
-    predictor = fit_solver(_source(velocities, Guidance(2.0, "norm")), SCHEDULE, batch=RUNS, progress=False)
+    source = _source(velocities, Guidance(2.0, "norm"), timesteps=1000)
+    predictor = fit_solver(source, SCHEDULE, batch=RUNS, progress=False)
     predictor.save_pretrained(tmp_path)
     loaded = load_predictor(tmp_path)
     assert isinstance(loaded, SolverPredictor)
     assert loaded.plan(SIGMAS) == predictor.plan(SIGMAS)
     assert (loaded.guidance, loaded.branches, loaded.sign) == (predictor.guidance, predictor.branches, predictor.sign)
+    assert loaded.first_timestep == predictor.first_timestep and 750 < loaded.first_timestep < 1000
 
 
 def _kicked(latents: Tensor, step: int) -> Tensor:
@@ -256,6 +316,7 @@ def _kicked(latents: Tensor, step: int) -> Tensor:
         (RecordedSource([[torch.ones(1)] * STEPS], SIGMAS), {}, "source must run a model with its tail"),
         (_source({"cond": _curved}), {"window": 0}, "window must be"),
         (_source({"cond": _curved}), {"ridge": 0.0}, "ridge must be"),
+        (_source({"cond": _curved}), {"lookahead": 1.5}, "lookahead must be 0 to 1, got 1.5"),
         (
             _source({"cond": _curved}),
             {"target": _source({"cond": _curved}, sigmas=[1, 0.5, 0])},
