@@ -17,7 +17,7 @@ from benchmarks.results import origin
 from lesa_kernels.integrations import enabled, summary
 from lesa_kernels.predictors import LesaPredictor, LinearPredictor, Predictor, TaylorSeer
 from lesa_kernels.schedule import Schedule
-from lesa_kernels.training import TrainingConfig, fit, fit_lesa, train
+from lesa_kernels.training import TrainingConfig, fit, train
 
 COMMAND = "python -m benchmarks.history"
 UNIFORM, WARM_UNIFORM, WARMUP = "uniform in sigma", "0-3, then uniform", 4
@@ -74,11 +74,9 @@ def cases(setting: Setting, calls: int = CALLS, config: TrainingConfig | None = 
     fitted = fit(known.source(), uniform, batch=len(known), progress=False)
     if not isinstance(fitted, LinearPredictor):
         raise RuntimeError("the model of this comparison must be without guidance")
-    of_lesa = fit_lesa(known.source(), fitted, batch=len(known), progress=False)
     named: list[tuple[str, str, Predictor, Schedule]] = [
         ("TaylorSeer 2, sigma", UNIFORM, TaylorSeer(2, "sigma"), uniform),
         ("coefficients through the tail", UNIFORM, fitted, uniform),
-        ("LESA through the tail", UNIFORM, of_lesa, uniform),
         ("LESA, tuned", WARM_UNIFORM, trained, warm),
     ]
     for chunk in (None, 1):

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from lesa_kernels.cli import common
-from lesa_kernels.predictors import LesaPredictor, LinearPredictor, SolverPredictor
+from lesa_kernels.predictors import LinearPredictor, SolverPredictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import (
     Evaluator,
@@ -24,7 +24,6 @@ from lesa_kernels.training import (
     even_schedules,
     fewest_calls,
     fit,
-    fit_lesa,
     plot_curve,
     quality_curve,
     search_schedule,
@@ -52,7 +51,6 @@ class Form(str, Enum):
 
     solver = "solver"
     coefficients = "coefficients"
-    lesa = "lesa"
 
 
 class Target(str, Enum):
@@ -89,8 +87,7 @@ def calibrate(
     form: Annotated[
         Form,
         typer.Option(
-            help="solver: a learned solver. coefficients: of features, through the model's tail, slower to fit. lesa: "
-            "these as a LESA predictor.",
+            help="solver: a learned solver. coefficients: of features, through the model's tail, slower to fit.",
             rich_help_panel=_SEARCH,
         ),
     ] = Form.solver,
@@ -143,7 +140,7 @@ def calibrate(
             if form is Form.solver:
                 make = partial(_solver, source, finer, batch, search)
             else:
-                make = partial(_through_tail, source, form, batch, search)
+                make = partial(_through_tail, source, batch, search)
             planned = budget if psnr_db is None else None
             fits = _fits(make, _Cost(form, target, len(source), steps), planned, search, numbers, console)
             schedule = _placement(fits, source.sigmas, budget, psnr_db, search, console)
@@ -160,7 +157,7 @@ def calibrate(
 class _Fits:
     """Fits to all runs; without a search nothing else, else how good placements are by fits to half, and by Euler."""
 
-    predictors: Callable[[Schedule], Mapping[str, LesaPredictor | LinearPredictor | SolverPredictor]]
+    predictors: Callable[[Schedule], Mapping[str, LinearPredictor | SolverPredictor]]
     judge: Judge | None = None
     euler: Judge | None = None
 
@@ -237,19 +234,12 @@ def _solver(source: TrajectorySource, target: TrajectorySource | None, batch: in
     return _Fits(predictors, judge, fits.eulers().psnr_db)
 
 
-def _through_tail(source: TrajectorySource, form: Form, batch: int, search: int) -> _Fits:
+def _through_tail(source: TrajectorySource, batch: int, search: int) -> _Fits:
     """Fit coefficients of features."""
 
-    def check(fitted: LinearPredictor | dict[str, LinearPredictor]) -> None:
-        if form is Form.lesa and not isinstance(fitted, LinearPredictor):
-            raise ValueError("--form lesa fits a model without guidance; --form coefficients fits its branches")
-
-    def predictors(schedule: Schedule) -> Mapping[str, LinearPredictor | LesaPredictor]:
+    def predictors(schedule: Schedule) -> Mapping[str, LinearPredictor]:
         fitted = fit(source, schedule, batch=batch)
-        check(fitted)
-        if not isinstance(fitted, LinearPredictor):
-            return fitted
-        return {ONLY_BRANCH: fitted if form is Form.coefficients else fit_lesa(source, fitted, batch=batch)}
+        return {ONLY_BRANCH: fitted} if isinstance(fitted, LinearPredictor) else fitted
 
     if not search:
         return _Fits(predictors)
@@ -260,7 +250,6 @@ def _through_tail(source: TrajectorySource, form: Form, batch: int, search: int)
 
     def judge(schedule: Schedule) -> float:
         tried = fit(fitted_to, schedule, rounds=_ROUNDS_TO_TRY, batch=batch, progress=False)
-        check(tried)
         return evaluator(tried, schedule)
 
     return _Fits(predictors, judge)

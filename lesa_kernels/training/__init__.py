@@ -1,7 +1,6 @@
 """Learns predictors from runs of a model: LESA's training, fits through the tail, and the search for full steps."""
 
 from lesa_kernels.training.config import TrainingConfig, TrainingResult
-from lesa_kernels.training.lesa_fit import fit_lesa
 from lesa_kernels.training.reports import plot_curve, plot_losses
 from lesa_kernels.training.schedule_search import (
     Evaluator,
@@ -30,7 +29,6 @@ __all__ = [
     "even_schedules",
     "fewest_calls",
     "fit",
-    "fit_lesa",
     "fit_solver",
     "plot_curve",
     "plot_losses",

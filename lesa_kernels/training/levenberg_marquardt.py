@@ -1,9 +1,9 @@
-"""Minimizes sums of squares by Levenberg-Marquardt: of residuals that come run by run, or of a small function."""
+"""Minimizes the sum of squares of residuals that come run by run, by Levenberg-Marquardt."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +33,6 @@ class LevenbergMarquardt:
 
     Args:
         start: C coefficients, float64.
-        nearest: (wanted coefficients [C], metric [C, C]) -> the allowed coefficients [C] with the least distance to
-            them in the metric; None where all coefficients are allowed.
         name: what is fitted, for messages.
         damping: of the first step, relative to the mean of the diagonal of J'J.
         worthwhile: a relative gain of the squared error below this ends the search.
@@ -43,7 +41,6 @@ class LevenbergMarquardt:
     def __init__(
         self,
         start: Tensor,
-        nearest: Callable[[Tensor, Tensor], Tensor] | None = None,
         name: str = "these steps",
         *,
         damping: float = 0.3,
@@ -54,7 +51,6 @@ class LevenbergMarquardt:
         self.error = math.inf
         self.finished = False
         self.rounds = 0
-        self._nearest = nearest
         self._name = name
         self._damping = damping
         self._worthwhile = worthwhile
@@ -124,31 +120,8 @@ class LevenbergMarquardt:
             self.finished = True
             return
         damped = self.damped_gram
-        # Without `nearest`: c - (J'J + damping)^-1 J'r.
-        aim = self.best - torch.linalg.solve(damped, slope)
-        self.candidate = aim if self._nearest is None else self._nearest(aim, damped)
-        step = self.candidate - self.best
+        step = -torch.linalg.solve(damped, slope)
+        self.candidate = self.best + step
         # What the linear model promises: |r|^2 - |r + J step|^2. A direction that changes nothing promises nothing.
         promised = -(2 * slope @ step + step @ gram @ step)
         self.finished |= bool(promised < self._worthwhile * self.error)
-
-
-def minimize(residual: Callable[[Tensor], Tensor], start: Tensor, rounds: int) -> Tensor:
-    """Minimize the squares of a small function by `LevenbergMarquardt`.
-
-    Args:
-        residual: coefficients [C] -> [R], differentiable, float64.
-        start: [C].
-        rounds: most coefficients to try.
-
-    Returns:
-        The best coefficients found, [C].
-    """
-    fit = LevenbergMarquardt(start, damping=1e-3, worthwhile=1e-6)
-    for _ in range(rounds):
-        slopes = torch.func.jacrev(residual)(fit.candidate)
-        columns = torch.cat([slopes, residual(fit.candidate)[:, None]], dim=1)
-        fit.update(columns.T @ columns)
-        if fit.finished:
-            break
-    return fit.best

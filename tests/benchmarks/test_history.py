@@ -13,18 +13,17 @@ from benchmarks.quality.setting import DATA, Samples, Setting
 from examples.digits.model import SMALL_DIGITS, build_model, scheduler
 from examples.digits.pipeline import DigitsPipeline
 from lesa_kernels.integrations import LesaWarning
-from lesa_kernels.predictors import LinearPredictor, Reuse
+from lesa_kernels.predictors import LinearPredictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training import TrainingConfig
 
-METHODS = ("TaylorSeer 2, sigma", "coefficients through the tail", "LESA through the tail", "LESA, tuned")
+METHODS = ("TaylorSeer 2, sigma", "coefficients through the tail", "LESA, tuned")
 
 
 @pytest.fixture
 def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
     """A small model without training; what takes long to fit is replaced."""
     monkeypatch.setattr(history, "fit", lambda source, *_, **__: LinearPredictor(source.sigmas, [0]))
-    monkeypatch.setattr(history, "fit_lesa", lambda *_, **__: Reuse())
     torch.manual_seed(0)
     pipe = DigitsPipeline(build_model(SMALL_DIGITS).eval(), scheduler())
     return Setting(Samples(DATA["digits"], pipe, 2, 0, 0, 12), Samples(DATA["digits"], pipe, 2, 100, 1, 12))

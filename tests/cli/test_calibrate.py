@@ -50,7 +50,7 @@ def full_steps(folder: Path) -> tuple[int, ...]:
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("solver", lesa.SolverPredictor), ("coefficients", lesa.LinearPredictor), ("lesa", lesa.LesaPredictor)],
+    [("solver", lesa.SolverPredictor), ("coefficients", lesa.LinearPredictor)],
 )
 def test_a_fit_serves_the_pipeline_with_its_own_schedule(form: str, kind: type, tmp_path: Path) -> None:
     result = run(tmp_path / "out", tmp_path, "--form", form, "--calls", "4", "--search", "0")
@@ -200,7 +200,7 @@ def test_the_same_command_gives_the_same_coefficients(tmp_path: Path) -> None:
     [
         (["--calls", "3", "--psnr-db", "20"], "give one budget: --calls or --psnr-db"),
         (["--psnr-db", "20", "--search", "0"], "--psnr-db needs a --search of at least 1"),
-        (["--target", "finer", "--form", "lesa"], "--target finer needs --form solver, got lesa"),
+        (["--target", "finer", "--form", "coefficients"], "--target finer needs --form solver, got coefficients"),
         (["--calls", "60"], "--calls must be below --steps 12"),
         (["--calls", "12", "--search", "0"], "--calls must be below --steps 12"),
     ],

@@ -131,8 +131,6 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "fit": (training.fit, {
         "source": _tailed(), "schedule": SCHEDULE, "window": 2,
         "rounds": 2, "batch": 1, "progress": False}),
-    "fit_lesa": (training.fit_lesa, {"source": _tailed(), "fitted": _fitted(), "window": 2, "hidden_dim": 2,
-                                     "rounds": 2, "batch": 1, "progress": False}),
     "default_schedule": (default_schedule, {"sigmas": SIGMAS}),
     "Evaluator": (training.Evaluator, {"source": _tailed(), "batch": 1, "progress": False}),
     "Evaluator()": (training.Evaluator(_tailed(), progress=False), {

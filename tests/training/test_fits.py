@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import lesa_kernels as lesa
-from lesa_kernels.training import Evaluator, fit, fit_lesa, fit_solver, runs, tail_fit
-from lesa_kernels.training.lesa_fit import SegmentPredictor, segment_stages, set_gains
+from lesa_kernels.training import Evaluator, fit, fit_solver, runs, tail_fit
 from lesa_kernels.training.levenberg_marquardt import LevenbergMarquardt, gram_of
 from lesa_kernels.training.plan_policy import PlanPolicy
 from lesa_kernels.training.references import reference_run
@@ -281,78 +280,6 @@ def test_the_fit_of_a_segment_runs_no_blocks_behind_it() -> None:
     # The first of four segments is seen by all passes, the last full step by those of the last segment alone.
     passes = [accelerated.count(full) for full in SCHEDULE.full_steps]
     assert passes[0] <= 8 and passes == sorted(set(passes), reverse=True)
-
-
-def test_an_expert_composes_what_the_plan_of_its_predictor_does() -> None:
-    torch.manual_seed(0)
-    predictor = lesa.LesaPredictor(STEPS, segment_stages(SIGMAS, SCHEDULE, 4), hidden_dim=8)
-    plan = predictor.plan(SIGMAS, SCHEDULE, chunk=1)
-    assert plan.full_steps == SCHEDULE.full_steps
-    session = lesa.Session(plan)
-    full = torch.randn(5, dtype=torch.float64)
-    session.push(0, full)
-    gains = predictor.gain(SIGMAS, SIGMAS[1:3], 0).double().reshape(-1)
-    made = SegmentPredictor(torch.ones(1, 1, dtype=torch.float64), 2).compose(
-        predictor.latent[0].weight.double().reshape(-1), gains
-    )
-    bias = predictor.latent[0].bias.double()
-    expected = torch.stack([session.forecast(step) for step in (1, 2)])
-    first = gains[0] * bias
-    shift = torch.stack([first, first + gains[1] * (predictor.latent[0].weight.double().reshape(()) * first + bias)])
-    assert torch.allclose(made[:, None] * full + shift.reshape(2, 1), expected, atol=1e-6)
-
-
-def test_an_expert_finds_what_it_can_make() -> None:
-    generator = torch.Generator().manual_seed(0)
-    history = torch.randn(4, 3, dtype=torch.float64, generator=generator)
-    weights, gains = torch.randn(4, generator=generator).double(), torch.rand(5, generator=generator).double()
-    target = SegmentPredictor(history, 5).compose(weights, gains)
-    found = SegmentPredictor(history, 5)
-    root = torch.randn(15, 15, dtype=torch.float64, generator=generator)
-    made = found.nearest(target, root @ root.T + torch.eye(15).double())
-    assert (made - target).norm() < 0.03 * target.norm(), "but for the preference for small weights"
-    assert torch.equal(found.compose(found.weights, found.gains), made)
-    found.nearest(-target, torch.eye(15).double())
-    found.choose(made)
-    assert torch.equal(found.compose(found.weights, found.gains), made), "of the best round, not of the last"
-
-
-def test_an_expert_keeps_its_weights_small_where_features_are_alike() -> None:
-    history = torch.ones(3, 2, dtype=torch.float64) + 1e-5 * torch.eye(3, 2).double()
-    expert = SegmentPredictor(history, 2)
-    expert.nearest(torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=torch.float64), torch.eye(4).double())
-    assert expert.weights.abs().max() < 100
-
-
-def test_a_kan_takes_gains_over_that_its_inputs_hardly_tell_apart() -> None:
-    torch.manual_seed(0)
-    sigmas = [1 - step / 1000 for step in range(12)] + [0.0]
-    predictor = lesa.LesaPredictor(12, ((0.0, 2),), hidden_dim=16)
-    wanted = torch.tensor([0.5, -1.0, 2.0, 0.1, 0.7, -0.3, 1.5, 0.0], dtype=torch.float64)
-    made = set_gains(predictor, sigmas, 0, range(2, 10), wanted)
-    assert torch.allclose(made, wanted, atol=1e-3)
-    again = predictor.gain(sigmas, [sigmas[step] for step in range(2, 10)], 0).reshape(-1)
-    assert torch.equal(again.double(), made)
-
-
-def test_lesa_takes_over_what_the_tail_taught() -> None:
-    source = _source()
-    fitted = fit(source, SCHEDULE, batch=RUNS, progress=False)
-    torch.manual_seed(0)
-    predictor = fit_lesa(source, fitted, hidden_dim=16, rounds=5, batch=RUNS, progress=False)
-    assert predictor.stages == segment_stages(SIGMAS, SCHEDULE)
-    assert predictor.schedule == SCHEDULE
-    assert _error(predictor) < 1.3 * _error(fitted)
-    assert _error(predictor) < 0.7 * _error(lesa.Reuse())
-
-
-def test_a_lesa_fit_needs_a_fit_of_all_steps() -> None:
-    fitted = fit(_source(), SCHEDULE, rounds=2, batch=RUNS, progress=False)
-    with pytest.raises(ValueError, match="rounds must be at least 2"):
-        fit_lesa(_source(), fitted, rounds=1, progress=False)
-    fitted.coefficients[5] = torch.nan
-    with pytest.raises(ValueError, match="fitted must forecast all of steps 4 to 5, it has no coefficients for 5"):
-        fit_lesa(_source(), fitted, batch=RUNS, progress=False)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lesa_kernels as lesa
 from lesa_kernels.guidance import Guidance
-from lesa_kernels.training import Evaluator, fit, fit_lesa
+from lesa_kernels.training import Evaluator, fit
 from lesa_kernels.training.plan_policy import PlanPolicy
 from lesa_kernels.training.progress import progress_bar
 from lesa_kernels.training.references import Reference, reference_run
@@ -192,12 +192,6 @@ def test_calls_without_names_are_told_apart_by_the_rule() -> None:
     norm = Guidance(3.0, "norm")
     reference = reference_run(Flow(norm, names=("cond", "cond 2")).source(), range(RUNS), [])
     assert reference.branches.names == ("cond 2", "cond")
-
-
-def test_lesa_s_form_is_refused_with_guidance() -> None:
-    predictor = lesa.LinearPredictor.from_rows(SIGMAS, SCHEDULE, {})
-    with pytest.raises(ValueError, match=r"LESA's form is fitted to one branch, got \('uncond', 'cond'\)"):
-        fit_lesa(Flow().source(), predictor, progress=False)
 
 
 def test_other_steps_than_guided_euler_s_are_refused() -> None:
