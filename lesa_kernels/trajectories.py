@@ -35,7 +35,7 @@ class ModelCall:
         branch: of the guidance.
         model: which one it is of, where several take turns (Wan 2.2); no history of features reaches across them.
         timestep: what the model is told of the noise level, in the model's own units; None where it is not one number.
-        told: timestep -> the same call, whose model is told another one; None where the source cannot do that.
+        tell: takes what the model is to be told instead, before `blocks`; None where the source cannot do that.
     """
 
     step: int
@@ -45,7 +45,7 @@ class ModelCall:
     branch: str = ONLY_BRANCH
     model: int = 0
     timestep: float | None = None
-    told: Callable[[float], ModelCall] | None = None
+    tell: Callable[[float], None] | None = None
 
 
 StepPolicy: TypeAlias = Callable[[ModelCall], "Tensor | None"]

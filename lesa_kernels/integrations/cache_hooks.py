@@ -125,27 +125,32 @@ class ForwardCall(NamedTuple):
         return self.args[0] if self.args else self.kwargs[self.names[0]]
 
     @uncompiled(recursive=False)
-    def timestep(self) -> Tensor | None:
-        """Return what the model is told of the noise level; None where that is no tensor."""
-        given = dict(zip(self.names, self.args, strict=False)) | self.kwargs
-        found = next((given[name] for name in _TIMESTEPS if name in given), None)
-        return found if isinstance(found, Tensor) else None
+    def timestep(self) -> float | None:
+        """Return what the model is told of the noise level; waits for the device.
+
+        None where that is not one number in a tensor: a model may be told one of each token.
+        """
+        values = [] if (known := self._timestep()) is None else known.unique().tolist()
+        return float(values[0]) if len(values) == 1 else None
 
     @uncompiled(recursive=False)
-    def told(self, timestep: float) -> ForwardCall:
-        """Return a call whose model is told another noise level.
-
-        Raises:
-            ValueError: when it is told none.
-        """
-        known = self.timestep()
-        if known is None:
-            raise ValueError(f"the model must be given a tensor as one of {', '.join(_TIMESTEPS)}")
-        other = torch.full_like(known, timestep)
+    def told(self, timestep: float) -> ForwardCall | None:
+        """Return a call whose model is told another noise level; None where `timestep` is None."""
+        known = self._timestep()
+        if known is None or self.timestep() is None:
+            return None
+        # Laid out alike, so that a compiled model needs no other graph.
+        other = torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device=known.device).fill_(timestep)
         args = tuple(other if each is known else each for each in self.args)
         kwargs = {name: other if each is known else each for name, each in self.kwargs.items()}
         before = self.run.args[: len(self.run.args) - len(args)]
         return ForwardCall(partial(self.run.func, *before, *args, **kwargs), self.names, args, kwargs)
+
+    def _timestep(self) -> Tensor | None:
+        """Return the argument that tells the model the noise level."""
+        given = dict(zip(self.names, self.args, strict=False)) | self.kwargs
+        found = next((given[name] for name in _TIMESTEPS if name in given), None)
+        return found if isinstance(found, Tensor) else None
 
 
 class CacheHook(ModelHook):
@@ -325,7 +330,15 @@ class ForecastHook(CacheHook):
             output = branch.output
             if output is None:
                 timestep = branch.solver.timestep(branch.step)
-                output = (call if timestep is None else call.told(timestep)).run()
+                told = call if timestep is None else call.told(timestep)
+                if told is None:
+                    self.state.disable_forecasts(
+                        "the predictor's first call is told another noise level, but this model is not told one number "
+                        f"in a tensor as {', '.join(_TIMESTEPS)}"
+                    )
+                    told = call
+                branch.solver.is_told |= told is not call
+                output = told.run()
                 self.state.capture_output(branch, call.latents(), output)
         elif branch.feature is None:
             output, feature, reason = self.run_full(module, call.run)

@@ -149,8 +149,11 @@ class PipelineSource:
 
         Raises:
             TypeError: when parts is no integer.
-            ValueError: when it is below 2; or see `sigmas`.
+            ValueError: when it is below 2, or the pipeline starts its runs in a way that is not known; or see `sigmas`.
         """
+        get_timesteps = getattr(self._pipe, "get_timesteps", None)
+        if get_timesteps is not None and "sigmas" in inspect.signature(get_timesteps).parameters:
+            raise ValueError(f"refined() serves no {type(self._pipe).__name__}, which starts late in a way of its own")
         finer = PipelineSource(
             self._pipe, self._prompts, steps=self._steps, seed=self._seed, capture=self._capture, **self._shared
         )
@@ -266,9 +269,9 @@ class EncodedPrompts:
             if not _is_readable([*args, *kwargs.values()]):
                 return encode(*args, **kwargs)
             key = repr((args, sorted(kwargs.items()), _state(pipe)))
-            # Copies, as pipelines and compiled text encoders may write to what they have returned.
             if key not in self._kept:
                 self._kept[key] = copy.deepcopy(encode(*args, **kwargs))
+            # Another copy, as pipelines may write to what they were given.
             return copy.deepcopy(self._kept[key])
 
         with _replaced(pipe, "encode_prompt", remember):

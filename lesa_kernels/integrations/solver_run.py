@@ -38,9 +38,13 @@ class SolverRun:
     Args:
         predictor: the learned solver.
         plan: of it.
+
+    Attributes:
+        is_told: whether the first call was told another noise level than that of its latents.
     """
 
     def __init__(self, predictor: SolverPredictor, plan: Plan) -> None:
+        self.is_told = False
         self.session = Session(plan, history_dtype=torch.float32)
         self._predictor = predictor
         self._sigmas = plan.sigmas
@@ -129,7 +133,7 @@ class SolverRun:
     @property
     def caveat(self) -> str:
         """What a run is besides that ends here without a forecast; its first call may have been the solver's own."""
-        if self._predictor.first_timestep is None or self.session.ring is not None:
+        if not self.is_told or self.session.ring is not None:
             return ""
         return "; its first call was told another noise level, so it is not quite the unaccelerated run"
 

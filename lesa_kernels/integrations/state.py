@@ -131,9 +131,9 @@ class RunState:
     def disable_forecasts(self, reason: str) -> None:
         """Run full steps from here on, release the history's memory, and warn once."""
         if self.stats.refused is None:
-            self.stats.refused = reason
+            self.stats.refused = reason if self.solver is None else reason + self.solver.caveat
             self.release()
-            self.warn(f"full steps for the rest of this run: {reason}")
+            self.warn(f"full steps for the rest of this run: {self.stats.refused}")
 
 
 class CacheState:
@@ -196,7 +196,7 @@ class CacheState:
         run, branch = self._place(context, latents, layout, foreign_cache)
         solver = None if branch is None else branch.solver
         if branch is not None and solver is not None:
-            reason = _reason(solver, solver.arrive, branch.step, latents)
+            reason = _reason(solver.arrive, branch.step, latents)
             if reason is not None:
                 run.disable_forecasts(reason)
                 branch = None
@@ -220,9 +220,9 @@ class CacheState:
     def capture_output(self, branch: BranchState, latents: Any, output: Any) -> None:
         """Keep the output of a full step for a learned solver; see `capture`."""
         run, solver = self._run, branch.solver
-        if run is None or solver is None:
+        if run is None or solver is None or run.stats.refused is not None:
             return
-        reason = _reason(solver, solver.capture, branch.step, branch.name, latents, output)
+        reason = _reason(solver.capture, branch.step, branch.name, latents, output)
         if reason is not None:
             run.disable_forecasts(reason)
 
@@ -386,10 +386,9 @@ class CacheState:
         return HALVES if set(self._predictors) == set(HALVES) and are_equal_halves(latents) else ()
 
 
-def _reason(solver: SolverRun, act: Callable[..., str | None], *arguments: Any) -> str | None:
+def _reason(act: Callable[..., str | None], *arguments: Any) -> str | None:
     """Let a learned solver act, and return why it cannot; a failure ends the forecasts, not the run."""
     try:
-        reason = act(*arguments)
+        return act(*arguments)
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = f"the learned solver failed: {error}"
-    return None if reason is None else reason + solver.caveat
+        return f"the learned solver failed: {error}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,24 +104,20 @@ class TrajectoryHook(CacheHook):
         if run.policy is None:
             raise ValueError("lesa: the pipeline cannot be run: there is no policy")
         pending = _PendingCall(self, module, call)
-        timestep = _only_number(call.timestep())
-
-        def told(other: float) -> ModelCall:
-            pending.call = call.told(other)
-            return replace(seen, timestep=other)
-
-        seen = ModelCall(
-            step,
-            pending.blocks,
-            pending.tail,
-            only_tensor(call.latents()),
-            branch,
-            self._number,
-            timestep,
-            None if timestep is None else told,
-        )
+        timestep = call.timestep()
         with torch.set_grad_enabled(run.gradients):
-            answer = run.policy(seen)
+            answer = run.policy(
+                ModelCall(
+                    step,
+                    pending.blocks,
+                    pending.tail,
+                    only_tensor(call.latents()),
+                    branch,
+                    self._number,
+                    timestep,
+                    None if timestep is None else pending.tell,
+                )
+            )
         return pending.output_of(answer, step)
 
     def reset(self) -> None:
@@ -140,6 +135,12 @@ class _PendingCall:
         self._feature: Tensor | None = None
         self._full_output: Any = None
         self._latest_output: Any = None
+
+    def tell(self, timestep: float) -> None:
+        """See `ModelCall`."""
+        if self._feature is not None:
+            raise RuntimeError("tell must be called before blocks")
+        self.call = self.call.told(timestep) or self.call
 
     @torch.no_grad()
     def blocks(self) -> Tensor:
@@ -190,12 +191,6 @@ class _PendingCall:
                 f"a policy must answer with an output of shape {expected}, got {tuple(answer.shape)} at step {step}"
             )
         return refilled(output, answer.detach())
-
-
-def _only_number(tensor: Tensor | None) -> float | None:
-    """Return the number that all elements of a tensor are, None where they are several; waits for the device."""
-    values = [] if tensor is None else tensor.unique().tolist()
-    return float(values[0]) if len(values) == 1 else None
 
 
 @contextmanager

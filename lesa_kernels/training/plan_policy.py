@@ -64,5 +64,5 @@ class PlanPolicy:
             if set(self._outputs) == set(branches.names):
                 length = sigmas[call.step + 1] - sigmas[call.step]
                 velocity = self._reference.velocity(call.step, self._outputs)
-                self.final = branches.own(call.latents, output).detach() + length * velocity
+                self.final = branches.own(call.latents, output).detach().float() + length * velocity.float()
         return output

@@ -95,15 +95,14 @@ class Reference:
             on the CPU.
         branches: of the calls.
         guidance: of each step; none where there is one branch.
-        moves: [B, ..., 1]: which vectors along the last dimension move. Tokens of a condition do not.
-        last: the latest step.
+        moves: [B, ..., 1]: which vectors along the last dimension move. Tokens of a condition do not. None for runs of
+            one step, which do not show it.
     """
 
     latents: Mapping[int, Tensor]
     branches: Branches = field(default_factory=Branches)
     guidance: Mapping[int, Guidance] = field(default_factory=dict)
     moves: Tensor | None = None
-    last: SeenStep | None = None
 
     def velocity(self, step: int, outputs: Mapping[str, Tensor]) -> Tensor:
         """Return the velocity that moves the latents, [B, ...], with guidance in float32.
@@ -142,7 +141,7 @@ def reference_run(
     Raises:
         ValueError: when the source holds features only, makes more than two calls a step, takes a single step with
             guidance, or does not step as Euler does: another solver, other guidance than `lesa_kernels.guidance` knows.
-        FloatingPointError: when the latents at the end are not finite.
+        FloatingPointError: when latents or outputs are not finite; names the step.
     """
     observer = _Observer(source.sigmas, len(runs), steps)
     watcher = StepWatcher(answer or _answer_in_full, observer.close)
@@ -185,6 +184,8 @@ class _Observer:
                     self._guidance[done.step] = found
                 break
         else:
+            if not all(bool(torch.isfinite(each).all()) for each in (after, *done.outputs.values())):
+                raise FloatingPointError(f"the latents or the model's output of step {done.step} are not finite")
             raise ValueError(
                 "source must step as Euler does, latents + (sigma_next - sigma) * velocity, with guidance that is "
                 f"linear, rescaled or norm-preserving; step {done.step} moved the latents elsewhere: another solver, "
@@ -213,14 +214,13 @@ class _Observer:
             self._guidance[last.step] = self._guidance[max(self._guidance)]
         before = branches.latents_of(last)
         noise = before if self._noise is None else self._noise.to(before)
-        # A run of one step shows nothing that stays.
         moves = None if self._noise is None else (before != noise).any(-1, keepdim=True)
-        found = Reference(self._kept, branches, self._guidance, moves, last)
+        found = Reference(self._kept, branches, self._guidance, moves)
         self._keep(last.step, before)
         length = self._sigmas[-1] - self._sigmas[last.step]
         end = before.float() + length * found.velocity(last.step, branches.outputs_of(last)).float()
         if not bool(torch.isfinite(end).all()):
-            raise FloatingPointError("the latents of the unaccelerated runs are not finite at the end")
+            raise FloatingPointError(f"the latents or the model's output of step {last.step} are not finite")
         self._keep(len(self._sigmas) - 1, end)
         return found
 

@@ -51,7 +51,7 @@ def fit_solver(
         schedule: which steps are full.
         window: K, full steps whose velocities count.
         lookahead: the first call is told the noise level that lies at so much of the way to the second full step, 0 to
-            1; 0 is its own. Runs that start late, and sources whose calls have no `ModelCall.told`, keep their own.
+            1; 0 is its own. Runs that start late, and sources whose calls have no `ModelCall.tell`, keep their own.
         ridge: of the least squares, relative to each column's mean square.
         target: runs from the same noise whose latents are to be reached instead of `source`'s own: with finer levels,
             among which are all of `source`'s (see `PipelineSource.refined`).
@@ -320,13 +320,13 @@ class SolverFits:
         """Sample some runs in full."""
 
         def answer(call: ModelCall) -> Tensor:
-            if call.told is not None and call.timestep is not None and source is self._source:
+            if call.tell is not None and call.timestep is not None and source is self._source:
                 self._timesteps[call.step] = call.timestep
             return self._called(call, len(runs))
 
         reference = reference_run(source, runs, answer=answer)
         first = min(reference.latents)
-        if reference.moves is None or reference.last is None:
+        if reference.moves is None:
             raise ValueError("source must call its model in at least 2 steps")
         moves = reference.moves
         # Steps before the first are of no run.
@@ -336,8 +336,8 @@ class SolverFits:
     def _called(self, call: ModelCall, rows: int, timestep: float | None = None) -> Tensor:
         """Run the model, told what the source says of the noise level or otherwise."""
         self.model_calls += rows
-        if timestep is not None and call.told is not None:
-            call = call.told(timestep)
+        if timestep is not None and call.tell is not None:
+            call.tell(timestep)
         output = watch(call)[1]
         if output is None:
             raise ValueError("source must run a model with its tail; this one holds features only")

@@ -31,7 +31,7 @@ from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, chec
 
 _TAYLOR_ORDER = 2
 # The first step's damping, and the relative gain of the squared distance that is worth another round.
-_DAMPING, WORTHWHILE = 0.03, 1e-3
+_DAMPING, _WORTHWHILE = 0.03, 1e-3
 MOST_ROUNDS = 40
 
 Coefficients: TypeAlias = dict[int, dict[int, float]]
@@ -96,12 +96,12 @@ def fit(
     with progress_bar(progress) as bar:
         runs = ClosedLoopRuns(source, resolved, batch, bar)
         coefficients = {branch: dict(start) for branch in runs.branches}
-        for segment in runs.track("fitting segment by segment", most):
+        for segment in runs.track(most):
             search = LevenbergMarquardt(
-                vector(coefficients, segment), name=segment.name, damping=_DAMPING, worthwhile=WORTHWHILE
+                _vector(coefficients, segment), name=segment.name, damping=_DAMPING, worthwhile=_WORTHWHILE
             )
             runs.minimize(search, coefficients, segment, most)
-            runs.report(search, segment, "TaylorSeer's", is_limited=rounds is not None)
+            runs.report(search, segment, is_limited=rounds is not None)
     found = {
         branch: LinearPredictor.from_rows(sigmas, resolved, {step: Row(terms) for step, terms in each.items()}, window)
         for branch, each in coefficients.items()
@@ -110,7 +110,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class FitSegment:
+class _Segment:
     """A full step, the forecasts after it, and the step at which it ends."""
 
     full_step: int
@@ -123,19 +123,19 @@ class FitSegment:
         return f"steps {self.full_step + 1} to {self.end - 1}"
 
 
-def segments(schedule: Schedule) -> list[FitSegment]:
+def segments(schedule: Schedule) -> list[_Segment]:
     """Split a schedule at its full steps; segments without forecasts are left out."""
     bounds = itertools.pairwise([*schedule.full_steps, schedule.num_steps])
-    return [FitSegment(full, tuple(range(full + 1, end)), end) for full, end in bounds if end > full + 1]
+    return [_Segment(full, tuple(range(full + 1, end)), end) for full, end in bounds if end > full + 1]
 
 
-def vector(coefficients: BranchCoefficients, segment: FitSegment) -> Tensor:
+def _vector(coefficients: BranchCoefficients, segment: _Segment) -> Tensor:
     """Return the coefficients of a segment as one float64 vector, branch by branch, step by step."""
     values = [value for each in coefficients.values() for step in segment.steps for value in each[step].values()]
     return torch.tensor(values, dtype=torch.float64)
 
 
-def assign(coefficients: BranchCoefficients, segment: FitSegment, values: Tensor) -> None:
+def _assign(coefficients: BranchCoefficients, segment: _Segment, values: Tensor) -> None:
     """Set the coefficients of a segment from a vector."""
     remaining = iter(values.tolist())
     for each in coefficients.values():
@@ -169,9 +169,10 @@ class ClosedLoopRuns:
         """Names of the branches of guidance; one without guidance."""
         return self._references[0].branches.names
 
-    def track(self, description: str, rounds: int) -> Iterator[FitSegment]:
+    def track(self, rounds: int) -> Iterator[_Segment]:
         """Yield the segments, with a bar over all passes that each may take."""
         passes = rounds * len(self._parts)
+        description = "fitting segment by segment"
         self._task = self._bar.add_task(description, total=passes * len(self._segments))
         for number, segment in enumerate(self._segments):
             self._name = f"{description}, {segment.name}"
@@ -179,11 +180,11 @@ class ClosedLoopRuns:
             self._bar.update(self._task, completed=passes * (number + 1))
 
     def minimize(
-        self, search: LevenbergMarquardt, coefficients: BranchCoefficients, segment: FitSegment, rounds: int
+        self, search: LevenbergMarquardt, coefficients: BranchCoefficients, segment: _Segment, rounds: int
     ) -> None:
         """Search for the coefficients of a segment, in place, in so many passes over the runs at most."""
         for _ in range(rounds):
-            assign(coefficients, segment, search.candidate)
+            _assign(coefficients, segment, search.candidate)
             for key, (runs, reference) in enumerate(zip(self._parts, self._references, strict=True)):
                 columns, residual = self._derivatives(runs, reference, coefficients, segment)
                 with self._small.threads():
@@ -193,12 +194,12 @@ class ClosedLoopRuns:
             self._bar.update(self._task, description=f"{self._name}: {100 * search.residual:.1f} % left")
             if search.finished:
                 break
-        assign(coefficients, segment, search.best)
+        _assign(coefficients, segment, search.best)
 
-    def report(self, search: LevenbergMarquardt, segment: FitSegment, start: str, *, is_limited: bool) -> None:
+    def report(self, search: LevenbergMarquardt, segment: _Segment, *, is_limited: bool) -> None:
         """Print how near a segment came to its end, and warn where nobody asked the search to stop so early."""
         if not self._bar.disable:
-            left = f"{100 * search.residual:.1f} % of {start} distance is left after {search.rounds} rounds"
+            left = f"{100 * search.residual:.1f} % of TaylorSeer's distance is left after {search.rounds} rounds"
             end = "converged" if search.finished else "not converged"
             self._bar.console.print(f"{segment.name}: {left}, {end}", soft_wrap=True, highlight=False)
         if not search.finished and not is_limited:
@@ -209,7 +210,7 @@ class ClosedLoopRuns:
             )
 
     def _derivatives(
-        self, runs: Sequence[int], reference: Reference, coefficients: BranchCoefficients, segment: FitSegment
+        self, runs: Sequence[int], reference: Reference, coefficients: BranchCoefficients, segment: _Segment
     ) -> tuple[list[Tensor], Tensor]:
         """Return the derivatives of the latents at a segment's end, and how far they are from the reference's."""
         sigmas, branches = self._source.sigmas, reference.branches
@@ -227,7 +228,7 @@ class ClosedLoopRuns:
 
         def finish(latents: Tensor) -> None:
             nonlocal residual
-            residual = latents - reference.latents[segment.end].to(latents)
+            residual = latents.float() - reference.latents[segment.end].to(latents.device, torch.float32)
             raise StopRun
 
         def close(call: ModelCall) -> None:
@@ -240,7 +241,7 @@ class ClosedLoopRuns:
                 )
                 columns[name] += [length * change for change in changes]
             if call.step == len(sigmas) - 2:
-                finish(own(call) + length * reference.velocity(call.step, outputs))
+                finish(own(call).float() + length * reference.velocity(call.step, outputs).float())
             outputs.clear()
             slopes.clear()
 

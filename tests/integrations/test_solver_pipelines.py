@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from lesa_kernels import Schedule, SolverPredictor, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, summary
+from lesa_kernels.integrations.cache_hooks import ForwardCall
 from lesa_kernels.training import SolverFits, fit
 
 SCHEDULE = Schedule.explicit(STEPS, [0, 2, 4])
@@ -117,7 +119,7 @@ class _Follow:
     def __call__(self, call: Any) -> Tensor:
         if call.step in self._full:
             if call.step == 0:
-                call = call.told(self._timestep)
+                call.tell(self._timestep)
             output: Tensor = call.tail(call.blocks())
             self._dtype = output.dtype
             return output
@@ -233,6 +235,43 @@ def test_guidance_in_half_precision_is_noticed_without_branches() -> None:
     _check_refused(replace(case, arguments=half, prompts=prompts), predictor, "step 0 was guided in one call")
 
 
+def test_a_model_that_is_not_told_one_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = flux_case()
+    predictor, plain = _fitted(case)[1], case.plain(0)
+    monkeypatch.setattr(ForwardCall, "timestep", lambda call: None)
+    enable(case.pipe, predictor)
+    with pytest.warns(LesaWarning, match="this model is not told one number in a tensor as timestep") as warned:
+        made = case.plain(0)
+    assert torch.equal(made, plain)
+    assert "its first call" not in str(warned[0].message)
+
+
+@pytest.mark.parametrize("is_positional", [True, False])
+def test_a_call_is_told_another_level(is_positional: bool) -> None:
+    latents, level = torch.zeros(2, 3), torch.tensor(1000.0).expand(2)
+
+    def model(module: str, x: Tensor, t: Tensor, again: Tensor, scale: float) -> tuple[Any, ...]:
+        return module, x, t, again, scale
+
+    names = ("x", "t", "again", "scale")
+    args = (latents, level) if is_positional else (latents,)
+    kwargs = {"again": level, "scale": 2.0} | ({} if is_positional else {"t": level})
+    call = ForwardCall(partial(partial(model, "module"), *args, **kwargs), names, args, kwargs)
+    assert call.timestep() == 1000 and call.latents() is latents
+    told = call.told(900.5)
+    assert told is not None and told.timestep() == 900.5
+    module, x, t, again, scale = told.run()
+    assert (module, scale) == ("module", 2.0) and x is latents and again is t
+    assert t.tolist() == [900.5] * 2 and t.stride() == level.stride()
+    assert call.run()[2] is level
+
+
+@pytest.mark.parametrize("level", [torch.tensor([0.0, 1.0]), 1.0, None])
+def test_what_is_not_one_number_is_not_told(level: Any) -> None:
+    call = ForwardCall(partial(len), ("x", "timestep"), (torch.zeros(2),), {"timestep": level})
+    assert call.timestep() is None and call.told(0.5) is None
+
+
 def test_latents_that_a_callback_changes_are_noticed() -> None:
     case = flux_case()
 
@@ -312,6 +351,9 @@ def test_a_finer_target_passes_all_levels_and_leads_nearer_to_the_solution() -> 
     assert ends[0] < ends[1]
     with pytest.raises(ValueError, match="parts must be at least 2"):
         source.refined(1)
+    case.pipe.get_timesteps = lambda sigmas, timesteps, steps, strength: (sigmas, timesteps, steps)
+    with pytest.raises(ValueError, match=r"refined\(\) serves no FluxPipeline"):
+        source.refined(2)
 
 
 # 6 steps start at step int(6 - 6 * strength); int(24 - 24 * strength), of four times as many, is another level.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lesa_kernels import Schedule, SolverPredictor, load_predictor
 from lesa_kernels.guidance import Guidance
-from lesa_kernels.training import LoopSource, RecordedSource, SelectedRuns, SolverFits, fit_solver
+from lesa_kernels.training import LoopSource, RecordedSource, SelectedRuns, SolverFits, fit, fit_solver
 from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 STEPS, RUNS = 12, 6
@@ -53,18 +53,18 @@ def _source(
             ) -> Tensor:
                 given = torch.cat([latents] * len(of))
 
-                def told(level: float) -> ModelCall:
-                    def blocks() -> Tensor:
-                        if heard is not None:
-                            heard.append((step, level))
-                        return torch.cat([sign * each(latents, level, chosen) for each in of])
+                levels = [sigma]
 
-                    call = ModelCall(step, blocks, lambda feature: feature, given, name)
-                    if timesteps is None:
-                        return call
-                    return replace(call, timestep=timesteps * level, told=lambda timestep: told(timestep / timesteps))
+                def blocks() -> Tensor:
+                    if heard is not None:
+                        heard.append((step, levels[-1]))
+                    return torch.cat([sign * each(latents, levels[-1], chosen) for each in of])
 
-                output = policy(told(sigma))
+                call = ModelCall(step, blocks, lambda feature: feature, given, name)
+                if timesteps is not None:
+                    tell = lambda timestep: levels.append(timestep / timesteps)  # noqa: E731
+                    call = replace(call, timestep=timesteps * sigma, tell=tell)
+                output = policy(call)
                 assert output is not None
                 return sign * output
 
@@ -312,7 +312,6 @@ def _kicked(latents: Tensor, step: int) -> Tensor:
     ("source", "options", "message"),
     [
         (_source({"cond": _curved}, disturb=_kicked), {}, "source must step as Euler does.*step 0"),
-        (_source({"cond": _curved}, disturb=lambda x, step: x * float("nan")), {}, "step 0 moved"),
         (RecordedSource([[torch.ones(1)] * STEPS], SIGMAS), {}, "source must run a model with its tail"),
         (_source({"cond": _curved}), {"window": 0}, "window must be"),
         (_source({"cond": _curved}), {"ridge": 0.0}, "ridge must be"),
@@ -328,6 +327,25 @@ def _kicked(latents: Tensor, step: int) -> Tensor:
 def test_refusals(source: LoopSource, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_solver(source, SCHEDULE, progress=False, batch=RUNS, **options)  # type: ignore[arg-type]
+
+
+def _broken_at(due: int) -> Velocity:
+    """Return a velocity that is not finite from a step on."""
+    return lambda latents, sigma, runs: latents * (float("inf") if sigma <= SIGMAS[due] else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "step"),
+    [
+        (_source({"cond": _curved}, disturb=lambda x, step: x * float("nan")), 0),
+        (_source({"cond": _broken_at(4)}), 4),
+        (_source({"cond": _broken_at(STEPS - 1)}), STEPS - 1),
+    ],
+)
+def test_runs_that_are_not_finite_are_refused(source: LoopSource, step: int) -> None:
+    for make in (fit_solver, fit):
+        with pytest.raises(FloatingPointError, match=f"model's output of step {step} are not finite"):
+            make(source, SCHEDULE, progress=False, batch=RUNS)
 
 
 def test_a_schedule_of_another_length_is_refused() -> None:
