@@ -32,11 +32,13 @@ INTERVALS = {10: 7, 8: 10, 6: 22}
 
 TAIL = "coefficients through the tail"
 SOLVER, SOLVER_FEW, SOLVER_MANY = "learned solver", "learned solver, 8 runs", "learned solver, 96 runs"
+NO_LOOKAHEAD = "learned solver, no lookahead"
 LESA, LESA_TUNED, L2P = "LESA as published", "LESA, tuned", "closed form on features (L2P)"
 EULER, BASHFORTH = "Euler", "Adams-Bashforth 2"
 SEARCHED = ("TaylorSeer 1, sigma", "TaylorSeer 2, sigma", "Spectrum", "Spectrum, free constant, sigma")
 """Of the training-free forecasters, those whose best schedule is searched for."""
 RUNS = {SOLVER: 32, SOLVER_FEW: 8, SOLVER_MANY: 96}
+WINDOW, LOOKAHEAD = 3, 0.3
 FEATURE_RUNS = 32
 
 Images = tuple[Tensor, tuple[int, ...]]
@@ -91,9 +93,9 @@ def _solved(order: Literal[1, 2], samples: Samples, setting: Setting, schedule: 
     return samples.solved(schedule, order), schedule.full_steps
 
 
-def _learned(runs: int, window: int, samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+def _learned(runs: int, lookahead: float, samples: Samples, setting: Setting, schedule: Schedule) -> Images:
     source = setting.known.first(runs).source()
-    predictor = fit_solver(source, schedule, window=window, batch=runs, progress=False)
+    predictor = fit_solver(source, schedule, window=WINDOW, lookahead=lookahead, batch=runs, progress=False)
     return samples.forecast(predictor, schedule)
 
 
@@ -115,7 +117,8 @@ def _trained(config: Callable[[], TrainingConfig], samples: Samples, setting: Se
 
 
 METHODS: dict[str, Method] = {
-    **{name: Method("calibrated", partial(_learned, runs, 3), uniform, SOLVER) for name, runs in RUNS.items()},
+    **{name: Method("calibrated", partial(_learned, runs, LOOKAHEAD), uniform, SOLVER) for name, runs in RUNS.items()},
+    NO_LOOKAHEAD: Method("calibrated", partial(_learned, RUNS[SOLVER], 0.0), uniform, NO_LOOKAHEAD),
     **{
         name: Method(
             "training-free",
@@ -129,7 +132,8 @@ METHODS: dict[str, Method] = {
     },
     EULER: Method("solver", partial(_solved, 1), uniform, EULER),
     BASHFORTH: Method("solver", partial(_solved, 2), uniform, BASHFORTH),
-    TAIL: Method("calibrated", _through_tail, uniform, SOLVER),
+    # Its own search would take hours; neither has a lookahead.
+    TAIL: Method("calibrated", _through_tail, uniform, NO_LOOKAHEAD),
     L2P: Method("calibrated", _least_squares, uniform),
     LESA: Method("trained", partial(_trained, TrainingConfig.published), published),
     LESA_TUNED: Method("trained", partial(_trained, TrainingConfig.tuned), published),
@@ -147,15 +151,21 @@ def find_schedule(setting: Setting, name: str, calls: int, effort: Effort) -> Sc
         effort: of the search.
     """
     method, known = METHODS[name], setting.known
-    judge = _judge_of_fits(known, effort) if method.kind == "calibrated" else _judge_of(method, setting, effort)
+    if method.kind == "calibrated":
+        judge = _judge_of_fits(known, effort, 0.0 if name == NO_LOOKAHEAD else LOOKAHEAD)
+    else:
+        judge = _judge_of(method, setting, effort)
     starts = even_schedules(known.sigmas, calls)
     return search_schedule(judge, starts, placements=effort.placements, progress=False).schedule
 
 
-def _judge_of_fits(known: Samples, effort: Effort) -> Judge:
+def _judge_of_fits(known: Samples, effort: Effort, lookahead: float) -> Judge:
     """Judge by the learned solver, on runs held out from its fit."""
     source = known.first(2 * effort.runs).source()
-    return SolverFits(source, held_out=effort.runs, batch=len(source), progress=False).psnr_db
+    fits = SolverFits(
+        source, held_out=effort.runs, window=WINDOW, lookahead=lookahead, batch=len(source), progress=False
+    )
+    return fits.psnr_db
 
 
 def _judge_of(method: Method, setting: Setting, effort: Effort) -> Judge:

@@ -29,9 +29,9 @@ from lesa_kernels.training.progress import progress_bar, waiting
 from lesa_kernels.training.ranks import lock_folder
 
 PLACEMENTS = {
-    10: (0, 3, 10, 18, 24, 26, 34, 40, 44, 46),
-    8: (0, 5, 14, 22, 29, 37, 43, 47),
-    6: (0, 6, 16, 26, 37, 45),
+    10: (0, 5, 10, 17, 21, 26, 32, 37, 43, 47),
+    8: (0, 6, 13, 21, 28, 35, 42, 47),
+    6: (0, 11, 21, 30, 39, 46),
 }
 """Calls -> full steps of the learned solver, as `python -m examples.emoji.prepare placements` printed them."""
 CONVERGED_STEPS = 200
