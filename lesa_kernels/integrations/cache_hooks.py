@@ -112,17 +112,14 @@ class ForwardCall(NamedTuple):
         names: of the forward's parameters.
         args: of the call.
         kwargs: of the call.
+        latents: the first argument.
     """
 
     run: partial[Any]
     names: tuple[str, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    @uncompiled(recursive=False)
-    def latents(self) -> Any:
-        """Return the first argument."""
-        return self.args[0] if self.args else self.kwargs[self.names[0]]
+    latents: Any
 
     @uncompiled(recursive=False)
     def timestep(self) -> float | None:
@@ -144,7 +141,7 @@ class ForwardCall(NamedTuple):
         args = tuple(other if each is known else each for each in self.args)
         kwargs = {name: other if each is known else each for name, each in self.kwargs.items()}
         before = self.run.args[: len(self.run.args) - len(args)]
-        return ForwardCall(partial(self.run.func, *before, *args, **kwargs), self.names, args, kwargs)
+        return self._replace(run=partial(self.run.func, *before, *args, **kwargs), args=args, kwargs=kwargs)
 
     def _timestep(self) -> Tensor | None:
         """Return the argument that tells the model the noise level."""
@@ -213,7 +210,9 @@ class CacheHook(ModelHook):
         with self._lock:
             self._decided, self._thread = True, threading.get_ident()
             try:
-                return self.answer(ForwardCall(partial(run, *args, **kwargs), self._names, args, kwargs), module)
+                latents = args[0] if args else kwargs[self._names[0]]
+                call = ForwardCall(partial(run, *args, **kwargs), self._names, args, kwargs, latents)
+                return self.answer(call, module)
             except BaseException:
                 # Whatever comes next, it is not the step after this one.
                 self.reset()
@@ -323,7 +322,7 @@ class ForecastHook(CacheHook):
     @uncompiled(recursive=False)
     def answer(self, call: ForwardCall, module: nn.Module) -> Any:
         """See `CacheHook.answer`."""
-        branch = self.state.enter(self.contexts.current, call.latents(), getattr(module, "is_cache_enabled", False))
+        branch = self.state.enter(self.contexts.current, call.latents, getattr(module, "is_cache_enabled", False))
         if branch is None:
             output = call.run()
         elif branch.solver is not None:
@@ -339,7 +338,7 @@ class ForecastHook(CacheHook):
                     told = call
                 branch.solver.is_told |= told is not call
                 output = told.run()
-                self.state.capture_output(branch, call.latents(), output)
+                self.state.capture_output(branch, call.latents, output)
         elif branch.feature is None:
             output, feature, reason = self.run_full(module, call.run)
             if reason is not None:

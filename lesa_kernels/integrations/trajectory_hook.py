@@ -111,7 +111,7 @@ class TrajectoryHook(CacheHook):
                     step,
                     pending.blocks,
                     pending.tail,
-                    only_tensor(call.latents()),
+                    only_tensor(call.latents),
                     branch,
                     self._number,
                     timestep,
@@ -184,7 +184,7 @@ class _PendingCall:
                 f"a policy must call blocks before its first answer without the model, it did not by step {step}"
             )
         # An earlier call may have been of another number of runs.
-        rows = layout_of(self.call.latents())[0][0] if self._latest_output is None else tensor.shape[0]
+        rows = layout_of(self.call.latents)[0][0] if self._latest_output is None else tensor.shape[0]
         expected = (rows, *tensor.shape[1:])
         if answer.shape != expected:
             raise ValueError(

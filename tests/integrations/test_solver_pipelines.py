@@ -256,8 +256,8 @@ def test_a_call_is_told_another_level(is_positional: bool) -> None:
     names = ("x", "t", "again", "scale")
     args = (latents, level) if is_positional else (latents,)
     kwargs = {"again": level, "scale": 2.0} | ({} if is_positional else {"t": level})
-    call = ForwardCall(partial(partial(model, "module"), *args, **kwargs), names, args, kwargs)
-    assert call.timestep() == 1000 and call.latents() is latents
+    call = ForwardCall(partial(partial(model, "module"), *args, **kwargs), names, args, kwargs, latents)
+    assert call.timestep() == 1000 and call.latents is latents
     told = call.told(900.5)
     assert told is not None and told.timestep() == 900.5
     module, x, t, again, scale = told.run()
@@ -268,7 +268,7 @@ def test_a_call_is_told_another_level(is_positional: bool) -> None:
 
 @pytest.mark.parametrize("level", [torch.tensor([0.0, 1.0]), 1.0, None])
 def test_what_is_not_one_number_is_not_told(level: Any) -> None:
-    call = ForwardCall(partial(len), ("x", "timestep"), (torch.zeros(2),), {"timestep": level})
+    call = ForwardCall(partial(len), ("x", "timestep"), (torch.zeros(2),), {"timestep": level}, torch.zeros(2))
     assert call.timestep() is None and call.told(0.5) is None
 
 
