@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ class PipelineSource:
     not be enabled (`lesa.disable`), and it is left as it was found.
 
     A batch of texts goes through the text encoders once: what `encode_prompt` returned is kept as long as the source
-    lives, on the device of the pipeline (FLUX: 4 MB a prompt in bfloat16). A LoRA that is loaded into a text encoder
-    later, a cast and another device are noticed; after any other change of a text encoder, such as of the weight of its
-    LoRA, make another source.
+    lives, in the host's memory (FLUX: 4 MB a prompt in bfloat16). A LoRA that is loaded into a text encoder later, a
+    cast and another device are noticed; after any other change of a text encoder, such as of the weight of its LoRA,
+    make another source.
 
     Args:
         pipe: a pipeline with a transformer and a scheduler; offloading, LoRA and torch.compile are as with `enable`.
@@ -248,7 +248,7 @@ class PipelineSource:
 
 
 class EncodedPrompts:
-    """What the `encode_prompt` of one pipeline returned, by its arguments, on the device where it was returned.
+    """What the `encode_prompt` of one pipeline returned, by its arguments, in the host's memory.
 
     Calls with a tensor, or anything else that cannot be compared by its text, are not kept.
     """
@@ -270,12 +270,32 @@ class EncodedPrompts:
                 return encode(*args, **kwargs)
             key = repr((args, sorted(kwargs.items()), _state(pipe)))
             if key not in self._kept:
-                self._kept[key] = copy.deepcopy(encode(*args, **kwargs))
-            # Another copy, as pipelines may write to what they were given.
-            return copy.deepcopy(self._kept[key])
+                self._kept[key] = _on_host(encode(*args, **kwargs))
+            return _given_back(self._kept[key])
 
         with _replaced(pipe, "encode_prompt", remember):
             yield
+
+
+class _Tensor(NamedTuple):
+    """A copy of a tensor on the host, and the device that it came from."""
+
+    copied: Tensor
+    device: torch.device
+
+
+def _on_host(value: Any) -> Any:
+    """Copy the tensors of a result to the host."""
+    if isinstance(value, Tensor):
+        return _Tensor(value.detach().to("cpu", copy=True), value.device)
+    return type(value)(map(_on_host, value)) if isinstance(value, (list, tuple)) else copy.deepcopy(value)
+
+
+def _given_back(kept: Any) -> Any:
+    """Return copies where the tensors came from, as pipelines may write to what they are given."""
+    if isinstance(kept, _Tensor):
+        return kept.copied.to(kept.device, copy=True)
+    return type(kept)(map(_given_back, kept)) if isinstance(kept, (list, tuple)) else copy.deepcopy(kept)
 
 
 def _is_readable(value: Any) -> bool:
