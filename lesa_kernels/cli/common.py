@@ -108,12 +108,13 @@ class Pipeline:
 
     def next_lines(self, predictor: str) -> str:
         """Return the lines of Python that use a predictor."""
+        arguments = ", ".join([f"num_inference_steps={self.steps}", *(self.settings or [])])
         capture = "" if self.capture is None else f', capture="{self.capture}"'
         return (
             f"Next, where pipe is the pipeline of {self.model}:\n\n"
             "import lesa_kernels as lesa\n"
             f"predictor = {predictor}\n"
-            f"lesa.enable(pipe, predictor{capture})"
+            f"lesa.enable(pipe, predictor{capture})  # then call pipe with {arguments}"
         )
 
 

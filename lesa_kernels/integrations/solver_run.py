@@ -135,7 +135,10 @@ class SolverRun:
         """What a run is besides that ends here without a forecast; its first call may have been the solver's own."""
         if not self.is_told or self.session.ring is not None:
             return ""
-        return "; its first call was told another noise level, so it is not quite the unaccelerated run"
+        return (
+            "; its first call was told another noise level, so this is not the image of an unaccelerated run: "
+            "calibrate for such runs, or call lesa.disable(pipe)"
+        )
 
     def timestep(self, step: int) -> float | None:
         """Return what the model is to be told of the noise level in a full step, None for what the pipeline says."""

@@ -16,8 +16,12 @@ from lesa_kernels.training.config import Batch, TrainingResult, losses_by_phase
 def save_predictors(predictors: Mapping[str, Saved], folder: Path) -> None:
     """Write predictors with `save_pretrained`: one into the folder itself, several into folders of their branches.
 
-    Each file appears whole or not at all, so that a predictor can be loaded at any time.
+    Each file appears whole or not at all, so that a predictor can be loaded at any time. Several take the place of one
+    that lies in the folder.
     """
+    if len(predictors) > 1:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
     for branch, predictor in predictors.items():
         predictor.save_pretrained(folder if len(predictors) == 1 else folder / branch)
 

@@ -192,13 +192,14 @@ def search_schedule(
         )
     seen: dict[Schedule, float] = {}
     with progress_bar(progress) as bar:
-        task = bar.add_task("searching for full steps", total=placements)
+        calls = len(starts[0].full_steps)
+        task = bar.add_task(f"searching for {calls} full steps", total=placements)
 
         def quality(schedule: Schedule) -> float:
             if schedule not in seen:
                 decibels = check_float("what judge returns", judge(schedule), finite=False)
                 seen[schedule] = -math.inf if math.isnan(decibels) else decibels
-                text = f"searching for full steps, best {max(seen.values()):.2f} dB"
+                text = f"searching for {calls} full steps, best {max(seen.values()):.2f} dB"
                 bar.update(task, advance=1, description=text)
             return seen[schedule]
 

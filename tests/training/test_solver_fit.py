@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lesa_kernels import Schedule, SolverPredictor, load_predictor
 from lesa_kernels.guidance import Guidance
 from lesa_kernels.training import LoopSource, RecordedSource, SelectedRuns, SolverFits, fit, fit_solver
+from lesa_kernels.training.reports import save_predictors
 from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 STEPS, RUNS = 12, 6
@@ -374,3 +376,13 @@ def test_tokens_that_stay_do_not_count() -> None:
     kept = fit_solver(LoopSource(loop, RUNS, SIGMAS), SCHEDULE, batch=RUNS, progress=False)
     alone = fit_solver(_source({"cond": _curved}), SCHEDULE, batch=RUNS, progress=False)
     torch.testing.assert_close(kept.coefficients, alone.coefficients, rtol=1e-3, atol=1e-5)
+
+
+def test_predictors_of_branches_take_the_place_of_a_single_one(tmp_path: Path) -> None:
+    single = fit_solver(_source({"cond": _curved}), SCHEDULE, batch=RUNS, progress=False)
+    save_predictors({"cond": single}, tmp_path)
+    assert load_predictor(tmp_path).schedule == SCHEDULE
+    save_predictors({"cond": single, "uncond": single}, tmp_path)
+    with pytest.raises(ValueError, match=r"must hold config.json"):
+        load_predictor(tmp_path)
+    assert load_predictor(tmp_path / "uncond").schedule == SCHEDULE
