@@ -203,7 +203,9 @@ def _found(where: str, hub: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     else:
         file, weights = (Path(hf_hub_download(where, name, **hub)) for name in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE))
     if not file.exists():
-        raise FileNotFoundError(f"{where}: must hold {CONFIG_NAME}")
+        branches = ", ".join(sorted(each.parent.name for each in file.parent.glob(f"*/{CONFIG_NAME}")))
+        what = f", it holds the branches {branches}: load each from its own folder" if branches else ""
+        raise FileNotFoundError(f"{where}: must hold {CONFIG_NAME}{what}")
     return read_json(file), weights
 
 
