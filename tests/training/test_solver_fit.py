@@ -383,8 +383,6 @@ def test_predictors_of_branches_take_the_place_of_a_single_one(tmp_path: Path) -
     save_predictors({"cond": single}, tmp_path)
     assert load_predictor(tmp_path).schedule == SCHEDULE
     save_predictors({"cond": single, "uncond": single}, tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match="holds the branches cond, uncond: load each"
-    ):
+    with pytest.raises(FileNotFoundError, match="holds the branches cond, uncond: load each"):
         load_predictor(tmp_path)
     assert load_predictor(tmp_path / "uncond").schedule == SCHEDULE
