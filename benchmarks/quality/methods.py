@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ LESA, LESA_TUNED, L2P = "LESA as published", "LESA, tuned", "closed form on feat
 EULER, BASHFORTH = "Euler", "Adams-Bashforth 2"
 SEARCHED = ("TaylorSeer 1, sigma", "TaylorSeer 2, sigma", "Spectrum", "Spectrum, free constant, sigma")
 """Of the training-free forecasters, those whose best schedule is searched for."""
-RUNS = {SOLVER: 32, SOLVER_FEW: 8, SOLVER_MANY: 96}
-WINDOW, LOOKAHEAD = 3, 0.3
+RUNS = {SOLVER: 32, SOLVER_FEW: 8, SOLVER_MANY: 96, NO_LOOKAHEAD: 32}
+OPTIONS: dict[str, dict[str, Any]] = {NO_LOOKAHEAD: {"lookahead": 0.0}}
+"""Options of the fit and of its search where they are not the defaults."""
 FEATURE_RUNS = 32
 
 Images = tuple[Tensor, tuple[int, ...]]
@@ -93,9 +94,10 @@ def _solved(order: Literal[1, 2], samples: Samples, setting: Setting, schedule: 
     return samples.solved(schedule, order), schedule.full_steps
 
 
-def _learned(runs: int, lookahead: float, samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+def _learned(name: str, samples: Samples, setting: Setting, schedule: Schedule) -> Images:
+    runs = RUNS[name]
     source = setting.known.first(runs).source()
-    predictor = fit_solver(source, schedule, window=WINDOW, lookahead=lookahead, batch=runs, progress=False)
+    predictor = fit_solver(source, schedule, batch=runs, progress=False, **OPTIONS.get(name, {}))
     return samples.forecast(predictor, schedule)
 
 
@@ -117,8 +119,10 @@ def _trained(config: Callable[[], TrainingConfig], samples: Samples, setting: Se
 
 
 METHODS: dict[str, Method] = {
-    **{name: Method("calibrated", partial(_learned, runs, LOOKAHEAD), uniform, SOLVER) for name, runs in RUNS.items()},
-    NO_LOOKAHEAD: Method("calibrated", partial(_learned, RUNS[SOLVER], 0.0), uniform, NO_LOOKAHEAD),
+    **{
+        name: Method("calibrated", partial(_learned, name), uniform, name if name in OPTIONS else SOLVER)
+        for name in RUNS
+    },
     **{
         name: Method(
             "training-free",
@@ -152,20 +156,17 @@ def find_schedule(setting: Setting, name: str, calls: int, effort: Effort) -> Sc
     """
     method, known = METHODS[name], setting.known
     if method.kind == "calibrated":
-        judge = _judge_of_fits(known, effort, 0.0 if name == NO_LOOKAHEAD else LOOKAHEAD)
+        judge = _judge_of_fits(known, effort, OPTIONS.get(name, {}))
     else:
         judge = _judge_of(method, setting, effort)
     starts = even_schedules(known.sigmas, calls)
     return search_schedule(judge, starts, placements=effort.placements, progress=False).schedule
 
 
-def _judge_of_fits(known: Samples, effort: Effort, lookahead: float) -> Judge:
+def _judge_of_fits(known: Samples, effort: Effort, options: dict[str, Any]) -> Judge:
     """Judge by the learned solver, on runs held out from its fit."""
     source = known.first(2 * effort.runs).source()
-    fits = SolverFits(
-        source, held_out=effort.runs, window=WINDOW, lookahead=lookahead, batch=len(source), progress=False
-    )
-    return fits.psnr_db
+    return SolverFits(source, held_out=effort.runs, batch=len(source), progress=False, **options).psnr_db
 
 
 def _judge_of(method: Method, setting: Setting, effort: Effort) -> Judge:

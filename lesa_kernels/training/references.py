@@ -120,6 +120,20 @@ class Reference:
         return velocity if self.moves is None else velocity * self.moves.to(velocity)
 
 
+def error_db(made: Tensor, aim: Tensor, moves: Tensor | None) -> Tensor:
+    """Return -20 log10 of the relative error of each sample, [B]; tokens of a condition do not count.
+
+    Args:
+        made: [B, ...], float32.
+        aim: like made, on any device: what it should be.
+        moves: see `Reference`.
+    """
+    parts = [made, aim.to(made)] if moves is None else [made * moves, aim.to(made) * moves]
+    error, size = (part.flatten(1).norm(dim=1) for part in (parts[0] - parts[1], parts[1]))
+    ratios: Tensor = -20 * (error / size).clamp_min(1e-6).log10()
+    return ratios
+
+
 @torch.no_grad()
 def reference_run(
     source: TrajectorySource,

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+
 from lesa_kernels.files import replacing
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.training.config import Batch, TrainingResult, losses_by_phase
@@ -20,7 +22,7 @@ def save_predictors(predictors: Mapping[str, Saved], folder: Path) -> None:
     that lies in the folder.
     """
     if len(predictors) > 1:
-        for name in ("config.json", "model.safetensors"):
+        for name in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE):
             (folder / name).unlink(missing_ok=True)
     for branch, predictor in predictors.items():
         predictor.save_pretrained(folder if len(predictors) == 1 else folder / branch)

@@ -17,7 +17,7 @@ from lesa_kernels.predictors import Predictor
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.plan_policy import PlanPolicy
 from lesa_kernels.training.progress import progress_bar, waiting
-from lesa_kernels.training.references import Reference, reference_run
+from lesa_kernels.training.references import error_db, reference_run
 from lesa_kernels.training.runs import SmallModels, batches
 from lesa_kernels.trajectories import TrajectorySource, check_source
 
@@ -77,18 +77,8 @@ class Evaluator:
             self._source.run(runs, self._small.limit(policy))
             if policy.final is None:
                 raise ValueError("source must run a model with its tail and latents; this one holds features only")
-            ratios.append(_psnr_db(policy.final, reference))
+            ratios.append(error_db(policy.final, reference.latents[len(self.sigmas) - 1], reference.moves))
         return torch.cat(ratios).mean().item()
-
-
-def _psnr_db(final: Tensor, reference: Reference) -> Tensor:
-    """Return -20 log10 of the relative error of each sample, [B]; tokens of a condition do not count."""
-    (latents,) = reference.latents.values()
-    moves = 1 if reference.moves is None else reference.moves
-    aim = latents.to(final) * moves
-    error = (final * moves - aim).flatten(1).norm(dim=1) / aim.flatten(1).norm(dim=1)
-    ratios: Tensor = -20 * error.clamp_min(1e-6).log10()
-    return ratios
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lesa_kernels.guidance import Guidance
 from lesa_kernels.predictors import SolverPredictor
 from lesa_kernels.schedule import Schedule, ScheduleRule
 from lesa_kernels.training.progress import progress_bar
-from lesa_kernels.training.references import Branches, Reference, reference_run
+from lesa_kernels.training.references import Branches, Reference, error_db, reference_run
 from lesa_kernels.training.runs import SeenStep, SmallModels, StepWatcher, batches, run_until_stopped
 from lesa_kernels.trajectories import ModelCall, StopRun, TrajectorySource, check_source, watch
 
@@ -265,10 +265,8 @@ class SolverFits:
             chosen = [row for row, run in enumerate(each.runs) if run in self._judged]
             if not chosen:
                 continue
-            aim = each.target[-1].to(each.noise.device).float()
-            error = (self._reached(path, len(self.sigmas) - 1, number) - aim) * each.moves
-            sizes = [(part * each.moves)[chosen].flatten(1).norm(dim=1) for part in (error, aim)]
-            ratios.append(-20 * (sizes[0] / sizes[1]).clamp_min(1e-6).log10())
+            reached = self._reached(path, len(self.sigmas) - 1, number)
+            ratios.append(error_db(reached, each.target[-1], each.moves)[chosen])
         return torch.cat(ratios).mean().item()
 
     def include_held_out(self) -> None:
@@ -319,7 +317,7 @@ class SolverFits:
     def _sample(self, source: TrajectorySource, runs: Sequence[int]) -> tuple[Reference, _Batch]:
         """Sample some runs in full."""
 
-        def answer(call: ModelCall) -> Tensor:
+        def answer(call: ModelCall) -> Tensor | None:
             if call.tell is not None and call.timestep is not None and source is self._source:
                 self._timesteps[call.step] = call.timestep
             return self._called(call, len(runs))
@@ -333,15 +331,12 @@ class SolverFits:
         target = [reference.latents[max(step, first)] for step in range(len(source.sigmas))]
         return reference, _Batch(runs, target[first].to(moves.device, torch.float32), moves, target)
 
-    def _called(self, call: ModelCall, rows: int, timestep: float | None = None) -> Tensor:
+    def _called(self, call: ModelCall, rows: int, timestep: float | None = None) -> Tensor | None:
         """Run the model, told what the source says of the noise level or otherwise."""
         self.model_calls += rows
         if timestep is not None and call.tell is not None:
             call.tell(timestep)
-        output = watch(call)[1]
-        if output is None:
-            raise ValueError("source must run a model with its tail; this one holds features only")
-        return output
+        return watch(call)[1]
 
     def _answer(self, step: SeenStep, guidance: Guidance | None) -> _Answer:
         """Return what a full step shows."""
@@ -375,7 +370,7 @@ class SolverFits:
                 answers[each.step] = self._velocity(path[: position + 1], end, number)
         shown: SeenStep | None = None
 
-        def answer(call: ModelCall) -> Tensor:
+        def answer(call: ModelCall) -> Tensor | None:
             if call.step == due:
                 return self._called(call, len(runs), path[-1].timestep)
             if call.step in known:
