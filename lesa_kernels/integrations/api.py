@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_adapter
+from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_adapter, find_other_cache
 from lesa_kernels.integrations.outputs import read_output
 from lesa_kernels.integrations.state import CacheState, Options, Predictors, default_predictor
 from lesa_kernels.integrations.stats import Summary, summarize
@@ -81,8 +81,9 @@ def enable(
     _check_predictor(chosen)
     if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
         raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
-    if any(getattr(model, "is_cache_enabled", False) for model, _ in models):
-        raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
+    for model, _ in models:
+        if (reason := find_other_cache(model, target if is_pipeline(target) else None)) is not None:
+            raise ValueError(f"lesa.enable: the model must have no other cache: {reason}")
     if isinstance(chosen, SolverPredictor):
         # It takes the place of the whole model, whatever this is made of.
         unused = {"capture": capture, "history_dtype": history_dtype, "check_every": check_every}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lesa_kernels.checks import check_decreasing
+from lesa_kernels.integrations.calls import version_of
 from lesa_kernels.trajectories import ONLY_BRANCH
 
 # Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
@@ -22,6 +23,12 @@ _MAX_FLOW_SIGMA = 1.001
 _SIGMA_TOLERANCE = 1e-5
 # Guidance makes two to four calls a step; more mean that the scheduler's step index stands still.
 _MAX_CALLS = 4
+# Relative to the largest: two roundings to bfloat16.
+_ROUNDING = 2.0**-8
+# T where sigmas were given.
+_TIMESTEPS = 1000
+# The index of a scheduler before its first step.
+_NOT_YET = -1
 
 
 @dataclass
@@ -31,6 +38,10 @@ class StepPosition:
     source: Any  # the object that held the sigmas; another object means another run
     sigmas: tuple[float, ...]  # S+1 noise levels, none where they could not be read
     incompatibility: str | None = None  # why no step of this run can be forecast
+    version: int | None = None  # how often the source was written to
+    # The ways in which the model may be told its S noise levels; narrowed down by what it is told. None: another way.
+    told: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    first_step: int = 0
     step: int = 0  # the latest; before the first call the step that the run begins at
     # Calls of the latest step and of the run, by cache context.
     seen: dict[str, int] = field(default_factory=dict)
@@ -39,6 +50,45 @@ class StepPosition:
 
     def __post_init__(self) -> None:
         self.num_steps = len(self.sigmas) - 1
+        self.step = self.first_step
+
+    def agrees(self, timestep: float, step: int) -> bool:
+        """Whether the model is told at a step what it should be, as far as that is known."""
+        for told in self.told.values():
+            if _is_near(timestep, told, step):
+                return True
+        return not self.told
+
+    def find_step(self, timestep: float, preferred: int) -> int | None:
+        """Return the step at which the model is told this, the preferred one where others are as near; None if none."""
+        steps = [
+            (abs(told[step] - timestep), step != preferred, step)
+            for told in self.told.values()
+            for step in range(self.num_steps)
+            if _is_near(timestep, told, step)
+        ]
+        return min(steps)[2] if steps else None
+
+    def learn(self, timestep: float, step: int) -> None:
+        """Leave out the ways in which the model would be told something else at a step."""
+        self.told = {name: told for name, told in self.told.items() if _is_near(timestep, told, step)}
+
+
+def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float) -> dict[str, tuple[float, ...]]:
+    """Return what models are told at the S steps in the ways that pipelines have, by a name of the way."""
+    levels = sigmas[:-1]
+    ways = {"level": tuple(levels), "1 - level": tuple(1 - level for level in levels)}
+    if len(timesteps) == len(levels):
+        ways["t"] = tuple(timesteps)
+        ways["t / T"] = tuple(time / count for time in timesteps)
+        ways["1 - t / T"] = tuple(1 - time / count for time in timesteps)
+        ways["T - t"] = tuple(count - time for time in timesteps)
+    return ways
+
+
+def _is_near(timestep: float, told: Sequence[float], step: int) -> bool:
+    """Whether a number is that of a step but for the rounding of bfloat16, in which pipelines compute it."""
+    return 0 <= step < len(told) and abs(timestep - told[step]) <= _ROUNDING * max(abs(told[0]), abs(told[-1]))
 
 
 def call_name(context: str, number: int) -> str:
@@ -67,36 +117,79 @@ class StepTracker:
         self._scheduler = scheduler if pipeline is None else pipeline.scheduler
         self._sigmas = None if sigmas is None else check_decreasing(sigmas)
         self.position: StepPosition | None = None
+        # In which of `_ways` the model is told its noise level, once that is certain.
+        self._ways: frozenset[str] | None = None
         if self._sigmas is None and not _has_index(self._scheduler) and not hasattr(self._scheduler, "timesteps"):
             raise ValueError(
                 "lesa: the scheduler must have sigmas and a step_index, or timesteps, "
                 f"got {type(self._scheduler).__name__}; pass a bare transformer and sigmas= instead"
             )
 
-    def place(self, context: Any) -> tuple[StepPosition, int, int]:
-        """Return the run that a call belongs to, its step, and its number within the step and context.
+    @property
+    def guidance_scale(self) -> Any:
+        """What a pipeline holds as its scale of guidance, None where there is none."""
+        pipeline = None if self._pipeline is None else self._pipeline()
+        return None if pipeline is None else vars(pipeline).get("_guidance_scale")
 
-        The step is that of diffusers' `CacheContext` where it has one, else the scheduler's, else the context's calls
-        are counted. It is not below S where there were too many calls.
+    def look(self, context: Any) -> tuple[StepPosition, int | None]:
+        """Return the run that a call belongs to and its step; changes nothing.
+
+        The step is that of diffusers' `CacheContext` where it has one, else the scheduler's, else None.
         """
         source, index = self._read()
-        position, name, step = self.position, context.name, context.step_index
-        if position is None or position.source is not source:
-            position = self._begin(source)
-        # A context that joins late joins at the step of the others.
-        calls = position.calls.setdefault(name, position.step)
-        if step is None:
-            step = calls if index is None else index
-        if self._sigmas is None:
-            # A new run brings new sigmas, and a step may hold several calls.
-            restarts = index is not None and step < position.step
-        elif context.step_index is None:
-            restarts = step >= position.num_steps
-        else:
-            restarts = step < position.step or (step == position.step and position.seen.get(name, 0) > 0)
-        if restarts:
-            position = self._begin(source)
-            step = 0 if index is None and context.step_index is None else step
+        position, version = self.position, version_of(source)
+        if position is None or position.source is not source or position.version != version:
+            position = self._begin(source, version)
+        step = index if context.step_index is None else context.step_index
+        if step == _NOT_YET:
+            step = position.first_step
+        if step is None or position is not self.position:
+            return position, step
+        # A new run brings new sigmas, unless they were given; a step may hold several calls.
+        again = self._sigmas is not None and step == position.step and position.seen.get(context.name, 0) > 0
+        return (self.begin_again() if step < position.step or again else position), step
+
+    def begin_again(self) -> StepPosition:
+        """Return the position of a new run with the present noise levels."""
+        source, _ = self._read()
+        return self._begin(source, version_of(source))
+
+    def find(
+        self, position: StepPosition, step: int, timestep: float, is_known: bool
+    ) -> tuple[StepPosition, int] | None:
+        """Return the run and the step of a call by what its model is told; None where it is no call of this run.
+
+        Args:
+            position: of the run.
+            step: that is due.
+            timestep: what the model is told.
+            is_known: whether the call continues a branch of the run.
+        """
+        if position.agrees(timestep, step):
+            return position, step
+        found = position.find_step(timestep, step)
+        begins, index = position is not self.position, self._read()[1]
+        if begins and index in (None, _NOT_YET) and found is not None:
+            # Its pipeline did not say that it starts late.
+            position.first_step = position.step = found
+            return position, found
+        if self._ways is None and ((begins and found is None) or is_known):
+            # This model is told its noise level in another way.
+            position.told = {}
+            return position, step
+        if self._sigmas is not None and found is not None:
+            if found < position.step:
+                position = self.begin_again()
+                position.first_step = position.step = found
+            return position, found
+        return None
+
+    def accept(self, position: StepPosition, step: int, name: str, timestep: float | None = None) -> int:
+        """Take a call as one of a run's; return its number within the step and cache context."""
+        if timestep is not None and position.told and (self._ways is None or position is not self.position):
+            position.learn(timestep, step)
+            if step != position.first_step:
+                self._ways = frozenset(position.told)
         if step != position.step:
             position.step = step
             position.seen.clear()
@@ -104,7 +197,24 @@ class StepTracker:
         position.seen[name] = number + 1
         position.calls[name] = position.calls.get(name, 0) + 1
         self.position = position
-        return position, step, number
+        return number
+
+    def place(self, context: Any, timestep: float | None) -> tuple[StepPosition, int, int]:
+        """Return the run that a call belongs to, its step, and its number within the step and context.
+
+        The step is that of `look`, else the context's calls are counted. It is not below S where there were too many.
+
+        Args:
+            context: diffusers' `CacheContext`.
+            timestep: what the model is told, which shows where a run begins; None where it is told no number.
+        """
+        position, step = self.look(context)
+        if step is None:
+            # A context that joins late joins at the step of the others.
+            step = position.calls.setdefault(context.name, position.step)
+        if timestep is not None and position is not self.position:
+            position, step = self.find(position, step, timestep, False) or (position, step)
+        return position, step, self.accept(position, step, context.name)
 
     @property
     def scheduler(self) -> Any:
@@ -128,35 +238,38 @@ class StepTracker:
         return (*((t + 1) / count for t in _floats(self._scheduler.timesteps)), 0.0)
 
     def _read(self) -> tuple[Any, int | None]:
-        """Return the object that holds the levels, and the scheduler's step, None where calls are counted."""
+        """Return the object that holds the levels, and the scheduler's step.
+
+        That is `_NOT_YET` before the scheduler's first step, and None where calls are counted.
+        """
         if self._sigmas is not None:
             return self._sigmas, None
         if self._pipeline is not None and (pipeline := self._pipeline()) is not None:
             self._scheduler = pipeline.scheduler
         scheduler = self._scheduler
-        if not (hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index")):
+        if not _has_index(scheduler):
             return scheduler.timesteps, None
         index = scheduler.step_index
-        if index is None:
-            # Schedulers set their index in step(), after the first call of the model; image-to-image begins late.
-            index = getattr(scheduler, "begin_index", None) or 0
-        return scheduler.sigmas, int(index)
+        return scheduler.sigmas, _NOT_YET if index is None else int(index)
 
-    def _begin(self, source: Any) -> StepPosition:
+    def _begin(self, source: Any, version: int | None) -> StepPosition:
         """Return the position of a run that begins."""
         try:
             sigmas = self.read_levels()
+            if self._sigmas is None:
+                timesteps, count = _floats(self._scheduler.timesteps), self._scheduler.config.num_train_timesteps
+            else:
+                timesteps, count = tuple(sigma * _TIMESTEPS for sigma in sigmas[:-1]), _TIMESTEPS
         # Whatever a scheduler holds before set_timesteps.
-        except (TypeError, ValueError) as error:
-            return StepPosition(source, (), f"the scheduler's noise levels cannot be read: {error}")
+        except (AttributeError, TypeError, ValueError) as error:
+            return StepPosition(source, (), f"the scheduler's noise levels cannot be read: {error}", version)
         repeat = len(set(sigmas)) < len(sigmas)
         reason = "the scheduler's sigmas repeat, as those of second-order schedulers do" if repeat else None
-        position = StepPosition(source, sigmas, reason)
-        if self._pipeline is not None and not _has_index(self._scheduler):
-            # A pipeline that starts late says how many steps are left.
-            left = getattr(self._pipeline(), "_num_timesteps", None) or position.num_steps
-            position.step = max(position.num_steps - left, 0)
-        return position
+        ways = _ways(sigmas, timesteps, count)
+        told = {name: way for name, way in ways.items() if self._ways is None or name in self._ways}
+        # Schedulers set their index in step(), after the first call of the model; image-to-image begins late.
+        begin = getattr(self._scheduler, "begin_index", None) if self._sigmas is None else None
+        return StepPosition(source, sigmas, reason, version, told, int(begin or 0))
 
 
 def scheduler_incompatibility(scheduler: Any) -> str | None:
@@ -177,25 +290,37 @@ def scheduler_incompatibility(scheduler: Any) -> str | None:
     return None
 
 
-def find_incompatibility(
-    position: StepPosition, context: Any, step: int, number: int, foreign_cache: bool
-) -> str | None:
-    """Say why a call that `StepTracker.place` placed cannot be forecast, None if it can."""
-    if torch.is_grad_enabled():
-        return "gradients are enabled; sample under torch.no_grad()"
-    if foreign_cache:
-        return "a cache of diffusers is enabled on the model as well"
-    if position.incompatibility is not None:
-        return position.incompatibility
+def find_disagreement(position: StepPosition, context: Any, step: int) -> str | None:
+    """Say how a call contradicts the noise levels of the run that it was found to be in, None if it does not."""
+    if not position.sigmas:
+        return None
     if not 0 <= step < position.num_steps:
         return f"step {step} came in a schedule of {position.num_steps} steps"
-    if number >= _MAX_CALLS:
-        return f"call {number + 1} of step {step} came; does the loop call scheduler.step?"
     sigma, total = context.sigma, context.num_inference_steps
     if total is not None and total != position.num_steps:
         return f"the cache context counts {total} steps, the sigmas {position.num_steps}"
     if isinstance(sigma, float) and not math.isclose(sigma, position.sigmas[step], abs_tol=_SIGMA_TOLERANCE):
         return f"the cache context says sigma {sigma} at step {step}, the sigmas say {position.sigmas[step]}"
+    return None
+
+
+def find_incompatibility(position: StepPosition, step: int, number: int, other_cache: str | None) -> str | None:
+    """Say why no call of this run can be forecast from here on, None if they can.
+
+    Args:
+        position: of the run.
+        step: of the call.
+        number: of the call within its step and cache context.
+        other_cache: what else answers calls of the model.
+    """
+    if torch.is_grad_enabled():
+        return "gradients are enabled; sample under torch.no_grad()"
+    if other_cache is not None:
+        return other_cache
+    if position.incompatibility is not None:
+        return position.incompatibility
+    if number >= _MAX_CALLS:
+        return f"call {number + 1} of step {step} came; does the loop call scheduler.step?"
     return None
 
 
