@@ -215,7 +215,7 @@ class CacheHook(ModelHook):
         # Copies, as a CUDA graph that runs again writes over what it returned; laid out as the history is.
         output, feature = _copy(output), feature.clone(memory_format=torch.contiguous_format)
         try:
-            self._fits = agree(self.run_tail(feature, module, call), output)
+            self._fits = agree(self.run_tail(feature.clone(), module, call), output)
             reason = "gives another output"
         # Whatever the model's own forward raises without its blocks; with them, it just ran.
         except Exception as error:

@@ -320,19 +320,23 @@ class CacheState:
         No branch where it runs in full and is not captured, and no run where it is none of the run's calls.
         """
         position, step = self._tracker.look(context)
-        run = self._run_at(position)
+        run, branch, timestep = self._run_at(position), None, None
+        if run is not None and run.thread != thread and step is not None:
+            return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
+        if step is not None and (reason := find_disagreement(position, context, step)) is not None:
+            return self._leave_alone(reason)
         layout, conditions = layout_of(call.latents), self._conditions(call, module, run)
-        due = (position.step, position.step + 1) if step is None else (step,)
-        branch = None if run is None else _find_branch(run, context.name, due, layout, conditions)
-        timestep = None
-        if run is None or branch is None or run.thread != thread or _tells_host(call, branch, step):
+        if run is not None:
+            due = (position.step, position.step + 1) if step is None else (step,)
+            branch = _find_branch(run, context.name, due, layout, conditions)
+        if position.told and (run is None or branch is None or run.thread != thread or _tells_host(call, branch, step)):
             timestep = call.largest_timestep()
         if timestep is not None:
-            expected = step if step is not None else position.step if branch is None else branch.step
-            found = self._tracker.find(position, expected, timestep, branch is not None)
+            found = self._tracker.find(position, context, step, None if branch is None else branch.step, timestep)
             if found is None:
-                return self._leave_alone(f"it is told {timestep:.4g}, which is not the noise level of step {expected}")
-            if found != (position, expected):
+                at = position.step if step is None else step
+                return self._leave_alone(f"it is told {timestep:.4g}, which is not the noise level of step {at}")
+            if found[0] is not position or (branch is not None and branch.step != found[1]):
                 run = self._run_at(found[0])
                 branch = None if run is None else _find_branch(run, context.name, found[1:], layout, conditions)
             position, step = found
@@ -341,9 +345,6 @@ class CacheState:
             run = self._run_at(position)
         if run is not None and run.thread != thread:
             return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
-        disagreement = find_disagreement(position, context, step)
-        if disagreement is not None:
-            return self._leave_alone(disagreement)
         number = self._tracker.accept(position, step, context.name, timestep)
         run = run or self._begin(position, thread)
         if run.stats.refused is not None:
@@ -429,7 +430,7 @@ class CacheState:
                 sibling.stats = None
         self._left_alone.clear()
         if before is not None and before.position.source is position.source and position.step > 0:
-            # The noise levels were written to.
+            before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
             self._run = RunState(position, before.stats, thread, position.step)
             before.release()
             return self._run

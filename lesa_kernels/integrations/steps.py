@@ -82,7 +82,6 @@ def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float) -> 
         ways["t"] = tuple(timesteps)
         ways["t / T"] = tuple(time / count for time in timesteps)
         ways["1 - t / T"] = tuple(1 - time / count for time in timesteps)
-        ways["T - t"] = tuple(count - time for time in timesteps)
     return ways
 
 
@@ -155,34 +154,37 @@ class StepTracker:
         return self._begin(source, version_of(source))
 
     def find(
-        self, position: StepPosition, step: int, timestep: float, is_known: bool
+        self, position: StepPosition, context: Any, step: int | None, due: int | None, timestep: float
     ) -> tuple[StepPosition, int] | None:
         """Return the run and the step of a call by what its model is told; None where it is no call of this run.
 
         Args:
             position: of the run.
-            step: that is due.
+            context: diffusers' `CacheContext`.
+            step: see `look`.
+            due: the step at which a branch of the run waits for the call, None where none does.
             timestep: what the model is told.
-            is_known: whether the call continues a branch of the run.
         """
-        if position.agrees(timestep, step):
-            return position, step
-        found = position.find_step(timestep, step)
-        begins, index = position is not self.position, self._read()[1]
-        if begins and index in (None, _NOT_YET) and found is not None:
+        expected = step if step is not None else position.step if due is None else due
+        if (step is not None or due is not None) and position.agrees(timestep, expected):
+            return position, expected
+        found = position.find_step(timestep, expected)
+        begins, is_fixed = position is not self.position, context.step_index is not None
+        if begins and found is not None and not is_fixed and self._read()[1] in (None, _NOT_YET):
             # Its pipeline did not say that it starts late.
             position.first_step = position.step = found
             return position, found
-        if self._ways is None and ((begins and found is None) or is_known):
+        if self._ways is None and ((begins and found is None) or due is not None):
             # This model is told its noise level in another way.
             position.told = {}
-            return position, step
-        if self._sigmas is not None and found is not None:
-            if found < position.step:
-                position = self.begin_again()
-                position.first_step = position.step = found
-            return position, found
-        return None
+            return position, expected
+        if step is not None or found is None:
+            return None
+        if self._sigmas is not None and found < position.step:
+            position = self.begin_again()
+            position.first_step = position.step = found
+        is_next = found in (position.step, position.step + 1)
+        return (position, found) if self._sigmas is not None or is_next else None
 
     def accept(self, position: StepPosition, step: int, name: str, timestep: float | None = None) -> int:
         """Take a call as one of a run's; return its number within the step and cache context."""
@@ -213,7 +215,7 @@ class StepTracker:
             # A context that joins late joins at the step of the others.
             step = position.calls.setdefault(context.name, position.step)
         if timestep is not None and position is not self.position:
-            position, step = self.find(position, step, timestep, False) or (position, step)
+            position, step = self.find(position, context, step, None, timestep) or (position, step)
         return position, step, self.accept(position, step, context.name)
 
     @property

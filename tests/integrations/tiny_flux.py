@@ -80,8 +80,11 @@ class TinyPipeline(DiffusionPipeline):
         latents = torch.randn(batch, tokens, CHANNELS, generator=torch.Generator().manual_seed(seed))
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=0.8)
         self.scheduler.set_begin_index(begin)
-        cond, uncond = (call_arguments(latents, 1.0, prompt) for prompt in range(2))
+        shape = None
         for index, t in enumerate(self.scheduler.timesteps[begin:]):
+            if (latents.shape, latents.dtype) != shape:
+                cond, uncond = (call_arguments(latents, 1.0, prompt) for prompt in range(2))
+                shape = latents.shape, latents.dtype
             now = {"hidden_states": latents, "timestep": t.expand(len(latents)) / 1000, "return_dict": False}
             with self.transformer.cache_context("cond") if contexts else nullcontext():
                 velocity = self.transformer(**cond | now)[0]
