@@ -1,6 +1,6 @@
-"""Reads the current step and the noise levels from a scheduler, and follows a model's calls through a run.
+"""Reads the current step from a scheduler, and follows a model's calls through a run.
 
-No tensor value is read but the noise levels, once a run.
+No tensor value is read but what `levels` reads, once a run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from lesa_kernels.checks import check_decreasing
+from lesa_kernels.integrations.levels import Levels, has_index, read_levels
+from lesa_kernels.integrations.levels import scheduler_incompatibility as scheduler_incompatibility
 from lesa_kernels.trajectories import ONLY_BRANCH
 
-# Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
-_MAX_FLOW_SIGMA = 1.001
 # Sigmas pass through float32 on their way into a cache context.
 _SIGMA_TOLERANCE = 1e-5
 # Guidance makes two to four calls a step; more mean that the scheduler's step index stands still.
@@ -67,7 +67,7 @@ class StepTracker:
         self._scheduler = scheduler if pipeline is None else pipeline.scheduler
         self._sigmas = None if sigmas is None else check_decreasing(sigmas)
         self.position: StepPosition | None = None
-        if self._sigmas is None and not _has_index(self._scheduler) and not hasattr(self._scheduler, "timesteps"):
+        if self._sigmas is None and not has_index(self._scheduler) and not hasattr(self._scheduler, "timesteps"):
             raise ValueError(
                 "lesa: the scheduler must have sigmas and a step_index, or timesteps, "
                 f"got {type(self._scheduler).__name__}; pass a bare transformer and sigmas= instead"
@@ -111,21 +111,9 @@ class StepTracker:
         """The scheduler, None where sigmas were given."""
         return self._scheduler
 
-    def read_levels(self) -> tuple[float, ...]:
-        """Return the S+1 noise levels of the run that begins; on a GPU this is the one wait of a run.
-
-        They are the scheduler's sigmas under flow matching. Of another scheduler (DDIM, DPM-Solver, ...) they are its
-        timesteps, scaled to (0, 1], and 0: its sigmas, where it has any, span orders of magnitude.
-        """
-        if self._sigmas is not None:
-            return self._sigmas
-        if _has_index(self._scheduler):
-            sigmas = _floats(self._scheduler.sigmas)
-            if max(sigmas) <= _MAX_FLOW_SIGMA:
-                return sigmas
-        # Counted from 1: the last timestep may be 0, and its level must lie above the end of the run.
-        count = self._scheduler.config.num_train_timesteps
-        return (*((t + 1) / count for t in _floats(self._scheduler.timesteps)), 0.0)
+    def read_levels(self) -> Levels:
+        """Return what the run that begins is made of; on a GPU this is the one wait of a run."""
+        return read_levels(self._scheduler) if self._sigmas is None else Levels(self._sigmas)
 
     def _read(self) -> tuple[Any, int | None]:
         """Return the object that holds the levels, and the scheduler's step, None where calls are counted."""
@@ -134,7 +122,7 @@ class StepTracker:
         if self._pipeline is not None and (pipeline := self._pipeline()) is not None:
             self._scheduler = pipeline.scheduler
         scheduler = self._scheduler
-        if not (hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index")):
+        if not has_index(scheduler):
             return scheduler.timesteps, None
         index = scheduler.step_index
         if index is None:
@@ -144,37 +132,13 @@ class StepTracker:
 
     def _begin(self, source: Any) -> StepPosition:
         """Return the position of a run that begins."""
-        try:
-            sigmas = self.read_levels()
-        # Whatever a scheduler holds before set_timesteps.
-        except (TypeError, ValueError) as error:
-            return StepPosition(source, (), f"the scheduler's noise levels cannot be read: {error}")
-        repeat = len(set(sigmas)) < len(sigmas)
-        reason = "the scheduler's sigmas repeat, as those of second-order schedulers do" if repeat else None
-        position = StepPosition(source, sigmas, reason)
-        if self._pipeline is not None and not _has_index(self._scheduler):
+        levels = self.read_levels()
+        position = StepPosition(source, levels.sigmas, levels.incompatibility)
+        if self._pipeline is not None and not has_index(self._scheduler):
             # A pipeline that starts late says how many steps are left.
             left = getattr(self._pipeline(), "_num_timesteps", None) or position.num_steps
             position.step = max(position.num_steps - left, 0)
         return position
-
-
-def scheduler_incompatibility(scheduler: Any) -> str | None:
-    """Say why a scheduler's steps are not those that a learned solver is made for; None where nothing is known."""
-    if scheduler is None or not type(scheduler).__module__.startswith("diffusers."):
-        return None
-    name, config = type(scheduler).__name__, scheduler.config
-    wanted = "FlowMatchEulerDiscreteScheduler"
-    if wanted not in [base.__name__ for base in type(scheduler).__mro__]:
-        shift = getattr(config, "flow_shift", None)
-        made = f"{wanted}.from_config(pipe.scheduler.config)" if shift is None else f"{wanted}(shift={shift})"
-        return f"a learned solver needs Euler's steps of a flow, {name} takes others: pipe.scheduler = {made}"
-    if getattr(config, "stochastic_sampling", False):
-        return (
-            f"a learned solver needs steps without new noise: pipe.scheduler = {name}.from_config("
-            "pipe.scheduler.config, stochastic_sampling=False)"
-        )
-    return None
 
 
 def find_incompatibility(
@@ -197,13 +161,3 @@ def find_incompatibility(
     if isinstance(sigma, float) and not math.isclose(sigma, position.sigmas[step], abs_tol=_SIGMA_TOLERANCE):
         return f"the cache context says sigma {sigma} at step {step}, the sigmas say {position.sigmas[step]}"
     return None
-
-
-def _has_index(scheduler: Any) -> bool:
-    """Whether a scheduler knows its step; the calls of others are counted."""
-    return hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index")
-
-
-def _floats(levels: Any) -> tuple[float, ...]:
-    """Return noise levels as Python floats."""
-    return tuple(float(level) for level in (levels.tolist() if hasattr(levels, "tolist") else levels))
