@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lesa_kernels.checks import check_decreasing, check_float
 from lesa_kernels.integrations.calls import Conditions, ForwardCall, LoraState
-from lesa_kernels.integrations.halves import HalvesSession, are_equal_halves
+from lesa_kernels.integrations.levels import scheduler_incompatibility
 from lesa_kernels.integrations.models import find_other_cache
-from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
+from lesa_kernels.integrations.outputs import Layout, are_equal_halves, layout_of, uncompiled
 from lesa_kernels.integrations.solver_run import SolverRun
 from lesa_kernels.integrations.stats import RunStats
 from lesa_kernels.integrations.steps import (
@@ -29,13 +29,12 @@ from lesa_kernels.integrations.steps import (
     call_name,
     find_disagreement,
     find_incompatibility,
-    scheduler_incompatibility,
 )
 from lesa_kernels.plan import Plan, check_count
 from lesa_kernels.predictors import Predictor, SolverPredictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.session import Session, check_history
+from lesa_kernels.session import HalvesSession, Session, check_history
 from lesa_kernels.trajectories import HALVES, ONLY_BRANCH
 
 _MAX_PLANS = 16

@@ -15,17 +15,16 @@ import torch
 
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.integrations.calls import version_of
+from lesa_kernels.integrations.levels import Levels, has_index, read_levels
 from lesa_kernels.trajectories import ONLY_BRANCH
 
-# Flow matching goes from 1 to 0; the sigmas of other schedulers go far beyond, on another scale.
-_MAX_FLOW_SIGMA = 1.001
 # Sigmas pass through float32 on their way into a cache context.
 _SIGMA_TOLERANCE = 1e-5
 # Guidance makes two to four calls a step; more mean that the scheduler's step index stands still.
 _MAX_CALLS = 4
 # Relative to the largest: two roundings to bfloat16.
 _ROUNDING = 2.0**-8
-# T where sigmas were given.
+# T where nothing says it.
 _TIMESTEPS = 1000
 # The index of a scheduler before its first step.
 _NOT_YET = -1
@@ -118,7 +117,7 @@ class StepTracker:
         self.position: StepPosition | None = None
         # In which of `_ways` the model is told its noise level, once that is certain.
         self._ways: frozenset[str] | None = None
-        if self._sigmas is None and not _has_index(self._scheduler) and not hasattr(self._scheduler, "timesteps"):
+        if self._sigmas is None and not has_index(self._scheduler) and not hasattr(self._scheduler, "timesteps"):
             raise ValueError(
                 "lesa: the scheduler must have sigmas and a step_index, or timesteps, "
                 f"got {type(self._scheduler).__name__}; pass a bare transformer and sigmas= instead"
@@ -223,21 +222,9 @@ class StepTracker:
         """The scheduler, None where sigmas were given."""
         return self._scheduler
 
-    def read_levels(self) -> tuple[float, ...]:
-        """Return the S+1 noise levels of the run that begins; on a GPU this is the one wait of a run.
-
-        They are the scheduler's sigmas under flow matching. Of another scheduler (DDIM, DPM-Solver, ...) they are its
-        timesteps, scaled to (0, 1], and 0: its sigmas, where it has any, span orders of magnitude.
-        """
-        if self._sigmas is not None:
-            return self._sigmas
-        if _has_index(self._scheduler):
-            sigmas = _floats(self._scheduler.sigmas)
-            if max(sigmas) <= _MAX_FLOW_SIGMA:
-                return sigmas
-        # Counted from 1: the last timestep may be 0, and its level must lie above the end of the run.
-        count = self._scheduler.config.num_train_timesteps
-        return (*((t + 1) / count for t in _floats(self._scheduler.timesteps)), 0.0)
+    def read_levels(self) -> Levels:
+        """Return what the run that begins is made of; on a GPU this is the one wait of a run."""
+        return read_levels(self._scheduler) if self._sigmas is None else Levels(self._sigmas)
 
     def _read(self) -> tuple[Any, int | None]:
         """Return the object that holds the levels, and the scheduler's step.
@@ -249,52 +236,29 @@ class StepTracker:
         if self._pipeline is not None and (pipeline := self._pipeline()) is not None:
             self._scheduler = pipeline.scheduler
         scheduler = self._scheduler
-        if not _has_index(scheduler):
+        if not has_index(scheduler):
             return scheduler.timesteps, None
         index = scheduler.step_index
         return scheduler.sigmas, _NOT_YET if index is None else int(index)
 
     def _begin(self, source: Any, version: int | None) -> StepPosition:
         """Return the position of a run that begins."""
-        try:
-            sigmas = self.read_levels()
-            if self._sigmas is None:
-                timesteps, count = _floats(self._scheduler.timesteps), self._scheduler.config.num_train_timesteps
-            else:
-                timesteps, count = tuple(sigma * _TIMESTEPS for sigma in sigmas[:-1]), _TIMESTEPS
-        # Whatever a scheduler holds before set_timesteps.
-        except (AttributeError, TypeError, ValueError) as error:
-            return StepPosition(source, (), f"the scheduler's noise levels cannot be read: {error}", version)
-        repeat = len(set(sigmas)) < len(sigmas)
-        reason = "the scheduler's sigmas repeat, as those of second-order schedulers do" if repeat else None
-        ways = _ways(sigmas, timesteps, count)
+        levels, count = self.read_levels(), float(_TIMESTEPS)
+        timesteps = levels.timesteps
+        if self._sigmas is None:
+            count = float(getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", count))
+        else:
+            timesteps = tuple(sigma * count for sigma in levels.sigmas[:-1])
+        ways = {} if levels.incompatibility is not None else _ways(levels.sigmas, timesteps, count)
         told = {name: way for name, way in ways.items() if self._ways is None or name in self._ways}
         # Schedulers set their index in step(), after the first call of the model; image-to-image begins late.
         begin = getattr(self._scheduler, "begin_index", None) if self._sigmas is None else None
-        return StepPosition(source, sigmas, reason, version, told, int(begin or 0))
-
-
-def scheduler_incompatibility(scheduler: Any) -> str | None:
-    """Say why a scheduler's steps are not those that a learned solver is made for; None where nothing is known."""
-    if scheduler is None or not type(scheduler).__module__.startswith("diffusers."):
-        return None
-    name, config = type(scheduler).__name__, scheduler.config
-    wanted = "FlowMatchEulerDiscreteScheduler"
-    if wanted not in [base.__name__ for base in type(scheduler).__mro__]:
-        shift = getattr(config, "flow_shift", None)
-        made = f"{wanted}.from_config(pipe.scheduler.config)" if shift is None else f"{wanted}(shift={shift})"
-        return f"a learned solver needs Euler's steps of a flow, {name} takes others: pipe.scheduler = {made}"
-    if getattr(config, "stochastic_sampling", False):
-        return (
-            f"a learned solver needs steps without new noise: pipe.scheduler = {name}.from_config("
-            "pipe.scheduler.config, stochastic_sampling=False)"
-        )
-    return None
+        return StepPosition(source, levels.sigmas, levels.incompatibility, version, told, int(begin or 0))
 
 
 def find_disagreement(position: StepPosition, context: Any, step: int) -> str | None:
     """Say how a call contradicts the noise levels of the run that it was found to be in, None if it does not."""
-    if not position.sigmas:
+    if position.incompatibility is not None:
         return None
     if not 0 <= step < position.num_steps:
         return f"step {step} came in a schedule of {position.num_steps} steps"
@@ -324,13 +288,3 @@ def find_incompatibility(position: StepPosition, step: int, number: int, other_c
     if number >= _MAX_CALLS:
         return f"call {number + 1} of step {step} came; does the loop call scheduler.step?"
     return None
-
-
-def _has_index(scheduler: Any) -> bool:
-    """Whether a scheduler knows its step; the calls of others are counted."""
-    return hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index")
-
-
-def _floats(levels: Any) -> tuple[float, ...]:
-    """Return noise levels as Python floats."""
-    return tuple(float(level) for level in (levels.tolist() if hasattr(levels, "tolist") else levels))
