@@ -14,7 +14,6 @@ from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_ad
 from lesa_kernels.integrations.outputs import read_output
 from lesa_kernels.integrations.state import CacheState, Options, Predictors, default_predictor
 from lesa_kernels.integrations.stats import Summary, summarize
-from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.predictors import Predictor, SolverPredictor
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -93,9 +92,9 @@ def enable(
         capture = MODEL_OUTPUT
     hooks = []
     for model, wrappers in models:
-        tracker = StepTracker(target if is_pipeline(target) else None, scheduler, sigmas)
+        steps = {"pipeline": target if is_pipeline(target) else None, "scheduler": scheduler, "sigmas": sigmas}
         adapter = find_adapter(model, capture)
-        state = CacheState(tracker, chosen, schedule, options, count_blocks(model, adapter))
+        state = CacheState(steps, chosen, schedule, options, count_blocks(model, adapter))
         hooks.append(ForecastHook(model, adapter, wrappers, state))
     for hook in hooks:
         hook.state.siblings = tuple(other.state for other in hooks if other is not hook)

@@ -22,7 +22,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.calls import ForwardCall, Parameters
+from lesa_kernels.integrations.model_calls import ForwardCall, Parameters
 from lesa_kernels.integrations.models import MODEL_OUTPUT, TIMESTEPS, Adapter, SkippableBlocks
 from lesa_kernels.integrations.outputs import agree, read_output, uncompiled
 from lesa_kernels.integrations.state import CacheState

@@ -33,6 +33,11 @@ def layout_of(latents: Any) -> Layout:
     return (len(latents), *shape), dtype, device
 
 
+def version_of(value: Any) -> int | None:
+    """Return how often a tensor was written to; None of other things, and of tensors that do not count it."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
 def read_output(output: Any) -> Tensor | None:
     """Return the tensor of a model's output, None where `output_tail` cannot make such an output."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput

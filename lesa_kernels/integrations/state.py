@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lesa_kernels.checks import check_decreasing, check_float
-from lesa_kernels.integrations.calls import Conditions, ForwardCall, LoraState
-from lesa_kernels.integrations.levels import scheduler_incompatibility
+from lesa_kernels.integrations.model_calls import Conditions, ForwardCall, LoraState
 from lesa_kernels.integrations.models import find_other_cache
 from lesa_kernels.integrations.outputs import Layout, are_equal_halves, layout_of, uncompiled
 from lesa_kernels.integrations.solver_run import SolverRun
@@ -162,18 +161,19 @@ class CacheState:
     """Follows the calls of one model and decides, from Python integers alone, which are forecast.
 
     A branch that begins late (image-to-image, guidance that starts in the middle) is planned from its first step on.
-    Plans are kept by sigmas: a predictor must not change while it is enabled. `blocks` is how many a full call runs.
+    Plans are kept by sigmas: a predictor must not change while it is enabled. `steps` are the
+    arguments of `StepTracker`; `blocks` is how many a full call runs.
     """
 
     def __init__(
         self,
-        tracker: StepTracker,
+        steps: Mapping[str, Any],
         predictors: Predictors,
         schedule: Schedule | ScheduleRule | None,
         options: Options,
         blocks: int,
     ) -> None:
-        self._tracker = tracker
+        self._tracker = StepTracker(**steps)
         self._is_shared = isinstance(predictors, Predictor)
         self._predictors = {_SHARED: predictors} if isinstance(predictors, Predictor) else dict(predictors)
         self._has_solver = isinstance(predictors, SolverPredictor)
@@ -182,7 +182,7 @@ class CacheState:
         self._lora = LoraState()
         self._run: RunState | None = None
         self._present: tuple[RunState | None, BranchState | None] = (None, None)  # of the call that is being answered
-        self._left_alone: set[str] = set()
+        self._left_alone = False
         # Of the last run; None before the first, and where a run had no turn of this model.
         self.stats: RunStats | None = None
         # Those of the other models of the pipeline, which take turns with this one.
@@ -334,7 +334,10 @@ class CacheState:
             found = self._tracker.find(position, context, step, None if branch is None else branch.step, timestep)
             if found is None:
                 at = position.step if step is None else step
-                return self._leave_alone(f"it is told {timestep:.4g}, which is not the noise level of step {at}")
+                return self._leave_alone(
+                    f"it is told {timestep:.4g}, which is not the noise level of step {at}; is it another pipeline's, "
+                    "or that of a loop that does not call scheduler.step?"
+                )
             if found[0] is not position or (branch is not None and branch.step != found[1]):
                 run = self._run_at(found[0])
                 branch = None if run is None else _find_branch(run, context.name, found[1:], layout, conditions)
@@ -403,15 +406,15 @@ class CacheState:
                 "scheduler= or cache_context(name, step_index=step), or say with Adapter(timestep=...) which argument "
                 "tells the noise level"
             )
-        if step < position.num_steps:
+        if step < position.num_steps or not self._tracker.has_given_sigmas:
             return position, step
         position = self._tracker.begin_again()
         return position, position.step
 
     def _leave_alone(self, reason: str) -> tuple[None, None]:
-        """Let a call that is none of the run's run in full, and say so once."""
-        if reason not in self._left_alone:
-            self._left_alone.add(reason)
+        """Let a call that is none of the run's run in full, and say so of the first."""
+        if not self._left_alone:
+            self._left_alone = True
             warn(f"a call runs in full that is none of the enabled run's: {reason}")
         return None, None
 
@@ -427,7 +430,7 @@ class CacheState:
                 sibling._run.release()
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
-        self._left_alone.clear()
+        self._left_alone = False
         if before is not None and before.position.source is position.source and position.step > 0:
             before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
             self._run = RunState(position, before.stats, thread, position.step)
@@ -486,7 +489,7 @@ class CacheState:
         predictor = self._predictors[names[0]]
         solver = predictor if isinstance(predictor, SolverPredictor) else None
         if solver is not None:
-            if (reason := scheduler_incompatibility(self._tracker.scheduler)) is not None:
+            if (reason := self._tracker.solver_incompatibility()) is not None:
                 run.disable_forecasts(reason)
                 return False
             if step != solver.first_step:

@@ -9,25 +9,37 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lesa_kernels.checks import check_decreasing
-from lesa_kernels.integrations.calls import version_of
-from lesa_kernels.integrations.levels import Levels, has_index, read_levels
+from lesa_kernels.integrations.levels import Levels, has_index, read_levels, scheduler_incompatibility
+from lesa_kernels.integrations.outputs import version_of
 from lesa_kernels.trajectories import ONLY_BRANCH
 
 # Sigmas pass through float32 on their way into a cache context.
 _SIGMA_TOLERANCE = 1e-5
 # Guidance makes two to four calls a step; more mean that the scheduler's step index stands still.
 _MAX_CALLS = 4
-# Relative to the largest: two roundings to bfloat16.
+# Two roundings to bfloat16, and what float32 makes of a zero.
 _ROUNDING = 2.0**-8
+_TINY = 1e-6
 # T where nothing says it.
 _TIMESTEPS = 1000
 # The index of a scheduler before its first step.
 _NOT_YET = -1
+
+
+class Way(NamedTuple):
+    """What a model is told at the S steps in one of the ways that pipelines have, but for rounding to bfloat16."""
+
+    told: tuple[float, ...]
+    tolerances: tuple[float, ...]
+
+    def is_near(self, timestep: float, step: int) -> bool:
+        """Whether a model may be told this at a step."""
+        return 0 <= step < len(self.told) and abs(timestep - self.told[step]) <= self.tolerances[step] + _TINY
 
 
 @dataclass
@@ -39,7 +51,7 @@ class StepPosition:
     incompatibility: str | None = None  # why no step of this run can be forecast
     version: int | None = None  # how often the source was written to
     # The ways in which the model may be told its S noise levels; narrowed down by what it is told. None: another way.
-    told: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    told: dict[str, Way] = field(default_factory=dict)
     first_step: int = 0
     step: int = 0  # the latest; before the first call the step that the run begins at
     # Calls of the latest step and of the run, by cache context.
@@ -53,40 +65,36 @@ class StepPosition:
 
     def agrees(self, timestep: float, step: int) -> bool:
         """Whether the model is told at a step what it should be, as far as that is known."""
-        for told in self.told.values():
-            if _is_near(timestep, told, step):
+        for way in self.told.values():
+            if way.is_near(timestep, step):
                 return True
         return not self.told
 
     def find_step(self, timestep: float, preferred: int) -> int | None:
         """Return the step at which the model is told this, the preferred one where others are as near; None if none."""
         steps = [
-            (abs(told[step] - timestep), step != preferred, step)
-            for told in self.told.values()
+            (abs(way.told[step] - timestep), step != preferred, step)
+            for way in self.told.values()
             for step in range(self.num_steps)
-            if _is_near(timestep, told, step)
+            if way.is_near(timestep, step)
         ]
         return min(steps)[2] if steps else None
 
     def learn(self, timestep: float, step: int) -> None:
         """Leave out the ways in which the model would be told something else at a step."""
-        self.told = {name: told for name, told in self.told.items() if _is_near(timestep, told, step)}
+        self.told = {name: way for name, way in self.told.items() if way.is_near(timestep, step)}
 
 
-def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float) -> dict[str, tuple[float, ...]]:
+def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float) -> dict[str, Way]:
     """Return what models are told at the S steps in the ways that pipelines have, by a name of the way."""
-    levels = sigmas[:-1]
-    ways = {"level": tuple(levels), "1 - level": tuple(1 - level for level in levels)}
-    if len(timesteps) == len(levels):
-        ways["t"] = tuple(timesteps)
-        ways["t / T"] = tuple(time / count for time in timesteps)
-        ways["1 - t / T"] = tuple(1 - time / count for time in timesteps)
-    return ways
-
-
-def _is_near(timestep: float, told: Sequence[float], step: int) -> bool:
-    """Whether a number is that of a step but for the rounding of bfloat16, in which pipelines compute it."""
-    return 0 <= step < len(told) and abs(timestep - told[step]) <= _ROUNDING * max(abs(told[0]), abs(told[-1]))
+    shares = {"level": sigmas[:-1], "t / T": [time / count for time in timesteps]}
+    ways = {name: Way(tuple(told), tuple(_ROUNDING * abs(each) for each in told)) for name, told in shares.items()}
+    ways["t"] = Way(tuple(timesteps), tuple(_ROUNDING * abs(time) for time in timesteps))
+    # What is small here was rounded before.
+    ways |= {
+        f"1 - {name}": Way(tuple(1 - each for each in told), (_ROUNDING,) * len(told)) for name, told in shares.items()
+    }
+    return {name: way for name, way in ways.items() if len(way.told) == len(sigmas) - 1}
 
 
 def call_name(context: str, number: int) -> str:
@@ -122,6 +130,11 @@ class StepTracker:
                 "lesa: the scheduler must have sigmas and a step_index, or timesteps, "
                 f"got {type(self._scheduler).__name__}; pass a bare transformer and sigmas= instead"
             )
+
+    @property
+    def has_given_sigmas(self) -> bool:
+        """Whether the noise levels are the same in all runs, so that these do not show where one begins."""
+        return self._sigmas is not None
 
     @property
     def guidance_scale(self) -> Any:
@@ -217,10 +230,9 @@ class StepTracker:
             position, step = self.find(position, context, step, None, timestep) or (position, step)
         return position, step, self.accept(position, step, context.name)
 
-    @property
-    def scheduler(self) -> Any:
-        """The scheduler, None where sigmas were given."""
-        return self._scheduler
+    def solver_incompatibility(self) -> str | None:
+        """Say why the scheduler's steps are not those of a learned solver, None where nothing is known."""
+        return scheduler_incompatibility(self._scheduler)
 
     def read_levels(self) -> Levels:
         """Return what the run that begins is made of; on a GPU this is the one wait of a run."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lesa_kernels.integrations.cache_hooks import CacheHook
-from lesa_kernels.integrations.calls import ForwardCall
+from lesa_kernels.integrations.model_calls import ForwardCall
 from lesa_kernels.integrations.models import Adapter, find_other_cache
 from lesa_kernels.integrations.outputs import layout_of, only_tensor, refilled, uncompiled
 from lesa_kernels.integrations.steps import (
@@ -26,12 +26,12 @@ from lesa_kernels.trajectories import ModelCall, StepPolicy
 class AnsweredRun:
     """A run of a pipeline whose calls a policy answers, shared by the hooks of models that take turns in it."""
 
-    def __init__(self, tracker: StepTracker) -> None:
+    def __init__(self, pipeline: Any) -> None:
         self.sigmas: tuple[float, ...] | None = None
         self.latest_step = -1
         self.policy: StepPolicy | None = None
         self.gradients = False
-        self._tracker = tracker
+        self._tracker = StepTracker(pipeline)
         self._position: StepPosition | None = None
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.outputs import uncompiled
+from lesa_kernels.integrations.outputs import uncompiled, version_of
 
 # What tells of the step besides, and what is made from the latents of each step: different in each step of any run.
 _OF_THE_STEP = ("sigma", "audio_sigma")
@@ -82,6 +82,7 @@ class ForwardCall(NamedTuple):
         values = told.unique().tolist() if isinstance(told, Tensor) else []
         return float(values[0]) if len(values) == 1 else None
 
+    @uncompiled(recursive=False)
     def largest_timestep(self) -> float | None:
         """Return the largest number that the model is told of the noise level; waits for the device.
 
@@ -194,11 +195,6 @@ class Conditions:
         if is_forecast and not value.is_cpu and self._copies.get(name, 0) >= _COPIES:
             return True
         return torch.equal(known, value)
-
-
-def version_of(value: Any) -> int | None:
-    """Return how often a tensor was written to; None of other things, and of tensors that do not count it."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
