@@ -14,12 +14,10 @@ from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_ad
 from lesa_kernels.integrations.outputs import read_output
 from lesa_kernels.integrations.state import CacheState, Options, Predictors, default_predictor
 from lesa_kernels.integrations.stats import Summary, summarize
+from lesa_kernels.integrations.steps import TRANSFORMERS
 from lesa_kernels.predictors import Predictor, SolverPredictor
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
-
-# Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise.
-_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def enable(
@@ -209,12 +207,12 @@ def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[Remo
 
 def is_pipeline(target: Any) -> bool:
     """Whether a target has a transformer and a scheduler."""
-    return hasattr(target, "scheduler") and any(hasattr(target, name) for name in _TRANSFORMERS)
+    return hasattr(target, "scheduler") and any(hasattr(target, name) for name in TRANSFORMERS)
 
 
 def find_models(target: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
     """Return the transformers of a target, each with the wrapper that torch.compile put around it, if it did."""
-    found = [getattr(target, name, None) for name in _TRANSFORMERS] if is_pipeline(target) else [target]
+    found = [getattr(target, name, None) for name in TRANSFORMERS] if is_pipeline(target) else [target]
     models: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
     for model in found:
         if model is None:

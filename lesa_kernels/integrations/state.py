@@ -182,7 +182,9 @@ class CacheState:
         self._lora = LoraState()
         self._run: RunState | None = None
         self._present: tuple[RunState | None, BranchState | None] = (None, None)  # of the call that is being answered
-        self._left_alone = False
+        # Whether calls came that were none of the run's, in the run and last of all, and what the latest was told.
+        self._left_alone = self._others_turn = False
+        self._others_told: float | None = None
         # Of the last run; None before the first, and where a run had no turn of this model.
         self.stats: RunStats | None = None
         # Those of the other models of the pipeline, which take turns with this one.
@@ -204,7 +206,12 @@ class CacheState:
         self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make_plan)
 
     def reset(self) -> None:
-        """Drop the present run and its history; the next call begins a new one."""
+        """Drop the present run and its history; the next call begins a new one.
+
+        Not where the latest call was none of the run's: then it is another run that ended.
+        """
+        if self._others_turn:
+            return
         if self._run is not None:
             # The traceback of an error may keep the run itself alive.
             self._run.release()
@@ -320,23 +327,32 @@ class CacheState:
         """
         position, step = self._tracker.look(context)
         run, branch, timestep = self._run_at(position), None, None
-        if run is not None and run.thread != thread and step is not None:
+        caller = self._tracker.caller(module)
+        if caller is not None and not self._tracker.owns(caller):
+            return self._leave_alone(f"a {type(caller).__name__} makes it that has a scheduler of its own")
+        if run is not None and run.thread != thread and step is not None and caller is None:
             return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
         if step is not None and (reason := find_disagreement(position, context, step)) is not None:
             return self._leave_alone(reason)
         layout, conditions = layout_of(call.latents), self._conditions(call, module, run)
+        # A call that comes after others must be told from theirs: by its very tensors, and its noise level.
+        is_doubtful = self._others_turn and caller is None and step is not None
         if run is not None:
             due = (position.step, position.step + 1) if step is None else (step,)
-            branch = _find_branch(run, context.name, due, layout, conditions)
-        if position.told and (run is None or branch is None or run.thread != thread or _tells_host(call, branch, step)):
+            branch = _find_branch(run, context.name, due, layout, conditions, only_same_objects=is_doubtful)
+        is_usual = run is not None and branch is not None and run.thread == thread and not is_doubtful
+        if position.told and not (is_usual and branch is not None and not _tells_host(call, branch, step)):
             timestep = call.largest_timestep()
+        if run is not None and is_doubtful and (branch is None or position.follows(timestep, self._others_told)):
+            return self._leave_alone("it goes on with others that are not", timestep)
         if timestep is not None:
             found = self._tracker.find(position, context, step, None if branch is None else branch.step, timestep)
             if found is None:
                 at = position.step if step is None else step
                 return self._leave_alone(
                     f"it is told {timestep:.4g}, which is not the noise level of step {at}; is it another pipeline's, "
-                    "or that of a loop that does not call scheduler.step?"
+                    "or that of a loop that does not call scheduler.step?",
+                    timestep,
                 )
             if found[0] is not position or (branch is not None and branch.step != found[1]):
                 run = self._run_at(found[0])
@@ -347,11 +363,12 @@ class CacheState:
             run = self._run_at(position)
         if run is not None and run.thread != thread:
             return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
+        self._others_turn = False
         number = self._tracker.accept(position, step, context.name, timestep)
         run = run or self._begin(position, thread)
         if run.stats.refused is not None:
             return run, None
-        reason = find_incompatibility(position, step, number, find_other_cache(module))
+        reason = find_incompatibility(position, step, number, find_other_cache(module, self._tracker.pipeline))
         if reason is not None:
             run.disable_forecasts(reason)
             return run, None
@@ -376,9 +393,10 @@ class CacheState:
     def _conditions(self, call: ForwardCall, module: nn.Module, run: RunState | None) -> dict[str, Any]:
         """Return what a call is conditioned on."""
         conditions = call.conditions()
+        pipeline = self._tracker.pipeline
         # A learned solver sees the guidance in the latents.
-        if not self._has_solver and (scale := self._tracker.guidance_scale) is not None:
-            conditions["guidance_scale of the pipeline"] = scale
+        if pipeline is not None and not self._has_solver:
+            conditions["guidance_scale of the pipeline"] = vars(pipeline).get("_guidance_scale")
         if "peft_config" in vars(module):
             conditions["LoRA"] = self._lora.read(module)
         if run is not None:
@@ -411,8 +429,9 @@ class CacheState:
         position = self._tracker.begin_again()
         return position, position.step
 
-    def _leave_alone(self, reason: str) -> tuple[None, None]:
-        """Let a call that is none of the run's run in full, and say so of the first."""
+    def _leave_alone(self, reason: str, timestep: float | None = None) -> tuple[None, None]:
+        """Let a call that is none of the run's run in full, and say so of the first; `timestep` is what it is told."""
+        self._others_turn, self._others_told = True, timestep
         if not self._left_alone:
             self._left_alone = True
             warn(f"a call runs in full that is none of the enabled run's: {reason}")
@@ -544,7 +563,12 @@ def _tells_host(call: ForwardCall, branch: BranchState, step: int | None) -> boo
 
 
 def _find_branch(
-    run: RunState, context: str, due: Sequence[int], layout: Layout, conditions: dict[str, Any]
+    run: RunState,
+    context: str,
+    due: Sequence[int],
+    layout: Layout,
+    conditions: dict[str, Any],
+    only_same_objects: bool = False,
 ) -> BranchState | None:
     """Return the branch that waits for a call at one of some steps, the first first; None if none does."""
     for step in due:
@@ -552,7 +576,7 @@ def _find_branch(
         for branch in waiting:
             if branch.conditions.are_same_objects(conditions):
                 return branch
-        for branch in waiting:
+        for branch in () if only_same_objects else waiting:
             if _is_alike(run, branch, conditions):
                 return branch
     return None

@@ -6,17 +6,23 @@ No tensor value is read but the noise levels, once a run.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.integrations.levels import Levels, has_index, read_levels, scheduler_incompatibility
 from lesa_kernels.integrations.outputs import version_of
 from lesa_kernels.trajectories import ONLY_BRANCH
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise."""
 
 # Sigmas pass through float32 on their way into a cache context.
 _SIGMA_TOLERANCE = 1e-5
@@ -80,6 +86,12 @@ class StepPosition:
         ]
         return min(steps)[2] if steps else None
 
+    def follows(self, timestep: float | None, before: float | None) -> bool:
+        """Whether what a call is told may come after what another is told, in one run."""
+        if timestep is None or before is None:
+            return False
+        return any((timestep - before) * (way.told[-1] - way.told[0]) >= 0 for way in self.told.values())
+
     def learn(self, timestep: float, step: int) -> None:
         """Leave out the ways in which the model would be told something else at a step."""
         self.told = {name: way for name, way in self.told.items() if way.is_near(timestep, step)}
@@ -137,10 +149,17 @@ class StepTracker:
         return self._sigmas is not None
 
     @property
-    def guidance_scale(self) -> Any:
-        """What a pipeline holds as its scale of guidance, None where there is none."""
-        pipeline = None if self._pipeline is None else self._pipeline()
-        return None if pipeline is None else vars(pipeline).get("_guidance_scale")
+    def pipeline(self) -> Any:
+        """The pipeline, None where there is none."""
+        return None if self._pipeline is None else self._pipeline()
+
+    def caller(self, model: nn.Module) -> Any:
+        """Return the pipeline whose call of the model this is; None where that is not known, or sigmas were given."""
+        return None if self._sigmas is not None else _caller(model)
+
+    def owns(self, pipeline: Any) -> bool:
+        """Whether a pipeline's runs are those that are followed: those of its scheduler are."""
+        return pipeline is self.pipeline or pipeline.scheduler is self._scheduler
 
     def look(self, context: Any) -> tuple[StepPosition, int | None]:
         """Return the run that a call belongs to and its step; changes nothing.
@@ -245,7 +264,7 @@ class StepTracker:
         """
         if self._sigmas is not None:
             return self._sigmas, None
-        if self._pipeline is not None and (pipeline := self._pipeline()) is not None:
+        if (pipeline := self.pipeline) is not None:
             self._scheduler = pipeline.scheduler
         scheduler = self._scheduler
         if not has_index(scheduler):
@@ -299,4 +318,18 @@ def find_incompatibility(position: StepPosition, step: int, number: int, other_c
         return position.incompatibility
     if number >= _MAX_CALLS:
         return f"call {number + 1} of step {step} came; does the loop call scheduler.step?"
+    return None
+
+
+def _caller(model: nn.Module) -> Any:
+    """Return the pipeline that calls a model, None where a loop does that is in no pipeline's `__call__`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
+            caller = frame.f_locals.get("self")
+            held = [getattr(caller, name, None) for name in TRANSFORMERS] if hasattr(caller, "scheduler") else []
+            if any(each is model or getattr(each, "_orig_mod", None) is model for each in held if each is not None):
+                return caller
+        frame = frame.f_back
     return None
