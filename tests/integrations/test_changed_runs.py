@@ -51,7 +51,7 @@ class InPlaceNorm(nn.Module):
         return feature.copy_(self.norm(feature, embedding))
 
 
-@pytest.mark.parametrize("predictor", [Reuse(), TaylorSeer(1, variable="sigma")], ids=str)
+@pytest.mark.parametrize("predictor", [Reuse(), TaylorSeer(1, variable="sigma")], ids=["reuse", "taylor"])
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_a_norm_that_writes_to_its_input_changes_no_image(
     pipe: TinyPipeline, predictor: Predictor, chunk: int | None
@@ -64,7 +64,7 @@ def test_a_norm_that_writes_to_its_input_changes_no_image(
     assert summary(pipe).forecast == STEPS - len(FULL)
 
 
-@pytest.mark.parametrize("predictor", [Reuse(), TaylorSeer(1, variable="sigma")], ids=str)
+@pytest.mark.parametrize("predictor", [Reuse(), TaylorSeer(1, variable="sigma")], ids=["reuse", "taylor"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hook_that_writes_to_the_feature_does_not_reach_the_history(name: str, predictor: Predictor) -> None:
     def sampled(hook: Callable[..., Any]) -> list[Tensor]:
