@@ -17,6 +17,8 @@ from lesa_kernels.integrations.outputs import uncompiled, version_of
 
 # What tells of the step besides, and what is made from the latents of each step: different in each step of any run.
 _OF_THE_STEP = ("sigma", "audio_sigma")
+# Which class the output has.
+_OF_THE_OUTPUT = ("return_dict",)
 _MADE_OF_LATENTS = ("controlnet", "audio_hidden_states")
 # An argument that came so often as another object with the same values is a copy that the loop makes for each call.
 _COPIES = 2
@@ -40,7 +42,7 @@ class Parameters:
         self.watched = {
             name: any(part in name for part in _MADE_OF_LATENTS)
             for name in self.names[1:]
-            if name not in (*self.timesteps, *_OF_THE_STEP) and "timestep" not in name
+            if name not in (*self.timesteps, *_OF_THE_STEP, *_OF_THE_OUTPUT) and "timestep" not in name
         }
 
 

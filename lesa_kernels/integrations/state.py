@@ -99,6 +99,10 @@ class Options:
                 )
 
 
+class _NotOurs(Exception):
+    """A call is none of the run's: why, and what it is told of the noise level, None where that was not read."""
+
+
 @dataclass
 class BranchState:
     """The history of one branch; with a learned solver all branches share one."""
@@ -325,31 +329,64 @@ class CacheState:
 
         No branch where it runs in full and is not captured, and no run where it is none of the run's calls.
         """
+        conditions = self._conditions(call, module)
+        try:
+            position, step, number, branch = self._locate(context, call, module, thread, conditions)
+        except _NotOurs as other:
+            self._leave_alone(*other.args)
+            return None, None
+        run = self._run_at(position) or self._begin(position, thread)
+        if run.stats.refused is not None:
+            return run, None
+        reason = find_incompatibility(position, step, number, find_other_cache(module, self._tracker.pipeline))
+        if reason is not None:
+            run.disable_forecasts(reason)
+            return run, None
+        if branch is None:
+            name, layout = call_name(context.name, number), layout_of(call.latents)
+            branch = BranchState(context.name, name, layout, Conditions(conditions), step, step)
+            run.stats.unwatched.update(
+                name for name, only in call.parameters.watched.items() if only and conditions.get(name)
+            )
+            self._explain(run, branch, conditions)
+            if run.stats.refused is None and self._begin_branch(run, branch, call.latents):
+                run.branches.append(branch)
+        if run.step != step:
+            # Histories have no gaps: a branch that was left out in a step begins anew.
+            run.step, run.branches = step, [each for each in run.branches if each.step >= step]
+        return run, branch if run.stats.refused is None else None
+
+    def _locate(
+        self, context: Any, call: ForwardCall, module: nn.Module, thread: int, conditions: dict[str, Any]
+    ) -> tuple[StepPosition, int, int, BranchState | None]:
+        """Return a call's run, step, number within the step, and branch; raises `_NotOurs`."""
         position, step = self._tracker.look(context)
         run, branch, timestep = self._run_at(position), None, None
+        for name in () if run is None else run.unwatched:
+            conditions.pop(name, None)
         caller = self._tracker.caller(module)
         if caller is not None and not self._tracker.owns(caller):
-            return self._leave_alone(f"a {type(caller).__name__} makes it that has a scheduler of its own")
-        if run is not None and run.thread != thread and step is not None and caller is None:
-            return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
+            raise _NotOurs(f"a {type(caller).__name__} makes it that has a scheduler of its own")
         if step is not None and (reason := find_disagreement(position, context, step)) is not None:
-            return self._leave_alone(reason)
-        layout, conditions = layout_of(call.latents), self._conditions(call, module, run)
+            raise _NotOurs(reason)
+        is_strange = run is not None and run.thread != thread and caller is None
+        if is_strange and step is not None:
+            raise _NotOurs(f"it comes from another thread than the run at step {position.step}")
         # A call that comes after others must be told from theirs: by its very tensors, and its noise level.
         is_doubtful = self._others_turn and caller is None and step is not None
+        layout = layout_of(call.latents)
         if run is not None:
             due = (position.step, position.step + 1) if step is None else (step,)
             branch = _find_branch(run, context.name, due, layout, conditions, only_same_objects=is_doubtful)
-        is_usual = run is not None and branch is not None and run.thread == thread and not is_doubtful
-        if position.told and not (is_usual and branch is not None and not _tells_host(call, branch, step)):
+        if position.told and (branch is None or is_strange or is_doubtful or _tells_host(call, branch, step)):
             timestep = call.largest_timestep()
         if run is not None and is_doubtful and (branch is None or position.follows(timestep, self._others_told)):
-            return self._leave_alone("it goes on with others that are not", timestep)
+            raise _NotOurs("it goes on with others that are not", timestep)
         if timestep is not None:
             found = self._tracker.find(position, context, step, None if branch is None else branch.step, timestep)
             if found is None:
                 at = position.step if step is None else step
-                return self._leave_alone(
+                raise _NotOurs(
                     f"it is told {timestep:.4g}, which is not the noise level of step {at}; is it another pipeline's, "
                     "or that of a loop that does not call scheduler.step?",
                     timestep,
@@ -360,37 +397,16 @@ class CacheState:
             position, step = found
         elif step is None:
             position, step = self._count(position, context.name, branch)
-            run = self._run_at(position)
-        if run is not None and run.thread != thread:
-            return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
+        if is_strange and self._run_at(position) is not None:
+            raise _NotOurs(f"it comes from another thread than the run at step {position.step}")
         self._others_turn = False
-        number = self._tracker.accept(position, step, context.name, timestep)
-        run = run or self._begin(position, thread)
-        if run.stats.refused is not None:
-            return run, None
-        reason = find_incompatibility(position, step, number, find_other_cache(module, self._tracker.pipeline))
-        if reason is not None:
-            run.disable_forecasts(reason)
-            return run, None
-        if branch is None:
-            run.stats.unwatched.update(
-                name for name, only in call.parameters.watched.items() if only and conditions.get(name)
-            )
-            name = call_name(context.name, number)
-            branch = BranchState(context.name, name, layout, Conditions(conditions), step, step)
-            self._explain(run, branch, conditions)
-            if run.stats.refused is None and self._begin_branch(run, branch, call.latents):
-                run.branches.append(branch)
-        if run.step != step:
-            # Histories have no gaps: a branch that was left out in a step begins anew.
-            run.step, run.branches = step, [each for each in run.branches if each.step >= step]
-        return run, branch if run.stats.refused is None else None
+        return position, step, self._tracker.accept(position, step, context.name, timestep), branch
 
     def _run_at(self, position: StepPosition) -> RunState | None:
         """Return the present run, None if a position is that of another."""
         return self._run if self._run is not None and self._run.position is position else None
 
-    def _conditions(self, call: ForwardCall, module: nn.Module, run: RunState | None) -> dict[str, Any]:
+    def _conditions(self, call: ForwardCall, module: nn.Module) -> dict[str, Any]:
         """Return what a call is conditioned on."""
         conditions = call.conditions()
         pipeline = self._tracker.pipeline
@@ -399,9 +415,6 @@ class CacheState:
             conditions["guidance_scale of the pipeline"] = vars(pipeline).get("_guidance_scale")
         if "peft_config" in vars(module):
             conditions["LoRA"] = self._lora.read(module)
-        if run is not None:
-            for name in run.unwatched:
-                conditions.pop(name, None)
         return conditions
 
     def _count(self, position: StepPosition, context: str, branch: BranchState | None) -> tuple[StepPosition, int]:
@@ -429,13 +442,12 @@ class CacheState:
         position = self._tracker.begin_again()
         return position, position.step
 
-    def _leave_alone(self, reason: str, timestep: float | None = None) -> tuple[None, None]:
+    def _leave_alone(self, reason: str, timestep: float | None = None) -> None:
         """Let a call that is none of the run's run in full, and say so of the first; `timestep` is what it is told."""
         self._others_turn, self._others_told = True, timestep
         if not self._left_alone:
             self._left_alone = True
             warn(f"a call runs in full that is none of the enabled run's: {reason}")
-        return None, None
 
     def _begin(self, position: StepPosition, thread: int) -> RunState:
         """Begin a run, and release what a run that was broken off kept."""

@@ -59,6 +59,7 @@ class StepPosition:
     # The ways in which the model may be told its S noise levels; narrowed down by what it is told. None: another way.
     told: dict[str, Way] = field(default_factory=dict)
     first_step: int = 0
+    starts_late: bool = False  # as what its first call was told says, and nothing else
     step: int = 0  # the latest; before the first call the step that the run begins at
     # Calls of the latest step and of the run, by cache context.
     seen: dict[str, int] = field(default_factory=dict)
@@ -204,8 +205,9 @@ class StepTracker:
         if begins and found is not None and not is_fixed and self._read()[1] in (None, _NOT_YET):
             # Its pipeline did not say that it starts late.
             position.first_step = position.step = found
+            position.starts_late = True
             return position, found
-        if self._ways is None and ((begins and found is None) or due is not None):
+        if self._ways is None and not position.starts_late and ((begins and found is None) or due is not None):
             # This model is told its noise level in another way.
             position.told = {}
             return position, expected

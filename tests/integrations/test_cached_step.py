@@ -21,7 +21,7 @@ from lesa_kernels.ring import Ring
 STEPS = 10
 FULL = (0, 1, 5)
 SPARSE = lesa.Schedule.explicit(STEPS, FULL)
-MOST_FRAMES = 40
+MOST_FRAMES = 52
 COUNTED = tuple(str(Path(module.__file__ or "").parent) for module in (lesa, diffusers.hooks))
 
 

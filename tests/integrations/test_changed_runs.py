@@ -265,6 +265,13 @@ def conditions_of(tiny: Tiny) -> dict[str, Tensor]:
     }
 
 
+def cloned(value: Any) -> Any:
+    """Tensors that share no memory, each with a counter of its own of what is written to it."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(cloned, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(replaced(each, old, new) for each in value)
@@ -290,7 +297,7 @@ def test_a_change_is_the_begin_of_a_history(name: str, path: str, in_place: bool
     tiny = (MODELS | VARIANTS)[name]
     model = tiny.model()
     always = {step: at_step(tiny, step, SIGMAS[step]) for step in range(STEPS)}
-    shared = tiny.arguments(0)
+    shared = {name: cloned(value) for name, value in tiny.arguments(0).items()}
     old = dict(entry for key, value in shared.items() for entry in tensors_in(key, value))[path]
     new = other_value(old)
     latents, time = next(iter(shared)), "t" if "t" in shared else "timestep"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_flux import NUM_BLOCKS, TinyPipeline, watching
-from tiny_models import MODELS, sample_of
+from tiny_models import MODELS, at_step, sample_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -39,7 +39,7 @@ class Graphs:
 
 @torch.no_grad()
 def sample(model: nn.Module, name: str) -> list[Tensor]:
-    return [sample_of(model(**MODELS[name].arguments(step))) for step in range(STEPS)]
+    return [sample_of(model(**at_step(MODELS[name], step, SIGMAS[step]))) for step in range(STEPS)]
 
 
 def accelerated(model: nn.Module, name: str, **options: Any) -> list[Tensor]:

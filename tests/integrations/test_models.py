@@ -149,7 +149,7 @@ def test_a_published_model_computes_no_more_than_its_tail(name: str) -> None:
     called: list[str] = []
     for path, module in model.named_children():
         module.register_forward_hook(lambda *_, path=path: called.append(path))
-    model(**MODELS[name].arguments(2))
+    model(**at_step(MODELS[name], 2, SIGMAS[2]))
     assert called == {"flux": ["time_text_embed", "norm_out", "proj_out"], "qwen": ["proj_out"], "hunyuan": []}[name]
 
 
@@ -159,7 +159,7 @@ def test_a_caller_may_write_to_an_output_that_was_forecast() -> None:
     expected = sample(model, "hunyuan")
     outputs = []
     for step in range(STEPS):
-        output = model(**MODELS["hunyuan"].arguments(step)).sample
+        output = model(**at_step(MODELS["hunyuan"], step, SIGMAS[step])).sample
         outputs.append(output.clone())
         output.zero_()
     assert all(map(torch.equal, outputs, expected))
@@ -201,12 +201,13 @@ def test_features_of_a_model_without_an_entry_can_be_recorded() -> None:
 
 def test_a_list_of_images_that_changes_is_noticed() -> None:
     """Z-Image takes one tensor for each image."""
-    model, arguments = MODELS["z_image"].model(), MODELS["z_image"].arguments
+    model = MODELS["z_image"].model()
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
     sample(model, "z_image", steps=3)
-    one = {key: value[:1] for key, value in arguments(3).items()}
-    with pytest.warns(UserWarning, match="latents changed"):
-        output = sample_of(model(**one))
+    one = {key: value[:1] for key, value in at_step(MODELS["z_image"], 3, SIGMAS[3]).items()}
+    output = sample_of(model(**one))
+    ((step, reason),) = summary(model).restarts
+    assert step == 3 and "the latents changed from" in reason
     disable(model)
     assert torch.equal(output, sample_of(model(**one)))
 
@@ -223,6 +224,6 @@ def test_two_transformers_are_planned_each_from_its_first_step() -> None:
         for step in range(STEPS):
             model = high if step < 3 else low
             with model.cache_context("cond", step_index=step):
-                model(**MODELS["wan"].arguments(step))
+                model(**at_step(MODELS["wan"], step, SIGMAS[step]))
     assert (len(in_high), len(in_low)) == (2 * 2, 2 * 2)
     assert (summary(low).full, summary(low).forecast) == (2, 1)

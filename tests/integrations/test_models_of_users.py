@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel, WanTransformer3DModel
 from tiny_flux import tiny_transformer
-from tiny_models import MODELS, block_calls, sample_of
+from tiny_models import MODELS, at_step, block_calls, sample_of
 from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule
@@ -144,9 +144,9 @@ def test_a_subclass_is_served_by_the_entry_of_its_base() -> None:
 
 def test_a_user_may_capture_elsewhere() -> None:
     model = MODELS["wan"].model()
-    plain = sample_of(model(**MODELS["wan"].arguments(0)))
+    plain = sample_of(model(**at_step(MODELS["wan"], 0, SIGMAS[0])))
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS, capture="proj_out")
-    outputs = [sample_of(model(**MODELS["wan"].arguments(step))) for step in range(2)]
+    outputs = [sample_of(model(**at_step(MODELS["wan"], step, SIGMAS[step]))) for step in range(2)]
     # Behind all modulation nothing depends on the noise level any more.
     assert torch.equal(outputs[0], plain)
     assert torch.equal(outputs[1], outputs[0])
@@ -157,7 +157,7 @@ def test_any_output_of_one_tensor_can_be_the_feature() -> None:
     model = MODELS["wan"].model()
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS, capture=MODEL_OUTPUT)
     with block_calls(model) as calls:
-        outputs = [model(**MODELS["wan"].arguments(step)).sample for step in range(STEPS)]
+        outputs = [model(**at_step(MODELS["wan"], step, SIGMAS[step])).sample for step in range(STEPS)]
     assert len(calls) == 2 * 2
     assert [torch.equal(outputs[step], outputs[step - step % 2]) for step in range(STEPS)] == [True] * STEPS
 
@@ -273,16 +273,17 @@ def test_a_module_that_is_wrapped_later_gets_the_forecast_as_a_whole() -> None:
 
 def test_an_exception_in_a_forecast_step_leaves_the_blocks_in_place() -> None:
     model = MODELS["sd3"].model()
-    blocks, plain = model.transformer_blocks, sample_of(model(**MODELS["sd3"].arguments(1)))
+    second = at_step(MODELS["sd3"], 1, SIGMAS[1])
+    blocks, plain = model.transformer_blocks, sample_of(model(**second))
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
-    model(**MODELS["sd3"].arguments(0))
+    model(**at_step(MODELS["sd3"], 0, SIGMAS[0]))
     handle = model.proj_out.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model(**MODELS["sd3"].arguments(1))
+        model(**second)
     handle.remove()
     assert model.transformer_blocks is blocks
     # The next call begins a new run, with a full step.
-    assert torch.equal(sample_of(model(**MODELS["sd3"].arguments(1))), plain)
+    assert torch.equal(sample_of(model(**second)), plain)
 
 
 def test_subclasses_of_diffusers_models_are_found() -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lesa_kernels import Schedule, SolverPredictor, TaylorSeer
 from lesa_kernels.integrations import LesaWarning, disable, enable, summary
-from lesa_kernels.integrations.cache_hooks import ForwardCall
+from lesa_kernels.integrations.cache_hooks import ForwardCall, Parameters
 from lesa_kernels.training import SolverFits, fit
 
 SCHEDULE = Schedule.explicit(STEPS, [0, 2, 4])
@@ -253,12 +253,12 @@ def test_a_call_is_told_another_level(is_positional: bool) -> None:
     def model(module: str, x: Tensor, t: Tensor, again: Tensor, scale: float) -> tuple[Any, ...]:
         return module, x, t, again, scale
 
-    names = ("x", "t", "again", "scale")
+    parameters = Parameters(("x", "t", "again", "scale"), ("timestep", "t"))
     args = (latents, level) if is_positional else (latents,)
     kwargs = {"again": level, "scale": 2.0} | ({} if is_positional else {"t": level})
-    call = ForwardCall(partial(partial(model, "module"), *args, **kwargs), names, args, kwargs, latents)
-    assert call.timestep() == 1000 and call.latents is latents
-    told = call.told(900.5)
+    call = ForwardCall(partial(partial(model, "module"), *args, **kwargs), parameters, args, kwargs, latents)
+    assert call.timestep() == call.largest_timestep() == 1000 and call.latents is latents
+    told = call.retold(900.5)
     assert told is not None and told.timestep() == 900.5
     module, x, t, again, scale = told.run()
     assert (module, scale) == ("module", 2.0) and x is latents and again is t
@@ -268,8 +268,10 @@ def test_a_call_is_told_another_level(is_positional: bool) -> None:
 
 @pytest.mark.parametrize("level", [torch.tensor([0.0, 1.0]), 1.0, None])
 def test_what_is_not_one_number_is_not_told(level: Any) -> None:
-    call = ForwardCall(partial(len), ("x", "timestep"), (torch.zeros(2),), {"timestep": level}, torch.zeros(2))
-    assert call.timestep() is None and call.told(0.5) is None
+    parameters = Parameters(("x", "timestep"), ("timestep",))
+    call = ForwardCall(partial(len), parameters, (torch.zeros(2),), {"timestep": level}, torch.zeros(2))
+    assert call.timestep() is None and call.retold(0.5) is None
+    assert call.largest_timestep() == (None if level is None else 1)
 
 
 def test_latents_that_a_callback_changes_are_noticed() -> None:
