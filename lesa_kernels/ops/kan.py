@@ -32,9 +32,11 @@ def spline_bases(x: Tensor, grid: Tensor, order: int) -> Tensor:
         order: polynomial order, 3 is cubic.
 
     Returns:
-        [..., I, G - 1 - order]; zero outside the knots.
+        [..., I, G - 1 - order]; zero outside the knots, at infinity too. NaN where x is and the order is above 0.
     """
     x = x.unsqueeze(-1)
+    # Every basis is zero beyond the knots as it is at the last one; further out, products would be inf * 0.
+    x = torch.where((x < grid[:, :1]) | (x > grid[:, -1:]), grid[:, -1:], x)
     bases = ((x >= grid[:, :-1]) & (x < grid[:, 1:])).to(x.dtype)
     for degree in range(1, order + 1):
         rising = (x - grid[:, : -degree - 1]) / (grid[:, degree:-1] - grid[:, : -degree - 1])
