@@ -129,7 +129,7 @@ def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
 def check_apart(op: str, name: str, written: Tensor, others: Mapping[str, Tensor]) -> None:
     """Check that what is written shares no memory with other arguments."""
     for other_name, other in others.items():
-        if has_memory(written) and share_memory(written, other):
+        if share_memory(written, other):
             raise ValueError(
                 f"lesa::{op}: {name} must not share memory with {other_name}, "
                 f"got memory that starts {written.data_ptr() - other.data_ptr()} bytes after its start"
@@ -141,12 +141,12 @@ _MOST_PLACES = 1000
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have a byte in common.
+    """Return whether two tensors are real and have a byte in common.
 
     Elements of both may interleave, as columns do: the places of a byte are sums of multiples of strides, and what is
     looked for are two equal ones. Where that takes long, the answer is yes.
     """
-    if a.numel() == 0 or b.numel() == 0:
+    if a.numel() == 0 or b.numel() == 0 or not (has_memory(a) and has_memory(b)):
         return False
     distance = b.data_ptr() - a.data_ptr()
     if not -_extent_of(b) < distance < _extent_of(a):

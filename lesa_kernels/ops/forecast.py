@@ -17,7 +17,6 @@ from lesa_kernels.ops.contract import (
     check_feature,
     check_features,
     check_parameter,
-    has_memory,
     shape_of,
     share_memory,
 )
@@ -130,7 +129,7 @@ def _check_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
     check_device(op, "feature", feature, "ring", ring)
     _check_slot(op, "slot", slot, ring)
     written = ring[slot]
-    if has_memory(ring) and not _is_same_view(feature, written) and share_memory(feature, written):
+    if share_memory(feature, written) and not _is_same_view(feature, written):
         raise ValueError(
             f"lesa::{op}: feature must be the slot that it is written to or share no memory with it, "
             f"got another view of it that starts {feature.data_ptr() - written.data_ptr()} bytes after the slot"
