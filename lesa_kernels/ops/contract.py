@@ -7,6 +7,7 @@ RuntimeError of both, which is what `torch.ops.lesa` raises. K is the history le
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -30,20 +31,35 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def check_dense(op: str, name: str, tensors: Tensor | Sequence[Tensor] | None) -> None:
-    """Check that an argument holds tensors that are there, strided and not quantized."""
+    """Check that an argument holds tensors that are there, strided, not quantized and not spread over processes."""
     if not isinstance(tensors, (list, tuple)):
-        if tensors is None or tensors.layout is not torch.strided or tensors.is_quantized:  # type: ignore[union-attr]
+        if tensors is None or not _is_dense(tensors):  # type: ignore[arg-type]
             _refuse_layout(op, name, tensors)  # type: ignore[arg-type]
         return
     for k, tensor in enumerate(tensors):
-        if tensor.layout is not torch.strided or tensor.is_quantized:
+        if not _is_dense(tensor):
             _refuse_layout(op, f"{name}[{k}]", tensor)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor is what `check_dense` wants."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and not _is_spread(tensor)
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor; its module takes long to import, and made it if it is one."""
+    module = None if type(tensor) is Tensor else sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _refuse_layout(op: str, name: str, tensor: Tensor | None) -> None:
     """Refuse what `check_dense` found."""
     if tensor is None:
         raise TypeError(f"lesa::{op}: {name} must be a tensor, got None")
+    if _is_spread(tensor):
+        raise TypeError(
+            f"lesa::{op}: {name} must be a tensor of one process, got a DTensor; to_local() is its part here"
+        )
     kind = "quantized" if tensor.is_quantized else str(tensor.layout)
     raise TypeError(f"lesa::{op}: {name} must be a dense (strided) tensor, got a {kind} one")
 
