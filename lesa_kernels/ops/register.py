@@ -209,11 +209,15 @@ def _implement_without_gradients(op: Op) -> None:
                     f"lesa::{op.name}: {name} must hold what is written as it is, got a view with the "
                     "negative bit; resolve_neg() makes a tensor without"
                 )
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            results = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
-        for _, tensor in written:  # a call that was refused has changed nothing
-            torch.autograd.graph.increment_version(tensor)
-        return results
+        try:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+        except RuntimeError:
+            written = []  # a call that was refused has changed nothing
+            raise
+        finally:  # after Ctrl-C as well
+            for _, tensor in written:
+                torch.autograd.graph.increment_version(tensor)
 
     # Inference mode leaves the first key out, and the second one in for tensors from outside of it.
     for key in ("Autograd", "ADInplaceOrView") if op.written else ("Autograd",):
