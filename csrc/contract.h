@@ -236,6 +236,9 @@ inline void check_rows(const char* op, const Tensor& coefficients, const Tensor&
 // A tensor is written, so no two of its elements may share memory, as those of expand and unfold do. A layout that only
 // as_strided makes, of strides that the smaller ones reach beyond, is refused without a search.
 inline void check_distinct_elements(const char* op, Name name, const Tensor& tensor) {
+  if (tensor.is_contiguous()) {
+    return;
+  }
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<std::pair<std::int64_t, std::int64_t>> dims;
   for (std::size_t d = 0; d < sizes.size(); ++d) {

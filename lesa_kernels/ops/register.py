@@ -132,12 +132,13 @@ def is_transformed(*arguments: Any) -> bool:
 
 def _differentiated_by_torch(op: Op, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return an autograd kernel that leaves transformed calls to the reference, whose parts torch can transform."""
-    reference = op.checked(op.reference)
+    reference, transforms = op.checked(op.reference), torch._C._are_functorch_transforms_active
 
     def call(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        if not is_transformed(arguments):
+        # Every call passes here, so the common answer comes without another function.
+        if not (transforms() or forward_ad._current_level >= 0) or not is_transformed(arguments):
             return kernel(keyset, *arguments)
-        if op.backward is None:
+        if op.backward is None and torch.is_grad_enabled():
             _refuse_gradients(op, arguments)
         return reference(*arguments)
 
@@ -185,8 +186,6 @@ def refuse_second_derivative(ctx: Any, *grads: Any) -> None:
 
 def _refuse_gradients(op: Op, arguments: Sequence[Any]) -> None:
     """Refuse gradients that an op would lose."""
-    if not torch.is_grad_enabled():
-        return
     for argument, value in zip(op.arguments, arguments, strict=False):
         tensors = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(each, Tensor) and each.requires_grad for each in tensors):
@@ -198,15 +197,16 @@ def _refuse_gradients(op: Op, arguments: Sequence[Any]) -> None:
 
 def _implement_without_gradients(op: Op) -> None:
     """Let autograd see what the op writes to: a backward that saved the old values of it then fails."""
-    overload = getattr(torch.ops.lesa, op.name).default
+    overload, places = getattr(torch.ops.lesa, op.name).default, op.written
 
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        _refuse_gradients(op, arguments)
-        written = [(name, arguments[position]) for position, name in op.written if arguments[position] is not None]
-        for name, tensor in written:
+        if torch.is_grad_enabled():
+            _refuse_gradients(op, arguments)
+        written = [arguments[position] for position, _ in places if arguments[position] is not None]
+        for tensor in written:
             if tensor.is_neg():
                 raise RuntimeError(
-                    f"lesa::{op.name}: {name} must hold what is written as it is, got a view with the "
+                    f"lesa::{op.name}: {places[0][1]} must hold what is written as it is, got a view with the "
                     "negative bit; resolve_neg() makes a tensor without"
                 )
         try:
@@ -216,9 +216,9 @@ def _implement_without_gradients(op: Op) -> None:
             written = []  # a call that was refused has changed nothing
             raise
         finally:  # after Ctrl-C as well
-            for _, tensor in written:
+            for tensor in written:
                 torch.autograd.graph.increment_version(tensor)
 
     # Inference mode leaves the first key out, and the second one in for tensors from outside of it.
-    for key in ("Autograd", "ADInplaceOrView") if op.written else ("Autograd",):
+    for key in ("Autograd", "ADInplaceOrView") if places else ("Autograd",):
         _library.impl(op.name, kernel, key, with_keyset=True)
