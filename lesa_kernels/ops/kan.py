@@ -109,10 +109,10 @@ def kan_linear_backward(
     sigmoid = torch.sigmoid(wide)
     silu_slope = sigmoid * (1 + wide * (1 - sigmoid))
     with torch.autocast(x.device.type, enabled=False):
-        through_splines = torch.einsum("no,oib->nib", g, spline * scaler.unsqueeze(-1))
+        through_splines = (g @ (spline * scaler.unsqueeze(-1)).flatten(1)).reshape(rows, *spline.shape[1:])
         grad_x = (g @ base) * silu_slope + (through_splines * spline_slopes(wide, knots, order)).sum(-1)
         grad_base = g.T @ (wide * sigmoid)
-        grad_scaled = torch.einsum("no,nib->oib", g, spline_bases(wide, knots, order))
+        grad_scaled = (g.T @ spline_bases(wide, knots, order).flatten(1)).reshape(spline.shape)
     return (
         grad_x.reshape(x.shape).to(x.dtype),
         grad_base.to(base_weight.dtype),

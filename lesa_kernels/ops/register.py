@@ -112,7 +112,8 @@ def declare(op: Op) -> None:
     OPS[op.name] = op
     _library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(op.name, op.checked(op.reference), "CompositeExplicitAutograd")
-    _library.impl(op.name, _batched(op), "FuncTorchBatched")
+    for key in ("FuncTorchBatched", "Batched"):  # vmap, and its older form behind `is_grads_batched`
+        _library.impl(op.name, _batched(op), key)
     torch.library.register_fake(f"lesa::{op.name}", op.checked(op.fake or _returns_nothing), lib=_library)
     if op.backward is None:
         _implement_without_gradients(op)

@@ -120,6 +120,18 @@ def test_reverse_transforms_of_ops_with_gradients(op: str) -> None:
     _assert_close(vmap(of_size)(*map(torch.stack, zip(at, other, strict=True))), loop)
 
 
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.is_differentiable])
+def test_gradcheck_forwards_and_in_batches(op: str) -> None:
+    arguments, structure = tree_flatten(valid_arguments(torch.float64, grad=True, feature=(2, 3))[op])
+
+    def call(*leaves: Any) -> Any:
+        results = getattr(ops, op)(*tree_unflatten(leaves, structure))
+        return tuple(results) if isinstance(results, list) else results
+
+    options = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(call, arguments, **options)
+
+
 @pytest.mark.parametrize("transform", [grad, jacrev, hessian], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("op", WITHOUT_GRADIENTS)
 def test_reverse_transforms_of_ops_without_gradients_are_refused(op: str, transform: Function) -> None:
