@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from lesa_kernels import LesaPredictor
 from lesa_kernels.ops import OPS, predict_l1_loss
 
-pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.float64]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ops = torch.ops.lesa
 Function = Callable[..., Any]
 WITH_GRADIENTS = [name for name, op in OPS.items() if op.backward is not None]
@@ -24,9 +24,12 @@ WITHOUT_GRADIENTS = [name for name in OPS if name not in WITH_GRADIENTS]
 WRITING = [name for name, op in OPS.items() if op.written]
 
 
-def _call_of(op: str) -> tuple[Function, tuple[Tensor, ...]]:
+def _call_of(
+    op: str, dtype: torch.dtype = torch.float64, serves: Function | None = None
+) -> tuple[Function, tuple[Tensor, ...]]:
     """An op as a function of tensors alone, and valid ones; of what it writes, it gets a copy and returns it."""
-    arguments = valid_arguments(torch.float64, grad=False, feature=(2, 3))[op]
+    arguments = valid_arguments(dtype, grad=False, feature=(2, 3))[op]
+    function = serves or getattr(ops, op)
     leaves, structure = tree_flatten(arguments)
     positions = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -38,7 +41,7 @@ def _call_of(op: str) -> tuple[Function, tuple[Tensor, ...]]:
         written = [position for position, _ in OPS[op].written]
         for position in written:
             changed[position] = changed[position].clone()
-        results = getattr(ops, op)(*changed)
+        results = function(*changed)
         return (*[leaf for leaf in tree_leaves(results) if leaf is not None], *[changed[k] for k in written])
 
     return call, tuple(leaves[position] for position in positions)
@@ -72,6 +75,7 @@ def op(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.mark.float64
 def test_tangents_are_those_of_finite_differences(op: str) -> None:
     call, at = _call_of(op)
     along = tuple(map(torch.randn_like, at))
@@ -84,6 +88,14 @@ def test_tangents_are_those_of_finite_differences(op: str) -> None:
     _assert_close(primals, call(*at))
 
 
+def test_tangents_on_the_device_are_those_of_the_reference(op: str) -> None:
+    call, at = _call_of(op, torch.float32)
+    reference, _ = _call_of(op, torch.float32, OPS[op].reference)
+    along = tuple(map(torch.randn_like, at))
+    _assert_close(jvp(call, at, along), jvp(reference, at, along))
+
+
+@pytest.mark.float64
 def test_one_dual_argument_is_enough(op: str) -> None:
     call, at = _call_of(op)
     for k, argument in enumerate(at):
@@ -95,6 +107,7 @@ def test_one_dual_argument_is_enough(op: str) -> None:
             _assert_close(torch.zeros_like(want) if tangent is None else tangent, want)
 
 
+@pytest.mark.float64
 def test_forward_jacobians(op: str) -> None:
     call, at = _call_of(op)
     along = tuple(map(torch.randn_like, at))
@@ -102,6 +115,7 @@ def test_forward_jacobians(op: str) -> None:
     _assert_close([_along(jacobian, along) for jacobian in jacobians], _differences(call, at, along))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("op", WITH_GRADIENTS)
 def test_reverse_transforms_of_ops_with_gradients(op: str) -> None:
     call, at = _call_of(op)
@@ -120,6 +134,7 @@ def test_reverse_transforms_of_ops_with_gradients(op: str) -> None:
     _assert_close(vmap(of_size)(*map(torch.stack, zip(at, other, strict=True))), loop)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.is_differentiable])
 def test_gradcheck_forwards_and_in_batches(op: str) -> None:
     arguments, structure = tree_flatten(valid_arguments(torch.float64, grad=True, feature=(2, 3))[op])
@@ -132,6 +147,7 @@ def test_gradcheck_forwards_and_in_batches(op: str) -> None:
     assert torch.autograd.gradcheck(call, arguments, **options)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("transform", [grad, jacrev, hessian], ids=lambda each: each.__name__)
 @pytest.mark.parametrize("op", WITHOUT_GRADIENTS)
 def test_reverse_transforms_of_ops_without_gradients_are_refused(op: str, transform: Function) -> None:
@@ -154,6 +170,7 @@ def _loop(call: Function, inputs: Sequence[Tensor], dims: Sequence[int | None]) 
     return [torch.stack(results) for results in zip(*each, strict=True)]
 
 
+@pytest.mark.float64
 def test_vmap_is_a_loop(op: str) -> None:
     call, at = _call_of(op)
     written = _written(op)
@@ -164,6 +181,7 @@ def test_vmap_is_a_loop(op: str) -> None:
         _assert_close(vmap(call, in_dims=dims)(*inputs), _loop(call, inputs, dims))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("op", WRITING)
 def test_vmap_does_not_write_one_tensor_for_all(op: str) -> None:
     call, at = _call_of(op)
@@ -186,6 +204,7 @@ def test_what_is_written_takes_on_and_loses_tangents() -> None:
         assert not forward_ad.unpack_dual(ring).tangent.any()
 
 
+@pytest.mark.float64
 def test_a_predictor_is_differentiated_forwards() -> None:
     predictor = LesaPredictor(num_steps=4, stages=[(-1.0, 2)], hidden_dim=3).double()
     sigmas, history = [1.0, 0.75, 0.5, 0.25, 0.0], [torch.randn(2, 3, dtype=torch.float64) for _ in range(2)]
@@ -209,6 +228,7 @@ def test_a_predictor_is_differentiated_forwards() -> None:
     _assert_close(vmap(lambda each: predictor([each, each], sigmas, 0.6))(torch.stack(history)), loop)
 
 
+@pytest.mark.float64
 def test_the_loss_of_one_pass_is_transformed_as_well() -> None:
     history, target = [random(2, 3, grad=False) for _ in range(3)], random(2, 3, grad=False)
     at = make_parameters(3, torch.float64)
