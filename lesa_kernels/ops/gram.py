@@ -15,7 +15,7 @@ def gram(features: Sequence[Tensor]) -> Tensor:
     """Sums of the products of all pairs of K features and the constant 1.
 
     Args:
-        features: K tensors [*feature], any strides, not differentiated.
+        features: K tensors [*feature], any strides; they have tangents, but no gradients.
 
     Returns:
         [K + 1, K + 1], float64, symmetric: entry (i, j) is the sum over the elements of h_i * h_j, where h_K = 1.
