@@ -37,6 +37,7 @@ NEEDED = {
     "digits": "diffusers",
     "emoji": "diffusers",
     "triton": "triton",
+    "fuzz/test_fuzz_loops.py": "diffusers",
     "benchmarks/test_forecasters.py": "diffusers",
     "benchmarks/test_history.py": "diffusers",
     "benchmarks/test_hooks.py": "diffusers",

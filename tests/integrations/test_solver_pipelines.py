@@ -203,7 +203,7 @@ def test_other_guidance_is_refused() -> None:
             r"UniPCMultistepScheduler takes others: pipe.scheduler = FlowMatchEulerDiscreteScheduler\(shift=3.0\)",
         ),
         (FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True), "stochastic_sampling=False"),
-        (FlowMatchHeunDiscreteScheduler(shift=3.0), "sigmas repeat"),
+        (FlowMatchHeunDiscreteScheduler(shift=3.0), "steps of order 2"),
         (
             DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
             "DPMSolverMultistepScheduler takes others",
@@ -219,7 +219,7 @@ def test_other_schedulers_are_refused_with_the_line_that_sets_them_right(schedul
         case.plain(0)
     assert summary(case.pipe).forecast == 0
     disable(case.pipe)
-    if "sigmas repeat" not in message:
+    if "steps of order 2" not in message:
         with pytest.raises(ValueError, match=message):
             SolverFits(case.source(), progress=False)
 
