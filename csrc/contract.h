@@ -16,9 +16,11 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arithmetic.h"
+#include "overlap.h"
 #include "strides.h"
 
 namespace lesa {
@@ -231,53 +233,53 @@ inline void check_rows(const char* op, const Tensor& coefficients, const Tensor&
   check_vector(op, {"offsets"}, offsets, rows, like_name, like);
 }
 
-// A tensor is written, so no two of its elements may share memory: this finds what expand and unfold make.
+// A tensor is written, so no two of its elements may share memory, as those of expand and unfold do. A layout that only
+// as_strided makes, of strides that the smaller ones reach beyond, is refused without a search.
 inline void check_distinct_elements(const char* op, Name name, const Tensor& tensor) {
+  if (tensor.is_contiguous()) {
+    return;
+  }
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (std::size_t a = 0; a < sizes.size(); ++a) {
-    for (std::size_t b = 0; b < sizes.size(); ++b) {
-      const bool reaches =
-          strides[b] == 0 || (a != b && strides[a] % strides[b] == 0 && strides[a] / strides[b] < sizes[b]);
-      if (reaches && sizes[b] > 1 && (a == b || sizes[a] > 1) && tensor.numel() > 0) {
-        refuse(op, name, " must not overlap itself in memory, got strides ", Shape{strides.data(), strides.size()},
-               " for shape ", shape_of(tensor));
-      }
+  std::vector<std::pair<std::int64_t, std::int64_t>> dims;
+  for (std::size_t d = 0; d < sizes.size(); ++d) {
+    dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  std::int64_t reach = 0;
+  for (const auto& [stride, size] : dims) {
+    if (size > 1 && stride <= reach && tensor.numel() > 0) {
+      refuse(op, name, " must not overlap itself in memory, got strides ", Shape{strides.data(), strides.size()},
+             " for shape ", shape_of(tensor));
     }
+    reach += stride * (size - 1);
   }
 }
 
-// From a tensor's first element to behind its last one, in elements; as many as it has, if there are no gaps.
-inline std::int64_t extent_of(const Tensor& tensor) {
-  std::int64_t extent = 1;
-  for (std::size_t d = 0; d < tensor.sizes().size(); ++d) {
-    extent += (tensor.sizes()[d] - 1) * tensor.strides()[d];
-  }
-  return extent;
+inline TensorView view_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.strides().data(), static_cast<std::int64_t>(tensor.element_size())};
 }
 
-// What is written shares no memory with other arguments. Where both have gaps, only a common first element is found:
-// they may interleave.
-inline void check_apart(const char* op, std::initializer_list<Argument> written, std::initializer_list<Argument> read) {
-  const auto check = [op](const Argument& to, const Argument& from) {
-    if (to.tensor.numel() == 0 || from.tensor.numel() == 0) {
-      return;
+// A slot of a ring as a tensor of its own, without making one.
+inline TensorView view_of_slot(const Tensor& ring, std::int64_t slot) {
+  const auto bytes = static_cast<std::int64_t>(ring.element_size());
+  return {static_cast<char*>(ring.data_ptr()) + slot * ring.stride(0) * bytes, ring.strides().data() + 1, bytes};
+}
+
+// The shape of one slot of a ring.
+inline Shape slot_shape(const Tensor& ring) { return {ring.sizes().data() + 1, ring.sizes().size() - 1}; }
+
+inline std::int64_t bytes_between(const void* from, const void* to) {
+  return static_cast<const char*>(to) - static_cast<const char*>(from);
+}
+
+inline void check_apart(const char* op, Argument written, std::initializer_list<Argument> others) {
+  for (const Argument& other : others) {
+    const TensorView to = view_of(written.tensor), from = view_of(other.tensor);
+    const Shape shape = shape_of(written.tensor), other_shape = shape_of(other.tensor);
+    if (share_memory({shape.sizes, shape.dims}, to, {other_shape.sizes, other_shape.dims}, from)) {
+      refuse(op, written.name, " must not share memory with ", other.name, ", got memory that starts ",
+             bytes_between(from.data, to.data), " bytes after its start");
     }
-    const auto* start = static_cast<const char*>(to.tensor.data_ptr());
-    const auto* other = static_cast<const char*>(from.tensor.data_ptr());
-    const std::int64_t elements = extent_of(to.tensor), others = extent_of(from.tensor);
-    const bool dense = elements == to.tensor.numel() && others == from.tensor.numel();
-    const auto bytes = [](const Tensor& tensor, std::int64_t count) {
-      return count * static_cast<std::int64_t>(tensor.element_size());
-    };
-    if (start == other ||
-        (dense && start < other + bytes(from.tensor, others) && other < start + bytes(to.tensor, elements))) {
-      refuse(op, to.name, " must not share memory with ", from.name, ", got memory that starts ", start - other,
-             " bytes after its start");
-    }
-  };
-  for (const Argument* to = written.begin(); to != written.end(); ++to) {
-    std::for_each(to + 1, written.end(), [&](const Argument& other) { check(*to, other); });
-    std::for_each(read.begin(), read.end(), [&](const Argument& other) { check(*to, other); });
   }
 }
 
@@ -321,7 +323,7 @@ inline void check_forecast_into(const Tensor& ring, const Tensor& coefficients, 
       refuse(op, "write must name distinct slots, got slot ", write[m], " twice");
     }
   }
-  check_apart(op, {{{"ring"}, ring}}, {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}});
+  check_apart(op, {{"ring"}, ring}, {{{"coefficients"}, coefficients}, {{"offsets"}, offsets}});
 }
 
 inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t slot) {
@@ -329,12 +331,19 @@ inline void check_push(const Tensor& ring, const Tensor& feature, std::int64_t s
   check_defined(op, {{{"ring"}, ring}});
   check_ring(op, ring);
   check_feature(op, {"feature"}, feature);
-  const Shape wanted{ring.sizes().data() + 1, ring.sizes().size() - 1};
+  const Shape wanted = slot_shape(ring);
   if (!same_sizes(shape_of(feature), wanted)) {
     refuse(op, "feature must have shape ", wanted, " like a slot of ring, got ", shape_of(feature));
   }
   check_device(op, {"feature"}, feature, {"ring"}, ring);
   check_slot(op, {"slot"}, slot, ring);
+  const TensorView written = view_of_slot(ring, slot), read = view_of(feature);
+  const std::span<const std::int64_t> sizes{wanted.sizes, wanted.dims};
+  if (!is_same_view(sizes, written, read) && share_memory(sizes, read, sizes, written)) {
+    refuse(op,
+           "feature must be the slot that it is written to or share no memory with it, got another view of it that ",
+           "starts ", bytes_between(written.data, read.data), " bytes after the slot");
+  }
 }
 
 // A KAN layer of I inputs, O outputs and B bases: x [..., I], grid [I, B + order + 1], base_weight and spline_scaler
@@ -393,18 +402,6 @@ inline MergedShape lay_out(const char* op, Shape shape, std::span<const TensorVi
   return merged;
 }
 
-// A copy may go onto itself but not onto a part of itself. Where strides interleave, nothing is checked.
-inline void check_overlap(const char* op, Name name, const MergedShape& merged, const Operand& written,
-                          const Operand& read) {
-  const auto* to = static_cast<const char*>(written.data);
-  const auto* from = static_cast<const char*>(read.data);
-  const bool same = to == from && written.bytes == read.bytes;
-  if (merged.contiguous && !same && to < from + merged.numel * read.bytes && from < to + merged.numel * written.bytes) {
-    refuse(op, name, " must not overlap a part of the slot that it is written to, got memory ", from - to,
-           " bytes after the slot's");
-  }
-}
-
 // All tensors have one shape and dtype.
 inline void check_predict_l1(const std::vector<Tensor>& history, const Tensor& target, const Tensor& weight,
                              const Tensor& bias, const Tensor& gain, const std::optional<Tensor>& out) {
@@ -414,26 +411,13 @@ inline void check_predict_l1(const std::vector<Tensor>& history, const Tensor& t
   if (out) {
     check_like(op, {"out"}, *out, {"history", 0}, history[0]);
     check_distinct_elements(op, {"out"}, *out);
-    check_apart(op, {{{"out"}, *out}},
-                {{{"target"}, target}, {{"weight"}, weight}, {{"bias"}, bias}, {{"gain"}, gain}});
+    const Argument written{{"out"}, *out};
+    check_apart(op, written, {{{"target"}, target}, {{"weight"}, weight}, {{"bias"}, bias}, {{"gain"}, gain}});
     for (std::size_t k = 0; k < history.size(); ++k) {
-      check_apart(op, {{{"out"}, *out}}, {{{"history", static_cast<std::int64_t>(k)}, history[k]}});
+      check_apart(op, written, {{{"history", static_cast<std::int64_t>(k)}, history[k]}});
     }
   }
 }
-
-inline TensorView view_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.strides().data(), static_cast<std::int64_t>(tensor.element_size())};
-}
-
-// A slot of a ring as a tensor of its own, without making one.
-inline TensorView view_of_slot(const Tensor& ring, std::int64_t slot) {
-  const auto bytes = static_cast<std::int64_t>(ring.element_size());
-  return {static_cast<char*>(ring.data_ptr()) + slot * ring.stride(0) * bytes, ring.strides().data() + 1, bytes};
-}
-
-// The shape of one slot of a ring.
-inline Shape slot_shape(const Tensor& ring) { return {ring.sizes().data() + 1, ring.sizes().size() - 1}; }
 
 // A parameter as kernels read it: [M, K], [M] or [K] (one row) or one element.
 template <typename T>

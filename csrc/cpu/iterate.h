@@ -54,7 +54,6 @@ class TensorIterator {
   void build(const char* op, Shape shape) { merged_ = lay_out(op, shape, {views_.data(), tensors_}, operands_); }
 
   const MergedShape& merged() const { return merged_; }
-  const Operand& operand(std::size_t tensor) const { return operands_[tensor]; }
   std::size_t outputs() const { return outputs_; }
 
   // Whether the outputs are to be stored past the cache.

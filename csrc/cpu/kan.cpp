@@ -65,7 +65,7 @@ class Layer {
       : outputs(base_weight.size(0)),
         inputs(base_weight.size(1)),
         bases(spline_weight.size(2)),
-        rows(inputs ? x_tensor.numel() / inputs : rows_of(x_tensor)),
+        rows(x_tensor.numel() / inputs),
         x(x_tensor),
         base(base_weight),
         spline(spline_weight),
@@ -89,9 +89,10 @@ class Layer {
     }
     const Splines<A> splines{grid_.data(), inverses_.data(), inputs, static_cast<int>(knots), order_};
     parallel_tiles(rows, 64 * inputs * bases, [&](std::int64_t first, std::int64_t last) {
-      std::vector<A> level(knots * inputs), slope(with_slopes ? knots * inputs : 0);
+      std::vector<A> level(knots * inputs), slope(with_slopes ? knots * inputs : 0), points(inputs);
       for (std::int64_t n = first; n < last; ++n) {
-        loops().spline_bases(splines, x.at(n * inputs), level.data(), with_slopes ? slope.data() : nullptr);
+        place(n, points);
+        loops().spline_bases(splines, points.data(), level.data(), with_slopes ? slope.data() : nullptr);
         transpose(level, values_.data() + n * inputs * bases);
         if (with_slopes) {
           transpose(slope, slopes_.data() + n * inputs * bases);
@@ -132,14 +133,6 @@ class Layer {
   const Values<T> x, base, spline, scaler;
 
  private:
-  static std::int64_t rows_of(const Tensor& x) {
-    std::int64_t rows = 1;
-    for (std::int64_t d = 0; d + 1 < x.dim(); ++d) {
-      rows *= x.size(d);
-    }
-    return rows;
-  }
-
   void read_grid(const Tensor& tensor) {
     const Values<T> grid(tensor);
     const std::int64_t knots = bases + order_ + 1;
@@ -153,6 +146,16 @@ class Layer {
           inverses_[((d - 1) * knots + g) * inputs + i] = 1 / (t[g + d] - t[g]);
         }
       }
+    }
+  }
+
+  // Row n as the splines take it: all bases are zero beyond the knots as they are at the last one, where the recursion
+  // makes no products of infinity and zero. NaN stays.
+  void place(std::int64_t n, std::vector<A>& points) const {
+    const A* last = grid_.data() + (bases + order_) * inputs;
+    for (std::int64_t i = 0; i < inputs; ++i) {
+      const A value = *x.at(n * inputs + i);
+      points[i] = value < grid_[i] || value > last[i] ? last[i] : value;
     }
   }
 
@@ -267,7 +270,13 @@ std::vector<std::int64_t> output_sizes(const Tensor& x, const Tensor& base_weigh
 Tensor kan_linear(const Tensor& x, const Tensor& grid, const Tensor& base_weight, const Tensor& spline_weight,
                   const Tensor& spline_scaler) {
   check_kan_linear("kan_linear", x, grid, base_weight, spline_weight, spline_scaler);
+  if (x.numel() == 0) {  // no inputs: however many rows there are, none needs a look
+    return torch::stable::new_zeros(x, output_sizes(x, base_weight));
+  }
   Tensor out = torch::stable::new_empty(x, output_sizes(x, base_weight));
+  if (out.numel() == 0) {
+    return out;
+  }
   for_feature(x.scalar_type(), [&]<typename T>() {
     Layer<T> layer(x, grid, base_weight, spline_weight, spline_scaler);
     forward<T>(layer, Result<T>(out));
@@ -282,6 +291,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kan_linear_backward(const Tensor& gra
   check_kan_linear(op, x, grid, base_weight, spline_weight, spline_scaler);
   const std::vector<std::int64_t> sizes = output_sizes(x, base_weight);
   check_gradient(op, grad, {sizes.data(), sizes.size()}, {"x"}, x);
+  if (x.numel() == 0 || grad.numel() == 0) {
+    const auto zeros = [](const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); };
+    return {zeros(x), zeros(base_weight), zeros(spline_weight), zeros(spline_scaler)};
+  }
   Tensor of_x = fresh_like(x), of_base = fresh_like(base_weight), of_spline = fresh_like(spline_weight),
          of_scaler = fresh_like(spline_scaler);
   for_feature(x.scalar_type(), [&]<typename T>() {

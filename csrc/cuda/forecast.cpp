@@ -51,7 +51,6 @@ void forecast_into(const Tensor& ring, const Tensor& coefficients, const Tensor&
 void push(const Tensor& ring, const Tensor& feature, std::int64_t slot) {
   check_push(ring, feature, slot);
   const Tensors tensors = merge_tensors("push", slot_shape(ring), {view_of(feature), view_of_slot(ring, slot)}, 1);
-  check_overlap("push", {"feature"}, tensors.merged, tensors.operands[1], tensors.operands[0]);
   const DeviceGuard guard(ring.get_device_index());
   const Target target = target_of("push", ring);
   for_feature(ring.scalar_type(), [&]<typename To>() {

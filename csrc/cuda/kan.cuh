@@ -114,10 +114,10 @@ struct KanParams {
   KanGradients gradients;
 };
 
-// The recursion makes the bases of infinity and NaN no numbers; those of order 0 come from comparisons and are zero.
+// What the bases that do not exist at x are: the recursion makes those of NaN no numbers, those of order 0 are zero.
 template <typename T>
-__device__ bool has_bases(const KanLayer<T>& layer, float x) {
-  return layer.order == 0 || x - x == 0.0f;
+__device__ float other_bases(const KanLayer<T>& layer, float x) {
+  return layer.order > 0 && x != x ? x : 0.0f;
 }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
       for (int r = 0; r < rows; ++r) {
         const float x = widen(params.layer.x[(row + r) * layer.inputs + start + thread]);
         const auto local = bases_at<kMost>(layer, x, start + thread);
-        smooth[r][thread] = has_bases(layer, x) ? x * sigmoid(x) : x - x;  // enters every output, as those bases do
+        smooth[r][thread] = x * sigmoid(x);  // NaN where x is
         first[r][thread] = local.first;
 #pragma unroll
         for (int b = 0; b <= kMost; ++b) {
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, kKanBlocks<kMost>)
       const float x = widen(layer.x[row * layer.inputs + column]);
       const auto local = bases_at<kMost>(layer, x, column);
       held.first[pair] = local.first;
-      held.other[pair] = has_bases(layer, x) ? 0.0f : x - x;
+      held.other[pair] = other_bases(layer, x);
       held.smooth[pair] = x * sigmoid(x);
 #pragma unroll
       for (int b = 0; b <= kMost; ++b) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import struct
 import sys
 import warnings
 from collections.abc import Mapping
@@ -77,6 +78,22 @@ def _why_not_built(record: Mapping[str, Any], name: str) -> str:
     return f"not built: {reason}" if reason else "was built, but its file is gone: install the package again"
 
 
+def _check_whole(path: Path) -> None:
+    """Check that a library's file was not cut short: the system's loader would end the process with SIGBUS.
+
+    Raises:
+        OSError: when a file is empty or an ELF file ends before its table of sections, with which linkers close it.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    size = whole = path.stat().st_size
+    if header.startswith(b"\x7fELF\x02\x01") and len(header) == 64:  # 64 bits, little endian
+        start, entry, entries = struct.unpack_from("<Q10xHH", header, 40)
+        whole = start + entry * entries
+    if size < max(whole, 64):
+        raise OSError(f"{path.name} was cut short, it has {size} bytes: install the package again")
+
+
 def load_library(name: str, folder: Path = PACKAGE, cuda: str | None = torch.version.cuda) -> Library:
     """Load one library of ops into torch's dispatcher.
 
@@ -94,9 +111,10 @@ def load_library(name: str, folder: Path = PACKAGE, cuda: str | None = torch.ver
     if name == "_cuda" and cuda is None:
         return Library(name, False, f"built, not loaded: torch {torch.__version__} has no CUDA")
     try:
+        _check_whole(path)
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        reason = f"failed to load: {error}"
+        reason = f"failed to load: {error.__cause__ or error}"
         warnings.warn(
             f"lesa_kernels: {path.name} {reason}; status() shows what serves instead", RuntimeWarning, stacklevel=2
         )
@@ -144,6 +162,8 @@ def inspection_module(folder: Path = PACKAGE) -> tuple[ModuleType | None, str]:
     if not any(file.name.startswith(f"_inspect.{tag}-") for file in files):
         return None, f"built for {files[0].name.split('.')[1]}, this is {tag}: pybind11 modules fit one Python only"
     try:
+        for file in files:
+            _check_whole(file)
         return importlib.import_module("lesa_kernels._inspect"), "loaded"
-    except (ImportError, SystemError) as error:
+    except (ImportError, SystemError, OSError) as error:
         return None, f"failed to load: {in_a_line(error)}"

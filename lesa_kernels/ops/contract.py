@@ -7,6 +7,7 @@ RuntimeError of both, which is what `torch.ops.lesa` raises. K is the history le
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -30,20 +31,35 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def check_dense(op: str, name: str, tensors: Tensor | Sequence[Tensor] | None) -> None:
-    """Check that an argument holds tensors that are there, strided and not quantized."""
+    """Check that an argument holds tensors that are there, strided, not quantized and not spread over processes."""
     if not isinstance(tensors, (list, tuple)):
-        if tensors is None or tensors.layout is not torch.strided or tensors.is_quantized:  # type: ignore[union-attr]
+        if tensors is None or not _is_dense(tensors):  # type: ignore[arg-type]
             _refuse_layout(op, name, tensors)  # type: ignore[arg-type]
         return
     for k, tensor in enumerate(tensors):
-        if tensor.layout is not torch.strided or tensor.is_quantized:
+        if not _is_dense(tensor):
             _refuse_layout(op, f"{name}[{k}]", tensor)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor is what `check_dense` wants."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and not _is_spread(tensor)
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor; its module takes long to import, and made it if it is one."""
+    module = None if type(tensor) is Tensor else sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _refuse_layout(op: str, name: str, tensor: Tensor | None) -> None:
     """Refuse what `check_dense` found."""
     if tensor is None:
         raise TypeError(f"lesa::{op}: {name} must be a tensor, got None")
+    if _is_spread(tensor):
+        raise TypeError(
+            f"lesa::{op}: {name} must be a tensor of one process, got a DTensor; to_local() is its part here"
+        )
     kind = "quantized" if tensor.is_quantized else str(tensor.layout)
     raise TypeError(f"lesa::{op}: {name} must be a dense (strided) tensor, got a {kind} one")
 
@@ -104,48 +120,79 @@ def check_parameter(
 
 def has_memory(tensor: Tensor) -> bool:
     """Return whether a tensor is real, so that its memory can be compared with another's."""
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    return not (
+        tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def check_distinct_elements(op: str, name: str, tensor: Tensor) -> None:
-    """Check that no two elements of a tensor that is written share memory, as those of `expand` and `unfold` do."""
+    """Check that no two elements of a tensor that is written share memory, as those of `expand` and `unfold` do.
+
+    A layout that only `as_strided` makes, of strides that the smaller ones reach beyond, is refused without a search.
+    """
     if not has_memory(tensor) or tensor.is_contiguous() or tensor.numel() == 0:
         return
-    dims = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    for a, (_, stride_a) in enumerate(dims):
-        for b, (size_b, stride_b) in enumerate(dims):
-            if stride_b == 0 or (a != b and stride_a % stride_b == 0 and stride_a // stride_b < size_b):
-                raise ValueError(
-                    f"lesa::{op}: {name} must not overlap itself in memory, got strides {tensor.stride()} "
-                    f"for shape {shape_of(tensor)}"
-                )
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"lesa::{op}: {name} must not overlap itself in memory, got strides {tensor.stride()} "
+                f"for shape {shape_of(tensor)}"
+            )
+        reach += stride * (size - 1)
 
 
 def check_apart(op: str, name: str, written: Tensor, others: Mapping[str, Tensor]) -> None:
-    """Check that what is written shares no memory with other arguments.
-
-    Where both have gaps, only a common first element is found: they may interleave.
-    """
-    if not has_memory(written) or written.numel() == 0:
-        return
-    start = written.data_ptr()
-    end = start + written.numel() * written.element_size()
+    """Check that what is written shares no memory with other arguments."""
     for other_name, other in others.items():
-        at, count = other.data_ptr(), other.numel()
-        meets = count > 0 and start < at + count * other.element_size() and at < end
-        if meets and (start == at or (is_dense(written) and is_dense(other))):
+        if share_memory(written, other):
             raise ValueError(
                 f"lesa::{op}: {name} must not share memory with {other_name}, "
-                f"got memory that starts {start - at} bytes after its start"
+                f"got memory that starts {written.data_ptr() - other.data_ptr()} bytes after its start"
             )
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Return whether the memory of a tensor has no gaps."""
+# Slices and permutations of one tensor leave a few places at a time; only `as_strided` makes layouts that leave more.
+_MOST_PLACES = 1000
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are real and have a byte in common.
+
+    Elements of both may interleave, as columns do: the places of a byte are sums of multiples of strides, and what is
+    looked for are two equal ones. Where that takes long, the answer is yes.
+    """
+    if a.numel() == 0 or b.numel() == 0 or not (has_memory(a) and has_memory(b)):
+        return False
+    distance = b.data_ptr() - a.data_ptr()
+    if not -_extent_of(b) < distance < _extent_of(a):
+        return False
+    # Stride in bytes -> how often it may be added, from least to most; 1 is that of the bytes of an element.
+    terms = {1: [1 - b.element_size(), a.element_size() - 1]}
+    for tensor, end, sign in ((a, 1, 1), (b, 0, -1)):
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            terms.setdefault(stride * tensor.element_size(), [0, 0])[end] += sign * (size - 1)
+    largest_first = sorted(((stride, *counts) for stride, counts in terms.items() if stride > 0), reverse=True)
+    places = {distance}
+    for position, (stride, least, most) in enumerate(largest_first):
+        rest = largest_first[position + 1 :]
+        low, high = (sum(term[0] * term[end] for term in rest) for end in (1, 2))
+        reached: set[int] = set()
+        for place in places:
+            fewest, highest = max(least, -((high - place) // stride)), min(most, (place - low) // stride)
+            if len(reached) + highest - fewest >= _MOST_PLACES:
+                return True
+            reached.update(place - stride * count for count in range(fewest, highest + 1))
+        places = reached
+    return 0 in places
+
+
+def _extent_of(tensor: Tensor) -> int:
+    """Return the bytes from the first element of a tensor to behind its last one."""
     if tensor.is_contiguous():
-        return True
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return reach == tensor.numel()
+        return tensor.numel() * tensor.element_size()
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1 + reach) * tensor.element_size()
 
 
 def numbered(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:

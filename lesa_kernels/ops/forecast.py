@@ -17,9 +17,8 @@ from lesa_kernels.ops.contract import (
     check_feature,
     check_features,
     check_parameter,
-    has_memory,
-    is_dense,
     shape_of,
+    share_memory,
 )
 from lesa_kernels.ops.numerics import arithmetic_dtype, weighted_sum
 from lesa_kernels.ops.register import MakeTensor, Op, declare, fresh_like, save_arguments
@@ -63,7 +62,7 @@ def push(ring: Tensor, feature: Tensor, slot: int) -> None:
 
     Args:
         ring: [slots, *feature], written in place.
-        feature: [*feature], any feature dtype, any strides; it may be the slot, but not overlap it in part.
+        feature: [*feature], any feature dtype, any strides; it may be the slot, but no other view of it.
         slot: which slot.
     """
     ring[slot].copy_(feature)
@@ -121,7 +120,7 @@ def _check_forecast_into(
 
 
 def _check_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
-    """Check the arguments of `push`: the feature is the slot or lies elsewhere, unless their strides interleave."""
+    """Check the arguments of `push`: the feature is the slot or shares no memory with it."""
     _check_ring(op, ring)
     check_feature(op, "feature", feature)
     if feature.shape != ring.shape[1:]:
@@ -129,22 +128,19 @@ def _check_push(op: str, ring: Tensor, feature: Tensor, slot: int) -> None:
         raise ValueError(f"lesa::{op}: feature must have shape {wanted} like a slot of ring, got {shape_of(feature)}")
     check_device(op, "feature", feature, "ring", ring)
     _check_slot(op, "slot", slot, ring)
-    if not has_memory(ring):
-        return
-    written, count = ring[slot], feature.numel()
-    start, at = written.data_ptr(), feature.data_ptr()
-    end, other_end = start + count * written.element_size(), at + count * feature.element_size()
-    if start < other_end and at < end and (start, end) != (at, other_end) and _share_layout(written, feature):
+    written = ring[slot]
+    if share_memory(feature, written) and not _is_same_view(feature, written):
         raise ValueError(
-            f"lesa::{op}: feature must not overlap a part of the slot that it is written to, "
-            f"got memory {at - start} bytes after the slot's"
+            f"lesa::{op}: feature must be the slot that it is written to or share no memory with it, "
+            f"got another view of it that starts {feature.data_ptr() - written.data_ptr()} bytes after the slot"
         )
 
 
-def _share_layout(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have no gaps and their elements lie in the same order."""
-    both_contiguous = a.is_contiguous() and b.is_contiguous()
-    return both_contiguous or (a.stride() == b.stride() and is_dense(a))
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    """Return whether each element of a tensor lies where another of its shape has the same one."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    same_strides = all(size == 1 or one == other for size, one, other in strides)
+    return a.data_ptr() == b.data_ptr() and a.element_size() == b.element_size() and same_strides
 
 
 def _fake(history: Sequence[Tensor], coefficients: Tensor, offsets: Tensor) -> list[Tensor]:

@@ -15,19 +15,20 @@ def gram(features: Sequence[Tensor]) -> Tensor:
     """Sums of the products of all pairs of K features and the constant 1.
 
     Args:
-        features: K tensors [*feature], any strides, not differentiated.
+        features: K tensors [*feature], any strides; they have tangents, but no gradients.
 
     Returns:
         [K + 1, K + 1], float64, symmetric: entry (i, j) is the sum over the elements of h_i * h_j, where h_K = 1.
     """
-    sums = _fake(features)
+    sums: dict[tuple[int, int], Tensor] = {}
+    last = len(features)
     for i, feature in enumerate(features):
-        wide = feature.detach().double()
+        wide = feature.double()
         for j in range(i + 1):
-            sums[i, j] = sums[j, i] = (wide * features[j].detach()).sum()
-        sums[i, -1] = sums[-1, i] = wide.sum()
-    sums[-1, -1] = features[0].numel()
-    return sums
+            sums[i, j] = sums[j, i] = (wide * features[j]).sum()
+        sums[i, last] = sums[last, i] = wide.sum()
+    sums[last, last] = torch.full_like(sums[0, 0], features[0].numel())
+    return torch.stack([torch.stack([sums[i, j] for j in range(last + 1)]) for i in range(last + 1)])
 
 
 def _check(op: str, features: Sequence[Tensor]) -> None:

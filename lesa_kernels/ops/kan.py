@@ -32,9 +32,11 @@ def spline_bases(x: Tensor, grid: Tensor, order: int) -> Tensor:
         order: polynomial order, 3 is cubic.
 
     Returns:
-        [..., I, G - 1 - order]; zero outside the knots.
+        [..., I, G - 1 - order]; zero outside the knots, at infinity too. NaN where x is and the order is above 0.
     """
     x = x.unsqueeze(-1)
+    # Every basis is zero beyond the knots as it is at the last one; further out, products would be inf * 0.
+    x = torch.where((x < grid[:, :1]) | (x > grid[:, -1:]), grid[:, -1:], x)
     bases = ((x >= grid[:, :-1]) & (x < grid[:, 1:])).to(x.dtype)
     for degree in range(1, order + 1):
         rising = (x - grid[:, : -degree - 1]) / (grid[:, degree:-1] - grid[:, : -degree - 1])
@@ -107,10 +109,10 @@ def kan_linear_backward(
     sigmoid = torch.sigmoid(wide)
     silu_slope = sigmoid * (1 + wide * (1 - sigmoid))
     with torch.autocast(x.device.type, enabled=False):
-        through_splines = torch.einsum("no,oib->nib", g, spline * scaler.unsqueeze(-1))
+        through_splines = (g @ (spline * scaler.unsqueeze(-1)).flatten(1)).reshape(rows, *spline.shape[1:])
         grad_x = (g @ base) * silu_slope + (through_splines * spline_slopes(wide, knots, order)).sum(-1)
         grad_base = g.T @ (wide * sigmoid)
-        grad_scaled = torch.einsum("no,nib->oib", g, spline_bases(wide, knots, order))
+        grad_scaled = (g.T @ spline_bases(wide, knots, order).flatten(1)).reshape(spline.shape)
     return (
         grad_x.reshape(x.shape).to(x.dtype),
         grad_base.to(base_weight.dtype),

@@ -17,13 +17,22 @@ from lesa_kernels.ops.contract import (
     numbered,
 )
 from lesa_kernels.ops.numerics import arithmetic_dtype, weighted_sum
-from lesa_kernels.ops.register import MakeTensor, Op, declare, fresh_like, refuse_second_derivative, save_arguments
+from lesa_kernels.ops.register import (
+    OPS,
+    MakeTensor,
+    Op,
+    declare,
+    fresh_like,
+    is_transformed,
+    refuse_second_derivative,
+    save_arguments,
+)
 
 
 def _parameters(weight: Tensor, bias: Tensor, gain: Tensor, features: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return weight [K], bias [] and gain [] in the arithmetic dtype of the features."""
     dtype = arithmetic_dtype(features)
-    return weight.detach().to(dtype), bias.detach().to(dtype).reshape(()), gain.detach().to(dtype).reshape(())
+    return weight.to(dtype), bias.to(dtype).reshape(()), gain.to(dtype).reshape(())
 
 
 def _forecast_one(history: Sequence[Tensor], weight: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
@@ -284,7 +293,11 @@ def predict_l1_loss(
             raise RuntimeError(
                 f"predict_l1_loss: {name} must not require gradients, detach it: it is taken as a constant"
             )
-    loss: Tensor = _PredictL1.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor
+    if is_transformed(history, target, weight, bias, gain):
+        loss, *_ = OPS["predict_l1"].checked(predict_l1)(list(history), target, weight, bias, gain, out)
+        return loss
+    loss = _PredictL1.apply(  # type: ignore[no-untyped-call]
         weight, bias, gain, target, out, *history
     )
     return loss

@@ -25,6 +25,14 @@ def library(request: pytest.FixtureRequest) -> Path:
     return path
 
 
+@pytest.fixture
+def inspection() -> ModuleType:
+    module, reason = libraries.inspection_module()
+    if module is None:
+        pytest.skip(reason)
+    return module
+
+
 def _symbols(path: Path, *options: str) -> list[tuple[str, str]]:
     """Kind and name of each dynamic symbol, names without their version."""
     nm = shutil.which("nm")
@@ -54,18 +62,29 @@ def test_exports_its_c_functions_alone(library: Path) -> None:
     assert all(name.startswith(f"lesa{library.stem}_") for name in exported)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.9, 0.9999])
+def test_a_library_that_was_cut_short_is_refused(library: Path, tmp_path: Path, share: float) -> None:
+    """The system's loader ends the process on most of these."""
+    content = library.read_bytes()
+    (tmp_path / library.name).write_bytes(content[: int(share * len(content))])
+    with pytest.warns(RuntimeWarning, match=rf"{library.name} failed to load: .*status\(\) shows what serves instead"):
+        found = libraries.load_library(library.stem, tmp_path, cuda="13.0")
+    assert not found.loaded
+    assert re.search("was cut short, it has .* bytes: install the package again", found.reason)
+
+
+def test_an_inspection_module_that_was_cut_short_is_refused(inspection: ModuleType, tmp_path: Path) -> None:
+    path = Path(str(inspection.__file__))
+    content = path.read_bytes()
+    (tmp_path / path.name).write_bytes(content[: len(content) // 2])
+    module, reason = libraries.inspection_module(tmp_path)
+    assert module is None and "was cut short" in reason and "install the package again" in reason
+
+
 def test_names_no_folder_of_the_machine_that_built_it(library: Path) -> None:
     content = library.read_bytes()
     assert str(PACKAGE.parent).encode() + b"/csrc" not in content
     assert str(Path(torch.__file__).parent).encode() not in content
-
-
-@pytest.fixture
-def inspection() -> ModuleType:
-    module, reason = libraries.inspection_module()
-    if module is None:
-        pytest.skip(reason)
-    return module
 
 
 def test_inspection_module_agrees_with_status(inspection: ModuleType) -> None:

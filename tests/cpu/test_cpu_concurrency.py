@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-import lesa_kernels  # noqa: F401 - importing declares the ops
+from lesa_kernels.ops import OPS as OPS_OF_THE_PACKAGE
 
 ELEMENTS = 100_003
 THREADS = 8
@@ -59,6 +61,63 @@ def test_threads_do_not_disturb_each_other(name: str) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(ROUNDS):
             assert all(map(_same, pool.map(op, range(THREADS)), alone))
+
+
+@pytest.mark.parametrize("op", OPS_OF_THE_PACKAGE)
+def test_every_op_computes_the_same_in_many_threads(op: str) -> None:
+    """Large enough that an op takes several threads itself, where torch has them."""
+
+    def run(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        arguments = OPS_OF_THE_PACKAGE[op].example(lambda *shape: torch.randn(shape, generator=generator), (60_001,))
+        results = tree_leaves([getattr(torch.ops.lesa, op)(*arguments), arguments])
+        return [result for result in results if isinstance(result, Tensor)]
+
+    alone = [run(seed) for seed in range(THREADS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(ROUNDS):
+            assert all(map(_same, pool.map(run, range(THREADS)), alone))
+
+
+class Alarm(BaseException):
+    """What a signal raises, as Ctrl-C raises KeyboardInterrupt."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[float], None]]:
+    """Raises Alarm after some seconds."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    yield lambda delay: (signal.setitimer(signal.ITIMER_REAL, delay), None)[1]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_an_interrupted_op_has_written_all_or_nothing(alarm: Callable[[float], None]) -> None:
+    elements = 2_000_000
+    one, none = torch.ones(1, 1), torch.zeros(1)
+    interrupted = unnoticed = 0
+    for attempt in range(20):
+        for write in (
+            lambda ring: torch.ops.lesa.push(ring, torch.ones(()).expand(elements), 1),
+            lambda ring: torch.ops.lesa.forecast_into(ring, one, none, [0], [1]),
+        ):
+            ring = torch.stack([torch.ones(elements), torch.zeros(elements)])
+            version = ring._version
+            alarm(1e-4 + attempt * 1.5e-4)
+            try:
+                write(ring)
+                alarm(0)
+            except Alarm:
+                interrupted += 1
+            least, most = ring[1].aminmax()
+            assert least == most
+            unnoticed += bool(most) and ring._version == version
+    # Between the write and the note of it lies a microsecond.
+    assert interrupted > 5 and unnoticed <= 1
 
 
 MODES: dict[str, Callable[[], Any]] = {

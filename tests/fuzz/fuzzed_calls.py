@@ -203,15 +203,18 @@ def _same_as_another(draw: Draw, tensor: Tensor, call: Call) -> Tensor:
 
 
 def _overlapping(draw: Draw, tensor: Tensor, call: Call) -> Tensor:
-    """Lay it over a part of another argument's memory."""
+    """Lay it over a part of another argument's memory, with strides of its own."""
     others = [other for other in tensors_of(call.arguments.values()) if other.dtype == tensor.dtype]
     other = draw(st.sampled_from([*others, tensor]))
-    memory = torch.zeros(other.numel() + tensor.numel() + 4).to(tensor.dtype)
+    rows = torch.empty(tensor.shape, device="meta").stride()
+    reversed_rows = torch.empty(tensor.shape[::-1], device="meta").stride()[::-1]
+    strides = draw(st.sampled_from([rows, reversed_rows, [2 * stride for stride in rows], [0] * tensor.dim()]))
+    memory = torch.zeros(other.numel() + 2 * tensor.numel() + 4).to(tensor.dtype)
     at = draw(st.integers(0, other.numel() + 3))
     moved = memory[: other.numel()].view(other.shape)
     moved.copy_(other)
     replace(call, other, moved)
-    return memory[at : at + tensor.numel()].view(tensor.shape)
+    return memory.as_strided(tensor.shape, strides, at)
 
 
 def _negated(_: Draw, tensor: Tensor, __: Call) -> Tensor:

@@ -8,6 +8,7 @@ from op_inputs import assert_close, kan_layer, wide
 from torch import Tensor
 
 from lesa_kernels.ops import reference
+from lesa_kernels.ops.kan import spline_bases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ops = torch.ops.lesa
@@ -133,6 +134,41 @@ def test_what_is_not_finite_gives_what_the_definition_gives(order: int) -> None:
     gradients = ops.kan_linear_backward(torch.ones(4, 2), *layer)
     for value, wanted in zip(gradients, reference.kan_linear_backward(torch.ones(4, 2), *layer), strict=True):
         assert torch.equal(value.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_far_beyond_the_knots_silu_alone_is_left(order: int, dtype: torch.dtype) -> None:
+    x, grid, base, spline, scaler = _layer((6,), 3, 2, order, uniform=True)
+    far = torch.tensor([torch.finfo(dtype).max, 1e38, 1e4]).clamp(max=torch.finfo(dtype).max).to(dtype)
+    x, grid, base = torch.cat([x.to(dtype), torch.stack([far, -far])]), grid / 8, base.to(dtype) / 1e4
+    layer = x, grid, base, spline, scaler
+    want = torch.nn.functional.silu(x[6:].double()) @ base.double().t()
+    got = ops.kan_linear(*layer)
+    assert got.isfinite().all()
+    assert_close(got[6:], want, want.abs().max().expand_as(want) * 10, dtype)
+    grad = torch.ones(8, 2).to(dtype)
+    grad_x, _, grad_spline, grad_scaler = ops.kan_linear_backward(grad, *layer)
+    near = ops.kan_linear_backward(grad[:6], x[:6], *layer[1:])
+    assert grad_x.isfinite().all()
+    assert torch.equal(grad_spline, near[2]) and torch.equal(grad_scaler, near[3])
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_splines_are_zero_at_infinity(order: int) -> None:
+    _, grid, _, spline, scaler = _layer((1,), 1, 1, order)
+    for at in (torch.inf, -torch.inf):
+        assert not spline_bases(torch.tensor([at]), grid, order).any()
+    x, one = torch.tensor([[torch.inf]]), torch.ones(1, 1)
+    assert ops.kan_linear(x, grid, one, spline, scaler).item() == torch.inf
+    assert not ops.kan_linear_backward(one, x, grid, one, spline, scaler)[2].any()
+
+
+def test_a_layer_without_inputs_does_not_look_at_its_rows() -> None:
+    rows = 10**12  # a loop over them would take days
+    grid, weights = torch.zeros(0, 12), (torch.zeros(0, 0), torch.zeros(0, 0, 8), torch.zeros(0, 0))
+    assert ops.kan_linear(torch.zeros(rows, 0), grid, *weights).shape == (rows, 0)
+    assert ops.kan_linear_backward(torch.zeros(rows, 0), torch.zeros(rows, 0), grid, *weights)[0].shape == (rows, 0)
 
 
 @pytest.mark.exhaustive

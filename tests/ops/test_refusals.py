@@ -262,3 +262,18 @@ def test_an_error_changes_nothing() -> None:
     with pytest.raises(RuntimeError):
         torch.ops.lesa.forecast_into(ring, torch.randn(2, 3), torch.randn(2), [0, 1, 2], [3, 9])
     assert torch.equal(ring, before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("op", OPS)
+def test_versions_move_with_what_is_written_and_not_with_what_is_refused(op: str) -> None:
+    refused = 0
+    for name, arguments in _calls(op):
+        tensors = [each for each in tree_leaves(arguments) if isinstance(each, Tensor)]
+        before = [tensor._version for tensor in tensors]
+        refusal = _refusal(getattr(torch.ops.lesa, op), arguments)
+        written = [arguments[position] for position, _ in OPS[op].written if refusal is None]
+        for tensor, version in zip(tensors, before, strict=True):
+            assert tensor._version == version + any(tensor is each for each in written), name
+        refused += refusal is not None
+    assert refused

@@ -81,7 +81,7 @@ def local_splines(x, grid, i, KNOTS: tl.constexpr, ORDER: tl.constexpr, SLOPES: 
         basis = span - ORDER + d
         value = tl.where(inside & (basis >= 0) & (basis < KNOTS - 1 - ORDER), values[d], 0.0)
         if ORDER > 0:
-            value += x - x  # NaN where x is infinite or NaN, as the recursion gives
+            value = tl.where(x == x, value, x)  # NaN where x is, as the recursion gives
         kept = kept + (value,)
     return span - ORDER, kept
 
@@ -183,8 +183,9 @@ def all_splines(x, first, values, BASES: tl.constexpr, ORDER: tl.constexpr):
     """Return the values of all bases from those of the ORDER + 1 from `first` on."""
     bases = ()
     for b in tl.static_range(BASES):
-        # The recursion gives NaN where x is infinite or NaN.
-        basis = x - x if ORDER > 0 else tl.full(x.shape, 0.0, tl.float32)
+        basis = tl.full(x.shape, 0.0, tl.float32)
+        if ORDER > 0:
+            basis = tl.where(x == x, basis, x)  # NaN where x is, as the recursion gives
         for d in tl.static_range(ORDER + 1):
             basis = tl.where(first + d == b, values[d], basis)
         bases = bases + (basis,)
