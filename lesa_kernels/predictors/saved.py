@@ -140,6 +140,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"{where}: config and weights make no {cls.__name__}: {shortened(error)}") from error
 
 
+@torch.inference_mode(False)
 def assembled(
     make: Callable[[], _Module], shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]
 ) -> _Module:
