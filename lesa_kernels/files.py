@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import json
@@ -21,6 +22,14 @@ from safetensors import SafetensorError, safe_open
 
 # What JSON makes of a file can be twenty times its size.
 LARGEST_JSON = 4 << 20
+_LARGEST_TEXT = 16 << 20
+# What a text in another encoding than UTF-8 may begin with; UTF-32's little end begins as UTF-16's does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 PATIENCE_SECONDS = 20.0
 """How long a writer, or a loader that finds a half-written pair of files, waits for another writer."""
 PAUSE_SECONDS = 0.005
@@ -40,11 +49,15 @@ def opened(file: Path) -> Generator[BinaryIO, None, None]:
         if file.exists():
             raise ValueError(f"{file}: must be a regular file")
         raise FileNotFoundError(f"{file}: no such file")
-    # A pipe that took its place just now would be waited for.
-    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as handle:
+    with open(file, "rb", opener=_without_waiting) as handle:
         if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
             raise ValueError(f"{file}: must be a regular file")
         yield handle
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to is empty then, and not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def shortened(reason: object) -> str:
@@ -83,6 +96,38 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     with opened(file) as handle:
         return parsed(handle.read(LARGEST_JSON + 1), file)
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read the lines of a text that somebody wrote; those without a character are left out.
+
+    Lines end with a line feed, after a carriage return or not, and with nothing else. Byte order marks and the spaces
+    around a line are no part of it.
+
+    Args:
+        file: the text, in UTF-8; a pipe is read until its writers close it.
+
+    Raises:
+        ValueError: when it is in another encoding, which is named, or too long.
+        OSError: when it cannot be read.
+    """
+    with open(file, "rb", opener=_without_waiting) as handle:
+        os.set_blocking(handle.fileno(), True)
+        data = handle.read(_LARGEST_TEXT + 1)
+    if len(data) > _LARGEST_TEXT:
+        raise ValueError(f"{file}: must be a text of at most {_LARGEST_TEXT} bytes")
+    if encoding := next((name for mark, name in _MARKS.items() if data.startswith(mark)), None):
+        raise ValueError(f"{file}: must be a text in UTF-8, it is in {encoding}")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"line {line} is not: byte {data[error.start]:#04x}"
+        raise ValueError(f"{file}: must be a text in UTF-8, {what}") from error
+    if "\0" in text:
+        raise ValueError(f"{file}: must be a text in UTF-8, it holds characters of zeros as UTF-16 without a mark does")
+    lines = [line.lstrip("\ufeff").strip() for line in text.split("\n")]
+    return [line for line in lines if line]
 
 
 @contextmanager
