@@ -30,6 +30,8 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+LARGEST_WEIGHTS = 4 << 30
+"""Bytes of a predictor's or of a training's file: one with holes takes no room on a disk, and any in the memory."""
 PATIENCE_SECONDS = 20.0
 """How long a writer, or a loader that finds a half-written pair of files, waits for another writer."""
 PAUSE_SECONDS = 0.005
@@ -38,20 +40,27 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def opened(file: Path) -> Generator[BinaryIO, None, None]:
+def opened(file: Path, largest: int | None = None) -> Generator[BinaryIO, None, None]:
     """Open a file for reading, once: all that is read from the handle is of one file, whoever replaces it meanwhile.
+
+    Args:
+        file: its path.
+        largest: bytes that it may have, None for any number.
 
     Raises:
         FileNotFoundError: when there is nothing.
-        ValueError: when it is something else than a file: reading a device or a pipe may never end.
+        ValueError: when it is larger, or something else than a file: reading a device or a pipe may never end.
     """
     if not file.is_file():
         if file.exists():
             raise ValueError(f"{file}: must be a regular file")
         raise FileNotFoundError(f"{file}: no such file")
     with open(file, "rb", opener=_without_waiting) as handle:
-        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        found = os.fstat(handle.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{file}: must be a regular file")
+        if largest is not None and found.st_size > largest:
+            raise ValueError(f"{file}: must have at most {largest} bytes, it has {found.st_size}")
         yield handle
 
 
@@ -131,14 +140,18 @@ def read_lines(file: Path) -> list[str]:
 
 
 @contextmanager
-def opened_tensors(file: Path) -> Generator[Any, None, None]:
+def opened_tensors(file: Path, largest: int | None = None) -> Generator[Any, None, None]:
     """Open a safetensors file; its header is checked against its size, so no tensor is larger than the file.
+
+    Args:
+        file: its path.
+        largest: bytes that it may have, None for any number.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is damaged.
+        ValueError: when it is damaged, or too large.
     """
-    with opened(file) as handle, tensors_of(handle, file) as tensors:
+    with opened(file, largest) as handle, tensors_of(handle, file) as tensors:
         yield tensors
 
 
@@ -159,6 +172,12 @@ def tensors_of(handle: BinaryIO, file: Path) -> Generator[Any, None, None]:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file}: must be a whole safetensors file: {shortened(error)}") from error
+    except MemoryError as error:
+        raise ValueError(f"{file}: must fit into the memory") from error
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error):
+            raise
+        raise ValueError(f"{file}: must fit into the memory") from error
 
 
 @contextmanager

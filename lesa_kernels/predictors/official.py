@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
-from lesa_kernels.files import opened, shortened
+from lesa_kernels.files import LARGEST_WEIGHTS, opened, shortened
 from lesa_kernels.predictors.lesa import LesaPredictor
 from lesa_kernels.predictors.saved import assembled
 
@@ -212,7 +212,7 @@ def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = No
 
 def _read_state(file: Path) -> dict[str, Tensor]:
     """Return the tensors of `model`."""
-    with opened(file) as handle:
+    with opened(file, LARGEST_WEIGHTS) as handle:
         return _read_open(handle, file)
 
 

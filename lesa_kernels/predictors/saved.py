@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lesa_kernels.files import (
     LARGEST_JSON,
+    LARGEST_WEIGHTS,
     PATIENCE_SECONDS,
     PAUSE_SECONDS,
     opened,
@@ -224,7 +225,7 @@ def _opened(where: str, hub: Mapping[str, Any]) -> Generator[tuple[dict[str, Any
             handles = [stack.enter_context(opened(file))]
             config = parsed(handles[0].read(LARGEST_JSON + 1), file)
             if weights.exists():
-                handles.append(stack.enter_context(opened(weights)))
+                handles.append(stack.enter_context(opened(weights, LARGEST_WEIGHTS)))
                 tensors = stack.enter_context(tensors_of(handles[1], weights))
                 if _belong_together(config, tensors, weights):
                     yield config, tensors
