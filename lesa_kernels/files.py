@@ -260,7 +260,7 @@ def only_writer(folder: Path, name: str) -> Generator[None, None, None]:
 
 def writer_of(folder: Path, name: str) -> str | None:
     """Return who writes something, None where nobody does; see `only_writer`."""
-    with suppress(FileNotFoundError), _lock_path(folder, name).open("rb", buffering=0) as handle:
+    with suppress(FileNotFoundError, PermissionError), _lock_path(folder, name).open("rb", buffering=0) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
