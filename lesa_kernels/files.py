@@ -278,7 +278,8 @@ def _lock_path(folder: Path, name: str) -> Path:
 
 def _locked(path: Path) -> FileIO | None:
     """Open and lock a file; None where another one holds it, or has just removed it."""
-    handle = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
+    # A link that somebody left there would have its target overwritten.
+    handle = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle.fileno()), path.stat()):

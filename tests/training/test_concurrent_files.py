@@ -214,6 +214,28 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
         pass
 
 
+@pytest.mark.parametrize("name", [".model.safetensors.writer", ".model.safetensors.unfinished"])
+def test_links_that_somebody_left_are_not_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("mine")
+    target = tmp_path / "kept" if name.endswith("unfinished") else tmp_path / "kept" / "file"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(target)
+    with pytest.raises(OSError, match=r"cannot be written .*out/model\.safetensors"):
+        of_seed(0).save_pretrained(tmp_path / "out")
+    assert (tmp_path / "kept" / "file").read_text() == "mine"
+
+
+def test_links_to_files_are_replaced(tmp_path: Path) -> None:
+    of_seed(0).save_pretrained(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    for name in ("config.json", WEIGHTS):
+        (tmp_path / "two" / name).symlink_to(tmp_path / "one" / name)
+    assert seed_of(load_predictor(tmp_path / "two")) == 0
+    of_seed(1).save_pretrained(tmp_path / "two")
+    assert (seed_of(load_predictor(tmp_path / "one")), seed_of(load_predictor(tmp_path / "two"))) == (0, 1)
+
+
 def test_where_there_are_no_locks_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
