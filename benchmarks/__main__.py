@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +24,14 @@ from benchmarks.compare import ROOT, Worker, checked_out, compare, table
 from benchmarks.record import Record
 from benchmarks.results import RESULTS
 from benchmarks.suite import Entry, headline, missing, suite, sweeps
+from lesa_command import interruptible
+from lesa_command import run as run_program
 from lesa_kernels.backends import libraries
 
 LOG_WIDTH = 120
 
 
+@interruptible("Interrupted; rows that were saved are whole.")
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Rounds; each takes one sample of every variant.", min=3)] = 15,
@@ -184,4 +188,4 @@ def _compare(console: Console, revision: str, device: str, chosen: Sequence[int]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(lambda: partial(typer.run, main))

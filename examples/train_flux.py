@@ -14,6 +14,7 @@ import torch
 from diffusers import FluxPipeline
 
 import lesa_kernels as lesa
+from lesa_kernels.files import read_lines
 from lesa_kernels.integrations import PipelineSource
 from lesa_kernels.training import TrainingConfig, train
 
@@ -34,7 +35,7 @@ def main() -> None:
         torch.distributed.init_process_group()
 
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to(device)
-    prompts = [line for line in arguments.prompts.read_text().splitlines() if line]
+    prompts = read_lines(arguments.prompts)
     source = PipelineSource(pipe, prompts, steps=arguments.steps)
     torch.manual_seed(0)
     predictor = lesa.LesaPredictor(num_steps=arguments.steps).to(device)

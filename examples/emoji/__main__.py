@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from lesa_command import loading, run
 
 app = typer.Typer(add_completion=False)
 
@@ -24,19 +27,20 @@ def main(
 ) -> None:
     """Fit a learned solver to a small, guided SD3 that draws emoji, and compare it with other methods."""
     console = Console()
-    with console.status("loading torch and diffusers"):
+    console.print("loading torch and diffusers")
+    with loading():
         from examples.emoji.demo import SHOWN_CALLS, DemoConfig, run_demo
         from lesa_kernels.cli.common import check_device, command
     with command("Interrupted; what was written is whole."):
         check_device(device)
         run_demo(DemoConfig(out, device, samples, runs), console)
-    console.print(
-        "\nNext, for a model of yours:\n\n"
-        f"lesa calibrate MODEL --prompts prompts.txt --calls {SHOWN_CALLS} --out my-solver",
-        highlight=False,
-        soft_wrap=True,
-    )
+        console.print(
+            "\nNext, for a model of yours:\n\n"
+            f"lesa calibrate MODEL --prompts prompts.txt --calls {SHOWN_CALLS} --out my-solver",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m examples.emoji")
+    run(lambda: partial(app, prog_name="python -m examples.emoji"))

@@ -7,6 +7,7 @@ import typer
 from lesa_kernels.backends import status as kernel_status
 from lesa_kernels.cli.bench import bench
 from lesa_kernels.cli.calibrate import calibrate
+from lesa_kernels.cli.common import command
 from lesa_kernels.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Forecast a diffusion transformer's features.")
@@ -19,4 +20,5 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 @app.command()
 def status() -> None:
     """Show which kernel serves which device, and why."""
-    typer.echo(str(kernel_status()))
+    with command("Interrupted."):
+        typer.echo(str(kernel_status()))

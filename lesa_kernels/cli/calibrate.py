@@ -109,8 +109,6 @@ def calibrate(
     offload: common.Offload = False,
 ) -> None:
     """Find the best steps to run in full, fit a predictor for the others, and save it. Runs in one process."""
-    common.check_modules("lesa calibrate", "diffusers", "matplotlib")
-    console = common.make_console()
     if calls is not None and psnr_db is not None:
         raise typer.BadParameter("give one budget: --calls or --psnr-db")
     if calls is not None and calls >= steps:
@@ -121,7 +119,9 @@ def calibrate(
         raise typer.BadParameter("--psnr-db needs a --search of at least 1")
     if target is Target.finer and form is not Form.solver:
         raise typer.BadParameter(f"--target finer needs --form solver, got {form.value}")
-    with common.command("Interrupted, nothing is saved."):
+    with common.command("Interrupted: files that were written are whole, the same command begins anew."):
+        common.check_modules("lesa calibrate", "diffusers", "matplotlib")
+        console = common.make_console()
         pipeline = common.Pipeline(model, prompts, steps, settings, seed, capture, common.place(device), dtype, offload)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(f"lesa calibrate runs in one process, got {torch.distributed.get_world_size()}")
@@ -148,9 +148,9 @@ def calibrate(
                 _draw_curve(fits, source.sigmas, numbers, schedule, out / _CURVE_FILE, console)
             predictors = fits.predictors(schedule)
             save_predictors(predictors, out)
-    common.show_files(out, console)
-    lines = pipeline.next_lines(common.loading(predictors, out))
-    console.print("\n" + lines, markup=False, highlight=False, soft_wrap=True)
+        common.show_files(out, console)
+        lines = pipeline.next_lines(common.loading(predictors, out))
+        console.print("\n" + lines, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

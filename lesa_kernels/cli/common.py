@@ -17,6 +17,8 @@ import torch
 import typer
 from rich.console import Console
 
+from lesa_command import INTERRUPTED, give_up_output, is_of_output
+from lesa_kernels.files import read_lines
 from lesa_kernels.integrations import PipelineSource
 from lesa_kernels.schedule import Schedule
 from lesa_kernels.training.progress import waiting
@@ -161,26 +163,30 @@ def place(device: str | None) -> str:
 def command(interrupted: str) -> Generator[None, None, None]:
     """Join the processes that torchrun started, if it did, and turn errors and Ctrl-C into one line."""
     launched = torch.distributed.is_torchelastic_launched()
-    if launched:
-        torch.distributed.init_process_group()
     try:
+        if launched:
+            torch.distributed.init_process_group()
         yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except OSError as error:
+        if is_of_output(error):
+            give_up_output(error)
+        raise typer.BadParameter(str(error)) from error
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     except FloatingPointError as error:
         typer.echo(f"Stopped: {error}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo(interrupted, err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     finally:
-        if launched:
+        if launched and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def _prompts(file: Path) -> list[str]:
     """Read a prompt a line."""
-    texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = read_lines(file)
     if not texts:
         raise typer.BadParameter(f"--prompts {file} must hold a prompt a line, it holds none")
     return texts

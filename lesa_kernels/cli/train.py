@@ -66,9 +66,9 @@ def train(
 
     The same command continues a stopped training. `lesa calibrate` gives better images where it can be used.
     """
-    common.check_modules("lesa train", "diffusers", "matplotlib")
-    console = common.make_console()
     with common.command("Interrupted: the same command goes on where it was stopped."):
+        common.check_modules("lesa train", "diffusers", "matplotlib")
+        console = common.make_console()
         place = common.place(device)
         pipeline = common.Pipeline(model, prompts, steps, settings, seed, capture, place, dtype, offload)
         runs = pipeline.source(console)
@@ -95,13 +95,13 @@ def train(
         result = train_predictor(
             predictors, source, schedule, config, out=out, progress=not console.quiet, description="LESA"
         )
-    if console.quiet:
-        return
-    console.print(f"{result.updates} updates in {result.seconds:.0f} s")
-    for phase, values in result.losses.items():
-        if values:
-            console.print(f"{phase}: loss {values[0]:.4g} in the first batch, {values[-1]:.4g} in the last")
-    common.show_files(out, console)
-    console.print(
-        "\n" + pipeline.next_lines(common.loading(branches, out)), markup=False, highlight=False, soft_wrap=True
-    )
+        if console.quiet:
+            return
+        console.print(f"{result.updates} updates in {result.seconds:.0f} s")
+        for phase, values in result.losses.items():
+            if values:
+                console.print(f"{phase}: loss {values[0]:.4g} in the first batch, {values[-1]:.4g} in the last")
+        common.show_files(out, console)
+        console.print(
+            "\n" + pipeline.next_lines(common.loading(branches, out)), markup=False, highlight=False, soft_wrap=True
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 import re
 import reprlib
@@ -11,12 +12,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
-from lesa_kernels.files import regular, shortened
+from lesa_kernels.files import LARGEST_WEIGHTS, opened, shortened
 from lesa_kernels.predictors.lesa import LesaPredictor
 from lesa_kernels.predictors.saved import assembled
 
@@ -211,9 +212,15 @@ def load_official(path: str | Path, *, thresholds: tuple[float, ...] | None = No
 
 def _read_state(file: Path) -> dict[str, Tensor]:
     """Return the tensors of `model`."""
-    size = regular(file).stat().st_size
+    with opened(file, LARGEST_WEIGHTS) as handle:
+        return _read_open(handle, file)
+
+
+def _read_open(handle: BinaryIO, file: Path) -> dict[str, Tensor]:
+    """Return the tensors of `model` in an open file."""
+    size = os.fstat(handle.fileno()).st_size
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(handle) as archive:
             content = _read_archive(archive, size)
     except zipfile.BadZipFile as error:
         reason = f"no zip archive, or truncated: {error}"

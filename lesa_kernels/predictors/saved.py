@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
+import os
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -16,7 +20,18 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lesa_kernels.files import opened_tensors, parsed, read_json, replacing_all, shortened
+from lesa_kernels.files import (
+    LARGEST_JSON,
+    LARGEST_WEIGHTS,
+    PATIENCE_SECONDS,
+    PAUSE_SECONDS,
+    opened,
+    parsed,
+    replacing_all,
+    shortened,
+    tensors_of,
+    writer_of,
+)
 
 if TYPE_CHECKING:
     from lesa_kernels.predictors.lesa import LesaPredictor
@@ -53,6 +68,7 @@ class Saved(nn.Module, PyTorchModelHubMixin):
             What `push_to_hub` returned, if it was asked for.
 
         Raises:
+            BlockingIOError: when another process that saves there does not come to its end; names it.
             OSError: when a file cannot be written; names it.
         """
         push, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", None)
@@ -91,11 +107,18 @@ class Saved(nn.Module, PyTorchModelHubMixin):
             FileNotFoundError: when a file is missing.
             ValueError: when a file is damaged, the config lacks an entry or has one that is not known here, or the
                 weights are not those of such a predictor.
+            BlockingIOError: when another process that saves there does not come to its end; names it.
         """
         where = str(pretrained_model_name_or_path)
         hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
-        config, weights = _found(where, hub)
-        digest = _digest(config)
+        with _opened(where, hub) as (config, tensors):
+            return cls._made(where, config, tensors, options).to(map_location)
+
+    @classmethod
+    def _made(
+        cls: type[_Predictor], where: str, config: dict[str, Any], tensors: Any, options: Mapping[str, Any]
+    ) -> _Predictor:
+        """Make the predictor of a config and of open weights."""
         kind = config.pop(_KIND, _FIRST_KIND)
         if kind not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(f"{where}: must hold a {cls.__name__}, its config says {reprlib.repr(kind)}")
@@ -105,29 +128,20 @@ class Saved(nn.Module, PyTorchModelHubMixin):
                 f"{where}: its config has entries that are not known here, a newer version may have written them: "
                 f"{reprlib.repr(strange)}"
             )
-        config |= options
+        config = {**config, **options}
         required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
         if missing := [name for name in required if name not in config]:
             raise ValueError(f"{where}: {CONFIG_NAME} must name {', '.join(missing)}")
-        if not weights.exists():
+        if tensors is None:
             raise FileNotFoundError(f"{where}: must hold {SAFETENSORS_SINGLE_FILE}")
-        with opened_tensors(weights) as tensors:
-            metadata = tensors.metadata() or {}
-            # Earlier versions kept the config itself in the header.
-            earlier = _digest(parsed(metadata["config"], weights)) if "config" in metadata else digest
-            if metadata.get(_DIGEST, earlier) != digest:
-                raise ValueError(
-                    f"{where}: {CONFIG_NAME} must be the config of the weights beside it, they were saved with another "
-                    "(a save was cut short, or the file was edited): save the predictor again"
-                )
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
-            try:
-                predictor = assembled(lambda: cls(**config), shapes, tensors.get_tensor)
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise ValueError(f"{where}: config and weights make no {cls.__name__}: {shortened(error)}") from error
-        return predictor.to(map_location).eval()
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        try:
+            return assembled(lambda: cls(**config), shapes, tensors.get_tensor).eval()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{where}: config and weights make no {cls.__name__}: {shortened(error)}") from error
 
 
+@torch.inference_mode(False)
 def assembled(
     make: Callable[[], _Module], shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]
 ) -> _Module:
@@ -177,6 +191,7 @@ def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredicto
     Raises:
         ValueError: when the config names no kind of predictor that is known here, or the weights do not fit it.
         FileNotFoundError: when the folder lacks a file.
+        BlockingIOError: when another process that saves there does not come to its end; names it.
     """
     from lesa_kernels.predictors.lesa import LesaPredictor
     from lesa_kernels.predictors.linear import LinearPredictor
@@ -186,15 +201,70 @@ def load_predictor(folder_or_hub_id: str | Path, **options: Any) -> LesaPredicto
         kind.__name__: kind for kind in (LesaPredictor, LinearPredictor, SolverPredictor)
     }
     where = str(folder_or_hub_id)
-    config, _ = _found(where, {name: options[name] for name in _HUB_OPTIONS if name in options})
-    name = config.get(_KIND, _FIRST_KIND)
-    if not isinstance(name, str) or name not in kinds:
-        raise ValueError(f"{where}: predictor must be one of {', '.join(kinds)}, got {reprlib.repr(name)}")
-    return kinds[name].from_pretrained(where, **options)
+    map_location = options.pop("map_location", "cpu")
+    hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+    with _opened(where, hub) as (config, tensors):
+        name = config.get(_KIND, _FIRST_KIND)
+        if not isinstance(name, str) or name not in kinds:
+            raise ValueError(f"{where}: predictor must be one of {', '.join(kinds)}, got {reprlib.repr(name)}")
+        return kinds[name]._made(where, config, tensors, options).to(map_location)
 
 
-def _found(where: str, hub: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """Return the config of a folder or of a hub id, and the file of its weights."""
+@contextmanager
+def _opened(where: str, hub: Mapping[str, Any]) -> Generator[tuple[dict[str, Any], Any], None, None]:
+    """Open config and weights of one save; where another process is between the two, wait for it.
+
+    Each file is opened once, and closed after the with statement. Where there are no weights, None stands for them.
+    """
+    file, weights = _found(where, hub)
+    latest = time.monotonic() + PATIENCE_SECONDS
+    before: list[tuple[int, ...]] = []
+    who: str | None = None
+    while True:
+        with ExitStack() as stack:
+            handles = [stack.enter_context(opened(file))]
+            config = parsed(handles[0].read(LARGEST_JSON + 1), file)
+            if weights.exists():
+                handles.append(stack.enter_context(opened(weights, LARGEST_WEIGHTS)))
+                tensors = stack.enter_context(tensors_of(handles[1], weights))
+                if _belong_together(config, tensors, weights):
+                    yield config, tensors
+                    return
+            now = [_identity(handle) for handle in handles]
+        # That nobody was writing between two looks at the same files means that they stay as they are.
+        if now == before and who is None:
+            break
+        before, who = now, writer_of(file.parent, SAFETENSORS_SINGLE_FILE)
+        if time.monotonic() > latest:
+            text = f"{who or 'another process'} is saving a predictor there; load it when it has done so"
+            raise BlockingIOError(errno.EAGAIN, text, where)
+        time.sleep(PAUSE_SECONDS)
+    if len(now) == 1:
+        yield config, None
+        return
+    raise ValueError(
+        f"{where}: {CONFIG_NAME} must be the config of the weights beside it, they were saved with another "
+        "(a save was cut short, or the file was edited): save the predictor again"
+    )
+
+
+def _belong_together(config: dict[str, Any], tensors: Any, weights: Path) -> bool:
+    """Whether weights were saved with a config, as far as they say."""
+    metadata = tensors.metadata() or {}
+    digest = _digest(config)
+    # Earlier versions kept the config itself in the header.
+    earlier = _digest(parsed(metadata["config"], weights)) if "config" in metadata else digest
+    return bool(metadata.get(_DIGEST, earlier) == digest)
+
+
+def _identity(handle: BinaryIO) -> tuple[int, ...]:
+    """Return what tells a file from another one that took its place."""
+    found = os.fstat(handle.fileno())
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _found(where: str, hub: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Return the files of the config and of the weights in a folder or of a hub id."""
     folder = Path(where)
     if folder.is_dir():
         file, weights = folder / CONFIG_NAME, folder / SAFETENSORS_SINGLE_FILE
@@ -206,7 +276,7 @@ def _found(where: str, hub: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
         branches = ", ".join(sorted(each.parent.name for each in file.parent.glob(f"*/{CONFIG_NAME}")))
         what = f", it holds the branches {branches}: load each from its own folder" if branches else ""
         raise FileNotFoundError(f"{where}: must hold {CONFIG_NAME}{what}")
-    return read_json(file), weights
+    return file, weights
 
 
 def _digest(config: object) -> str:

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lesa_kernels.files import opened_tensors, parsed, replacing, shortened
+from lesa_kernels.files import LARGEST_WEIGHTS, opened_tensors, parsed, replacing, shortened
 
 FILE = "checkpoint.safetensors"
 _LOSSES = "losses"
+# A number of Python's takes four times the memory of one in a tensor.
+_MOST_BATCHES = 10_000_000
 _DIFFERENCES_SHOWN = 4
 
 
@@ -54,12 +56,14 @@ class Checkpoint:
         if not file.exists():
             return None
         try:
-            with opened_tensors(file) as opened:
+            with opened_tensors(file, LARGEST_WEIGHTS) as opened:
                 metadata = opened.metadata()
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
             losses = tensors.pop(_LOSSES)
             if losses.dim() != 1 or losses.dtype != torch.float64:
                 raise ValueError(f"{_LOSSES} must be a row of float64, got {tuple(losses.shape)} of {losses.dtype}")
+            if len(losses) > _MOST_BATCHES:
+                raise ValueError(f"{_LOSSES} must be of at most {_MOST_BATCHES} batches, got {len(losses)}")
             settings = parsed(metadata["settings"], file)
             return cls(settings, tensors, losses.tolist(), float(metadata["seconds"]))
         except (KeyError, TypeError, ValueError) as error:

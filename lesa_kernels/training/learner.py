@@ -35,7 +35,7 @@ class Learner:
         ranks: the processes.
 
     Raises:
-        ValueError: when the plan forecasts no step.
+        ValueError: when the plan forecasts no step, or the parameters were made under `torch.inference_mode`.
         TypeError: when the parameters are not float32.
     """
 
@@ -51,6 +51,8 @@ class Learner:
         for name, parameter in predictor.named_parameters():
             if parameter.dtype != torch.float32:
                 raise TypeError(f"{name} must be float32 (low precision loses most updates), got {parameter.dtype}")
+            if parameter.is_inference():
+                raise ValueError(f"{name} must be made outside of torch.inference_mode(): it could not be trained")
         self.branch = branch
         self.predictor = predictor
         self.schedule = Schedule(len(sigmas) - 1, predictor.plan(sigmas, schedule, on_other_sigmas="adapt").full_steps)

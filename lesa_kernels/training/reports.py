@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 
-from lesa_kernels.files import replacing
+from lesa_kernels.files import only_writer, replacing
 from lesa_kernels.predictors.saved import Saved
 from lesa_kernels.training.config import Batch, TrainingResult, losses_by_phase
 
@@ -19,13 +19,18 @@ def save_predictors(predictors: Mapping[str, Saved], folder: Path) -> None:
     """Write predictors with `save_pretrained`: one into the folder itself, several into folders of their branches.
 
     Each file appears whole or not at all, so that a predictor can be loaded at any time. Several take the place of one
-    that lies in the folder.
+    that lies in the folder; of several that are saved there at once, the last take their places together.
     """
-    if len(predictors) > 1:
+    if len(predictors) == 1:
+        (predictor,) = predictors.values()
+        predictor.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder, SAFETENSORS_SINGLE_FILE):
         for name in (CONFIG_NAME, SAFETENSORS_SINGLE_FILE):
             (folder / name).unlink(missing_ok=True)
-    for branch, predictor in predictors.items():
-        predictor.save_pretrained(folder if len(predictors) == 1 else folder / branch)
+        for branch, predictor in predictors.items():
+            predictor.save_pretrained(folder / branch)
 
 
 def write_losses(folder: Path, batches: Sequence[Batch], losses: Sequence[float], description: str) -> None:

@@ -217,6 +217,7 @@ class SolverFits:
             raise ValueError(f"schedule must have {len(self.sigmas) - 1} steps, got {resolved.num_steps}")
         return (self.first_step, *(step for step in resolved.full_steps if step > self.first_step))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fit(self, schedule: Schedule | ScheduleRule, *, progress: bool = True) -> SolverPredictor:
         """Fit the coefficients of a schedule; see `fit_solver`.

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 from rich.progress import Progress
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,7 +97,7 @@ class FeatureStore:
     def run(self, runs: Sequence[int], policy: StepPolicy) -> None:
         """See `TrajectorySource.run`."""
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(_shard(self.folder, run), framework="pt")) for run in runs]
+            files = [stack.enter_context(_opened(_shard(self.folder, run), self._stamp)) for run in runs]
 
             def feature(step: int, branch: str) -> Tensor:
                 features = [self._feature(file, step, branch) for file in files]

@@ -41,6 +41,7 @@ BranchCoefficients: TypeAlias = dict[str, Coefficients]
 """Of each branch of guidance."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fit(
     source: TrajectorySource,
@@ -293,6 +294,8 @@ def _combine(features: Sequence[Tensor], terms: Mapping[int, float]) -> Tensor:
     return result
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def derivatives(
     tail: Callable[[Tensor], Tensor], feature: Tensor, directions: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
@@ -310,6 +313,9 @@ def derivatives(
         ValueError: when the tail detaches the feature.
     """
     _load_rules()
+    if feature.is_inference():
+        # A view of it, which make_dual returns, would have no derivative.
+        feature = feature.clone()
     output, slopes = None, []
     for direction in directions:
         # A compiled graph would drop the derivative.

@@ -70,7 +70,8 @@ def train(
 
     Raises:
         ValueError: when the source has no run, does not run all steps of a branch, or cannot be split over the
-            processes; when the plan forecasts no step, or `out` holds a training with other arguments.
+            processes; when the plan forecasts no step, the parameters were made under `torch.inference_mode`, or `out`
+            holds a training with other arguments.
         BlockingIOError: when another process trains in `out`.
         OSError: when `out` cannot be written to, before anything is trained; or when the disk is full, which leaves the
             last checkpoint as it was.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from examples.digits.pipeline import DigitsPipeline
+from lesa_command import run
 from lesa_kernels.cli import app
 from lesa_kernels.integrations import pipeline_source
 
@@ -37,6 +40,11 @@ def use(output: str, pipe: Any) -> None:
     exec(code, {"pipe": pipe})
 
 
-if __name__ == "__main__":
+def program() -> Callable[[], object]:
+    """Return the command."""
     pipeline_source.load_pipeline = load
-    app(prog_name="lesa")
+    return partial(app, prog_name="lesa")
+
+
+if __name__ == "__main__":
+    run(program)

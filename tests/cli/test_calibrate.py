@@ -223,4 +223,4 @@ def test_ctrl_c_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(pipeline_source.PipelineSource, "run", interrupt)
     result = run(tmp_path / "out", tmp_path)
-    assert result.exit_code == 130 and "Interrupted, nothing is saved." in result.output
+    assert result.exit_code == 130 and "Interrupted: files that were written are whole" in result.output

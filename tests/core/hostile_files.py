@@ -6,6 +6,7 @@ It may take 512 MiB beyond what torch takes, and a minute of computing; beyond t
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import resource
@@ -13,7 +14,7 @@ import struct
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,14 @@ def _bomb(folder: Path) -> Path:
     return file
 
 
+def _moved(file: Path, by: int) -> None:
+    """Move the content of a file behind a hole."""
+    content = file.read_bytes()
+    with file.open("wb") as opened:
+        opened.seek(by)
+        opened.write(content)
+
+
 def _sharing(folder: Path) -> Path:
     whole = torch.zeros(1 << 20)
     state = {f"latent.{index}.weight": whole[: len(whole) - index] for index in range(999)}
@@ -147,7 +156,18 @@ def _wide(folder: Path) -> Path:
 def official(marker: Path) -> dict[str, Make]:
     found = {f"pickle: {name}": archive(data) for name, data in pickles(marker).items()}
     end = b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 3) + b"PK\x05\x06" + bytes(18)
-    found["an archive on three disks"] = placed("file.pt", lambda file: file.write_bytes(bytes(100) + end))
+    files: dict[str, Callable[[Path], object]] = {
+        "an archive on three disks": lambda file: file.write_bytes(bytes(100) + end),
+        "an archive of zeros": lambda file: file.write_bytes(bytes(100)),
+        "a hole of 1 TiB": lambda file: (file.touch(), os.truncate(file, 1 << 40)),
+        "a hole of 1 GiB before an archive": lambda file: (archive(b"N.")(file.parent), _moved(file, 1 << 30)),
+        "a folder": Path.mkdir,
+        "a pipe": os.mkfifo,
+        "/dev/zero": lambda file: file.symlink_to("/dev/zero"),
+        "itself": lambda file: file.symlink_to(file),
+        "a link to nothing": lambda file: file.symlink_to("nothing"),
+    }
+    found |= {name: placed("file.pt", write, itself=True) for name, write in files.items()}
     found["many pickles"] = archive(b"N.", **{"other/data.pkl": b"N."})
     found |= {"zip bomb": _bomb, "tensors that share": _sharing, "expanded": _expanded, "wide": _wide}
     return found
@@ -183,6 +203,34 @@ def header(length: int, **entries: Any) -> Callable[[Path], object]:
     """Write a safetensors file that claims a header of a length."""
     text = json.dumps(entries).encode()
     return lambda file: file.write_bytes(struct.pack("<Q", length or len(text)) + text)
+
+
+def sparse(shapes: dict[str, Sequence[int]], dtype: str = "F32", **metadata: str) -> Callable[[Path], object]:
+    """Write a safetensors file of one hole: its tensors are zeros that take no room on the disk."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+    def write(file: Path) -> None:
+        header(0, **entries)(file)
+        os.truncate(file, file.stat().st_size + end)
+
+    return write
+
+
+def wide(hidden_dim: int) -> Make:
+    """Make a folder whose config and weights fit together, and would fill the memory."""
+
+    def make(folder: Path) -> Path:
+        configured(hidden_dim=hidden_dim)(folder)
+        with torch.device("meta"):
+            state = LesaPredictor(10, hidden_dim=hidden_dim).state_dict()
+        sparse({name: tensor.shape for name, tensor in state.items()})(folder / "model.safetensors")
+        return folder
+
+    return make
 
 
 def tensor(shape: list[int], end: int) -> dict[str, Any]:
@@ -231,6 +279,8 @@ FOLDERS: dict[str, Make] = {
     "weights are /dev/zero": replaced("model.safetensors", lambda file: file.symlink_to("/dev/zero")),
     "weights are a pipe": replaced("model.safetensors", os.mkfifo),
     "weights are a pickle": replaced("model.safetensors", lambda file: torch.save({}, file)),
+    "weights of 45 GiB that are a hole": wide(20_000),
+    "weights of 1 GiB that are a hole": wide(3_000),
     "empty weights": replaced("model.safetensors", lambda file: file.touch()),
     "a header of 8 EiB": replaced("model.safetensors", header(2**63)),
     "a header of 1 TiB": replaced("model.safetensors", header(2**40)),
@@ -243,10 +293,12 @@ FOLDERS: dict[str, Make] = {
 }
 
 
-def placed(name: str, write: Callable[[Path], object]) -> Make:
+def placed(name: str, write: Callable[[Path], object], *, itself: bool = False) -> Make:
+    """Make a folder that holds one file; it is loaded, or the file itself."""
+
     def make(folder: Path) -> Path:
         write(folder / name)
-        return folder
+        return folder / name if itself else folder
 
     return make
 
@@ -258,11 +310,15 @@ def main(folder: Path) -> None:
         "/dev/zero": lambda file: file.symlink_to("/dev/zero"),
         "a header of 1 TiB": header(2**40),
     }
+    checkpoints = endless | {
+        f"{losses} losses in a hole": sparse({"losses": [losses]}, "F64", settings="{}", seconds="1")
+        for losses in (20_000_000, 1 << 37)
+    }
     kinds: dict[str, tuple[Callable[[Path], object], dict[str, Make]]] = {
         "official": (load_official, official(folder / MARKER)),
         "predictor": (load_predictor, FOLDERS),
         "store": (FeatureStore, {name: placed("index.json", write) for name, write in endless.items()}),
-        "checkpoint": (Checkpoint.load, {name: placed(checkpoint.FILE, write) for name, write in endless.items()}),
+        "checkpoint": (Checkpoint.load, {name: placed(checkpoint.FILE, write) for name, write in checkpoints.items()}),
     }
     made: list[tuple[str, Callable[[Path], object], Path]] = []
     for kind, (load, files) in kinds.items():

@@ -72,7 +72,7 @@ def read_all(out: Path) -> int:
     files = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     assert files <= {FILE, "README.md", "losses.csv", "loss.png", *SAME}, files
     hidden = {path.name for path in out.iterdir()} - files
-    assert all(name == ".lock" or name.endswith(".unfinished") for name in hidden), hidden
+    assert all(name == ".lock" or name.endswith((".unfinished", ".writer")) for name in hidden), hidden
     if "config.json" in files:
         assert read_json(out / "config.json")["num_steps"] == 20
     if "model.safetensors" in files:

@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from small_training import SCHEDULE, SIGMAS, Meddling, equal, runs, small_predictor
 from torch import Tensor
 
-from lesa_kernels import LesaPredictor, LinearPredictor, load_predictor
-from lesa_kernels.files import replacing, replacing_all
+from lesa_kernels import LesaPredictor, LinearPredictor, load_official, load_predictor
+from lesa_kernels.files import read_lines, replacing, replacing_all
 from lesa_kernels.training import FeatureStore, TrainingConfig, train
-from lesa_kernels.training.checkpoint import FILE
+from lesa_kernels.training.checkpoint import FILE, Checkpoint
 from lesa_kernels.training.ranks import lock_folder
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: train)")
+
+# From Python 3.12 on.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 FULL_DISK = Path(__file__).with_name("full_disk.py")
 ONE = TrainingConfig(1, 0)
@@ -127,6 +130,31 @@ def test_what_cannot_be_written_to_is_told_before_the_work(tmp_path: Path, read_
     assert said.startswith("PermissionError") and str(read_only) in said
     said = as_nobody(lambda: WRITERS[writer](read_only / "out"))
     assert said.startswith("PermissionError") and str(read_only / "out") in said
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "config.json": lambda file: load_predictor(file.parent),
+    "model.safetensors": lambda file: load_predictor(file.parent),
+    "file.pt": load_official,
+    "run-000000.safetensors": lambda file: FeatureStore(file.parent),
+    "index.json": lambda file: FeatureStore(file.parent),
+    FILE: lambda file: Checkpoint.load(file.parent),
+    "prompts.txt": read_lines,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_may_not_be_read_is_named(read_only: Path, name: str) -> None:
+    read_only.chmod(0o755)
+    small_predictor().save_pretrained(read_only)
+    FeatureStore.record(read_only, runs(1), model="small", progress=False)
+    torch.save({"model": small_predictor().state_dict()}, read_only / "file.pt")
+    Checkpoint({}, {}, [1.0]).save(read_only)
+    (read_only / "prompts.txt").write_text("a cat\n")
+    assert as_nobody(lambda: READERS[name](read_only / name)) == "nothing"
+    (read_only / name).chmod(0)
+    said = as_nobody(lambda: READERS[name](read_only / name))
+    assert said.startswith("PermissionError") and str(read_only / name) in said
 
 
 def test_a_branch_cannot_leave_the_folder(tmp_path: Path) -> None:

@@ -18,7 +18,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 # What the build and the tests read.
-TREE = ("CMakeLists.txt", "README.md", "pyproject.toml", "setup.py", "build_backend", "csrc", "lesa_kernels", "tests")
+TREE = (
+    "CMakeLists.txt",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+    "lesa_command.py",
+    "build_backend",
+    "csrc",
+    "lesa_kernels",
+    "tests",
+)
 CXX = os.environ.get("CXX", "g++")
 REPORT = "report"
 
