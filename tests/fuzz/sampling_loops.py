@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -532,9 +533,18 @@ def _close(one: Tensor, other: Tensor) -> bool:
     )
 
 
+COUNTS: Counter[str] = Counter()
+
+
 def problems_of(loop: Loop) -> list[str]:
-    """Play a loop, and return what came out otherwise than it may."""
-    return Played(loop).play().problems
+    """Play a loop, count what became of it, and return what came out otherwise than it may."""
+    played = Played(loop)
+    record = played.play()
+    COUNTS["loops"] += 1
+    for call in record.calls:
+        COUNTS["calls full" if call.is_full else "calls forecast"] += 1
+    COUNTS["loops with a warning"] += any(issubclass(each.category, LesaWarning) for each in played.caught)
+    return record.problems
 
 
 @st.composite
@@ -546,11 +556,11 @@ def loops(draw: Draw, place: str | None = None) -> Loop:
     stop = draw(st.sampled_from([steps, steps, steps, *range(start + 1, steps)]))
     inside = st.integers(start, stop - 1)
     scheduler = draw(st.sampled_from([*FLOWS[:2], *SCHEDULERS]))
-    given = ["pipeline", "pipeline", "scheduler"] + ["sigmas"] * (scheduler in FLOWS)
+    enabled_by = draw(st.sampled_from(["pipeline", "pipeline", "scheduler"] + ["sigmas"] * (scheduler in FLOWS)))
     guided = draw(st.sampled_from([(0, steps), (0, draw(inside)), (draw(inside), steps)]))
     held = draw(st.sampled_from([True, True, False]))
-    # Tensors that are made anew in each step tell nothing of what they hold.
-    events = (EVENTS[:4] if held else ()) + (EVENTS[4:] if scheduler in FLOWS else ())
+    # Tensors that are made anew in each step tell nothing of what they hold, nor given sigmas of those in use.
+    events = (EVENTS[:4] if held else ()) + (EVENTS[4:] if scheduler in FLOWS and enabled_by != "sigmas" else ())
     other = None
     if place is not None:
         other = Other(
@@ -566,7 +576,7 @@ def loops(draw: Draw, place: str | None = None) -> Loop:
         full=full,
         scheduler=scheduler,
         predictor=draw(st.sampled_from(["taylor", "reuse"])),
-        enabled_by=draw(st.sampled_from(given)),
+        enabled_by=enabled_by,
         start=start,
         is_told=draw(st.booleans()),
         stop=stop,
