@@ -55,8 +55,8 @@ def read_levels(scheduler: Any) -> Levels:
     """
     name = type(scheduler).__name__
     try:
-        listed = scheduler.sigmas if has_index(scheduler) else ()
-        sigmas, timesteps = _floats(listed, getattr(scheduler, "timesteps", ()))
+        listed = getattr(scheduler, "timesteps", None)
+        sigmas, timesteps = _floats(scheduler.sigmas if has_index(scheduler) else (), () if listed is None else listed)
         levels = _levels(scheduler, sigmas, timesteps)
     # Whatever a scheduler holds before set_timesteps.
     except (TypeError, ValueError, AttributeError, IndexError) as error:

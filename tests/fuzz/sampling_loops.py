@@ -493,7 +493,7 @@ class Played:
         reasons += [str(each) for each in self._restarts()]
         if self.loop.other is not None and self.loop.other.place != "broken off":
             reasons += [str(each.message) for each in self.caught if issubclass(each.category, LesaWarning)]
-        changed = None if self.loop.event is None else self.loop.event[1]
+        turns = {*self.loop.guided, self.loop.batch[2], *(self.loop.event or ())[1:]}
         for branch in dict.fromkeys(call.branch for call in self.record.calls):
             calls = [call for call in self.record.calls if call.run is run and call.branch == branch]
             lost = [
@@ -503,7 +503,7 @@ class Played:
             ]
             if lost and not reasons:
                 self.record.problems.append(f"{run.name} run, {branch}: full at {lost} without a reason")
-            elif any(step != changed for step in lost) and keeps_forecasts(self.loop):
+            elif any(step not in turns for step in lost) and keeps_forecasts(self.loop):
                 self.record.problems.append(f"{run.name} run, {branch}: full at {lost}: {reasons}")
 
 
