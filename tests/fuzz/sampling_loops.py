@@ -569,7 +569,7 @@ def loops(draw: Draw, place: str | None = None) -> Loop:
             draw(st.sampled_from([steps, steps + 1, 2, 5])),
             draw(st.sampled_from([scheduler, *SCHEDULERS])),
             draw(st.booleans()),
-            draw(st.booleans()),
+            place != "broken off" and draw(st.booleans()),
         )
     return Loop(
         steps=steps,
