@@ -12,6 +12,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from lesa_kernels.checks import check_decreasing, check_int, check_type
@@ -149,6 +150,20 @@ class Plan:
     def checked_steps(self) -> tuple[int, ...]:
         """The full steps that are compared with what they would have been forecast."""
         return tuple(segment.full_step for segment in self.segments if segment.check is not None)
+
+    @cached_property
+    def shared_steps(self) -> frozenset[int]:
+        """The forecast steps whose tensor serves a later step too, or is read for one: it must not be written to."""
+        launches = [launch for segment in self.segments for launch in segment.launches]
+        checks = [segment.check for segment in self.segments if segment.check is not None]
+        read = {term for launch in launches for term in launch.inputs}
+        read.update(term for check in checks for term in check.inputs)
+        return frozenset(
+            step
+            for launch in launches
+            for position, (step, row) in enumerate(zip(launch.steps, launch.output, strict=True))
+            if row in launch.output[position + 1 :] or launch.steps[launch.output.index(row)] in read
+        )
 
     def is_full(self, step: int) -> bool:
         """Whether a step is full.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
@@ -193,6 +194,42 @@ class Session:
             if segment.check is not None
         }
         return self._ring
+
+
+class HalvesSession:
+    """A session of each half of a batch, used as one: two branches of guidance that one call of the model holds.
+
+    Args:
+        plans: of the first and of the second half.
+        history_dtype: see `Session`.
+
+    Raises:
+        ValueError: when their full steps differ.
+    """
+
+    def __init__(self, plans: Sequence[Plan], history_dtype: torch.dtype | None) -> None:
+        if len({plan.full_steps for plan in plans}) > 1:
+            raise ValueError(
+                "predictors of one call must have the same full steps, got "
+                f"{' and '.join(str(plan.full_steps) for plan in plans)}"
+            )
+        self.plan = plans[0]
+        self.sessions = tuple(Session(plan, history_dtype=history_dtype) for plan in plans)
+
+    @property
+    def errors(self) -> dict[int, Tensor]:
+        """See `Session.errors`; the larger one of the halves."""
+        first, second = (session.errors for session in self.sessions)
+        return {step: torch.maximum(error, second[step]) for step, error in first.items()}
+
+    def push(self, step: int, feature: Tensor) -> None:
+        """See `Session.push`."""
+        for session, half in zip(self.sessions, feature.chunk(2), strict=True):
+            session.push(step, half)
+
+    def forecast(self, step: int) -> Tensor:
+        """See `Session.forecast`; a tensor of its own, as the halves lie in two rings."""
+        return torch.cat([session.forecast(step) for session in self.sessions])
 
 
 def check_history(dtype: torch.dtype | None) -> None:

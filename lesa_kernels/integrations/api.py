@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_adapter
+from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_adapter, find_other_cache
 from lesa_kernels.integrations.outputs import read_output
 from lesa_kernels.integrations.state import CacheState, Options, Predictors, default_predictor
 from lesa_kernels.integrations.stats import Summary, summarize
-from lesa_kernels.integrations.steps import StepTracker
+from lesa_kernels.integrations.steps import TRANSFORMERS
 from lesa_kernels.predictors import Predictor, SolverPredictor
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
-
-# Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise.
-_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def enable(
@@ -81,8 +78,9 @@ def enable(
     _check_predictor(chosen)
     if schedule is not None and not isinstance(schedule, Schedule) and not callable(schedule):
         raise TypeError(f"lesa.enable: schedule must be a Schedule, a rule or None, got {type(schedule).__name__}")
-    if any(getattr(model, "is_cache_enabled", False) for model, _ in models):
-        raise ValueError("lesa.enable: the model must have no cache of diffusers enabled; call disable_cache() first")
+    for model, _ in models:
+        if (reason := find_other_cache(model, target if is_pipeline(target) else None)) is not None:
+            raise ValueError(f"lesa.enable: the model must have no other cache: {reason}")
     if isinstance(chosen, SolverPredictor):
         # It takes the place of the whole model, whatever this is made of.
         unused = {"capture": capture, "history_dtype": history_dtype, "check_every": check_every}
@@ -92,9 +90,9 @@ def enable(
         capture = MODEL_OUTPUT
     hooks = []
     for model, wrappers in models:
-        tracker = StepTracker(target if is_pipeline(target) else None, scheduler, sigmas)
+        steps = {"pipeline": target if is_pipeline(target) else None, "scheduler": scheduler, "sigmas": sigmas}
         adapter = find_adapter(model, capture)
-        state = CacheState(tracker, chosen, schedule, options, count_blocks(model, adapter))
+        state = CacheState(steps, chosen, schedule, options, count_blocks(model, adapter))
         hooks.append(ForecastHook(model, adapter, wrappers, state))
     for hook in hooks:
         hook.state.siblings = tuple(other.state for other in hooks if other is not hook)
@@ -209,12 +207,12 @@ def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[Remo
 
 def is_pipeline(target: Any) -> bool:
     """Whether a target has a transformer and a scheduler."""
-    return hasattr(target, "scheduler") and any(hasattr(target, name) for name in _TRANSFORMERS)
+    return hasattr(target, "scheduler") and any(hasattr(target, name) for name in TRANSFORMERS)
 
 
 def find_models(target: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
     """Return the transformers of a target, each with the wrapper that torch.compile put around it, if it did."""
-    found = [getattr(target, name, None) for name in _TRANSFORMERS] if is_pipeline(target) else [target]
+    found = [getattr(target, name, None) for name in TRANSFORMERS] if is_pipeline(target) else [target]
     models: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
     for model in found:
         if model is None:

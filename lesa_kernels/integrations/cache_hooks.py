@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
-from typing import Any, NamedTuple, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from diffusers.hooks.hooks import CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
@@ -22,34 +22,41 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.models import MODEL_OUTPUT, Adapter, SkippableBlocks
+from lesa_kernels.integrations.model_calls import ForwardCall, Parameters
+from lesa_kernels.integrations.models import MODEL_OUTPUT, TIMESTEPS, Adapter, SkippableBlocks
 from lesa_kernels.integrations.outputs import agree, read_output, uncompiled
 from lesa_kernels.integrations.state import CacheState
 
 _NAME = "lesa"
-# What models call the argument that tells them the noise level.
-_TIMESTEPS = ("timestep", "timesteps", "t")
 _UNNAMED = CacheContext("")
 _copy = uncompiled()(copy.deepcopy)
 
 
 class _Contexts(StateManager):
-    """Receives the cache context, as diffusers' own caches do; outside of any context there is an unnamed one."""
+    """Receives the cache context, as diffusers' own caches do; outside of any context there is an unnamed one.
+
+    Each thread has its own.
+    """
 
     def __init__(self) -> None:
         super().__init__(state_cls=None)
-        self.current = _UNNAMED
+        self._of_thread = threading.local()
+
+    @property
+    def current(self) -> CacheContext:
+        """The present context of this thread."""
+        return getattr(self._of_thread, "context", _UNNAMED)
 
     def set_context(self, context: CacheContext | None) -> None:
         """See `StateManager`."""
-        self.current = context or _UNNAMED
+        self._of_thread.context = context or _UNNAMED
 
 
 class CapturePoint:
     """Reads or replaces the first argument of a module.
 
-    It moves references only, through its own attributes: a graph that it lies in has no break, takes the forecast as an
-    input, whatever slot of the history it is a view of, and returns the feature.
+    It works through its own attributes: a graph that it lies in has no break, takes the forecast as an input, whatever
+    slot of the history it is a view of, and returns a copy of the feature.
     """
 
     def __init__(self) -> None:
@@ -76,7 +83,9 @@ class CapturePoint:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See `torch.nn.Module.register_forward_pre_hook`."""
         if self.forecast is None:
-            self.captured = args[0] if args else next(iter(kwargs.values()))
+            feature = args[0] if args else next(iter(kwargs.values()))
+            # What comes after may write to it.
+            self.captured = feature.clone(memory_format=torch.contiguous_format)
             return None
         if args:
             return (self.forecast, *args[1:]), kwargs
@@ -104,52 +113,6 @@ class CompiledCall:
             setattr(self._owner, self._name, self._compiled)
 
 
-class ForwardCall(NamedTuple):
-    """A call of a model that a hook answers.
-
-    Args:
-        run: runs the model's forward, compiled or not. No code of this class lies between, as it would be compiled too.
-        names: of the forward's parameters.
-        args: of the call.
-        kwargs: of the call.
-        latents: the first argument.
-    """
-
-    run: partial[Any]
-    names: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    latents: Any
-
-    @uncompiled(recursive=False)
-    def timestep(self) -> float | None:
-        """Return what the model is told of the noise level; waits for the device.
-
-        None where that is not one number in a tensor: a model may be told one of each token.
-        """
-        values = [] if (known := self._timestep()) is None else known.unique().tolist()
-        return float(values[0]) if len(values) == 1 else None
-
-    @uncompiled(recursive=False)
-    def told(self, timestep: float) -> ForwardCall | None:
-        """Return a call whose model is told another noise level; None where `timestep` is None."""
-        known = self._timestep()
-        if known is None or self.timestep() is None:
-            return None
-        # Laid out alike, so that a compiled model needs no other graph.
-        other = torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device=known.device).fill_(timestep)
-        args = tuple(other if each is known else each for each in self.args)
-        kwargs = {name: other if each is known else each for name, each in self.kwargs.items()}
-        before = self.run.args[: len(self.run.args) - len(args)]
-        return self._replace(run=partial(self.run.func, *before, *args, **kwargs), args=args, kwargs=kwargs)
-
-    def _timestep(self) -> Tensor | None:
-        """Return the argument that tells the model the noise level."""
-        given = dict(zip(self.names, self.args, strict=False)) | self.kwargs
-        found = next((given[name] for name in _TIMESTEPS if name in given), None)
-        return found if isinstance(found, Tensor) else None
-
-
 class CacheHook(ModelHook):
     """Stands before a model, in diffusers' own registry; a subclass answers its calls.
 
@@ -170,6 +133,7 @@ class CacheHook(ModelHook):
             self._tail = apply_lora_scale(adapter.lora_scale)(adapter.tail)
         self._blocks = SkippableBlocks(model, () if adapter.tail is not None else adapter.blocks)
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self._parameters = Parameters(self._names, (adapter.timestep,) if adapter.timestep else TIMESTEPS)
         self._lock = threading.RLock()
         self._thread = 0
         self._decided = False
@@ -211,7 +175,7 @@ class CacheHook(ModelHook):
             self._decided, self._thread = True, threading.get_ident()
             try:
                 latents = args[0] if args else kwargs[self._names[0]]
-                call = ForwardCall(partial(run, *args, **kwargs), self._names, args, kwargs, latents)
+                call = ForwardCall(partial(run, *args, **kwargs), self._parameters, args, kwargs, latents)
                 return self.answer(call, module)
             except BaseException:
                 # Whatever comes next, it is not the step after this one.
@@ -251,7 +215,7 @@ class CacheHook(ModelHook):
         # Copies, as a CUDA graph that runs again writes over what it returned; laid out as the history is.
         output, feature = _copy(output), feature.clone(memory_format=torch.contiguous_format)
         try:
-            self._fits = agree(self.run_tail(feature, module, call), output)
+            self._fits = agree(self.run_tail(feature.clone(), module, call), output)
             reason = "gives another output"
         # Whatever the model's own forward raises without its blocks; with them, it just ran.
         except Exception as error:
@@ -322,22 +286,22 @@ class ForecastHook(CacheHook):
     @uncompiled(recursive=False)
     def answer(self, call: ForwardCall, module: nn.Module) -> Any:
         """See `CacheHook.answer`."""
-        branch = self.state.enter(self.contexts.current, call.latents, getattr(module, "is_cache_enabled", False))
+        branch = self.state.enter(self.contexts.current, call, module, self._thread)
         if branch is None:
             output = call.run()
         elif branch.solver is not None:
             output = branch.output
             if output is None:
                 timestep = branch.solver.timestep(branch.step)
-                told = call if timestep is None else call.told(timestep)
-                if told is None:
+                retold = call if timestep is None else call.retold(timestep)
+                if retold is None:
                     self.state.disable_forecasts(
                         "the predictor's first call is told another noise level, but this model is not told one number "
-                        f"in a tensor as {', '.join(_TIMESTEPS)}"
+                        f"in a tensor as {', '.join(call.parameters.timesteps)}"
                     )
-                    told = call
-                branch.solver.is_told |= told is not call
-                output = told.run()
+                    retold = call
+                branch.solver.is_told |= retold is not call
+                output = retold.run()
                 self.state.capture_output(branch, call.latents, output)
         elif branch.feature is None:
             output, feature, reason = self.run_full(module, call.run)
@@ -351,7 +315,7 @@ class ForecastHook(CacheHook):
             output = call.run()
         else:
             output = self.run_tail(branch.feature, module, call.run)
-        self.state.leave(branch)
+        self.state.leave()
         return output
 
     def reset(self) -> None:

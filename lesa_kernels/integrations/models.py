@@ -20,6 +20,9 @@ from lesa_kernels.checks import check_type
 MODEL_OUTPUT = ""
 """As a capture point: the model's output, which must be one tensor. (The path of a model within itself is empty.)"""
 
+TIMESTEPS = ("timestep", "timesteps", "t")
+"""What models call the argument that tells them the noise level."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -38,6 +41,8 @@ class Adapter:
             names end with "blocks" or "layers".
         lora_scale: for a tail: name of the forward's argument whose entry "scale" is the LoRA scale, where the forward
             is decorated with diffusers' `apply_lora_scale`; the tail runs under the same decorator.
+        timestep: name of the forward's argument that tells the model the noise level; "" takes the first that there is
+            of timestep, timesteps and t.
     """
 
     model: str
@@ -45,9 +50,11 @@ class Adapter:
     tail: Callable[..., Any] | None = None
     blocks: tuple[str, ...] = ()
     lora_scale: str = ""
+    timestep: str = ""
 
     def __post_init__(self) -> None:
         check_type("the model of an Adapter", self.model, str, "the name of a class")
+        check_type("the timestep of an Adapter", self.timestep, str, "the name of an argument")
         check_type("the blocks of an Adapter", self.blocks, (tuple, list), "paths of lists of blocks")
 
 
@@ -114,6 +121,33 @@ def find_block_lists(model: nn.Module) -> tuple[str, ...]:
 def count_blocks(model: nn.Module, adapter: Adapter) -> int:
     """Count the blocks that a forecast step skips."""
     return sum(len(list(model.get_submodule(path).children())) for path in adapter.blocks)
+
+
+def find_other_cache(model: nn.Module, pipeline: Any = None) -> str | None:
+    """Say which other cache answers calls of a model, None if none is known to.
+
+    diffusers' own say so; cache-dit, ParaAttention and nunchaku mark model or pipeline; TeaCache and what is made like
+    it take the place of the class's forward.
+    """
+    if getattr(model, "is_cache_enabled", False):
+        return "a cache of diffusers is enabled on the model as well; call disable_cache() first"
+    for owner in (model, pipeline):
+        if owner is not None and (vars(owner).get("_is_cached") or getattr(type(owner), "_is_cached", False)):
+            return (
+                f"another cache marked the {type(owner).__name__} as its own (_is_cached, as cache-dit, ParaAttention "
+                "and nunchaku do); turn it off first"
+            )
+    for kind in type(model).__mro__:
+        forward = vars(kind).get("forward")
+        if forward is None:
+            continue
+        if getattr(forward, "__module__", kind.__module__) != kind.__module__:
+            return (
+                f"the forward of {kind.__name__} was replaced by {forward.__module__}.{forward.__qualname__}, as "
+                "TeaCache and others do; put the class's own back first"
+            )
+        break
+    return None
 
 
 class _NoBlocks(nn.ModuleList):

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from lesa_kernels.guidance import is_doubled
+
 # The tail of a compiled model is fused in another way than the same tail behind its blocks.
 _TAIL_TOLERANCE = 1e-2
 
@@ -29,6 +31,11 @@ def layout_of(latents: Any) -> Layout:
         return tuple(latents.shape), latents.dtype, latents.device
     shape, dtype, device = layout_of(latents[0])
     return (len(latents), *shape), dtype, device
+
+
+def version_of(value: Any) -> int | None:
+    """Return how often a tensor was written to; None of other things, and of tensors that do not count it."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def read_output(output: Any) -> Tensor | None:
@@ -62,6 +69,12 @@ def refilled(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, tuple):
         return tuple(refilled(value, tensor) for value in output)
     return list(tensor) if isinstance(output, list) else tensor
+
+
+def are_equal_halves(latents: Any) -> bool:
+    """Whether a model's first argument holds the same latents twice; waits for the device."""
+    tensor = only_tensor(latents)
+    return tensor is not None and is_doubled(tensor)
 
 
 @uncompiled()

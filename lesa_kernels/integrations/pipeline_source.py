@@ -19,7 +19,6 @@ from lesa_kernels.checks import check_decreasing, check_int
 from lesa_kernels.integrations.api import find_models, is_pipeline
 from lesa_kernels.integrations.levels import scheduler_incompatibility
 from lesa_kernels.integrations.models import find_adapter
-from lesa_kernels.integrations.steps import StepTracker
 from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.
@@ -94,7 +93,7 @@ class PipelineSource:
         if _accepts(pipe, "output_type"):
             self._shared.setdefault("output_type", "latent")
         self._models = find_models(pipe)
-        self._answered = AnsweredRun(StepTracker(pipe))
+        self._answered = AnsweredRun(pipe)
         self._hooks = [
             TrajectoryHook(model, find_adapter(model, capture), wrappers, self._answered, number)
             for number, (model, wrappers) in enumerate(self._models)

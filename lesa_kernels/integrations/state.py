@@ -1,7 +1,8 @@
 """Keeps the state of a model's sampling runs: the plan and the history of each branch, and whether to forecast at all.
 
-A run is one pass through a schedule. A branch is one stream of calls within it: those of a cache context ("cond",
-"uncond", ...), or, where one context makes several calls a step, the n-th calls.
+A run is one pass through a schedule. A branch is one stream of calls within it, one a step, that have the same
+conditions: cache context ("cond", "uncond", ...), shape of the latents, prompt, and all else that the model gets. Only
+its own history serves it, from the step on in which it began. A call that no branch waits for begins one.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lesa_kernels.checks import check_decreasing, check_float
-from lesa_kernels.integrations.halves import HalvesSession, are_equal_halves
-from lesa_kernels.integrations.outputs import Layout, layout_of, uncompiled
+from lesa_kernels.integrations.model_calls import Conditions, ForwardCall, LoraState
+from lesa_kernels.integrations.models import find_other_cache
+from lesa_kernels.integrations.outputs import Layout, are_equal_halves, layout_of, uncompiled
 from lesa_kernels.integrations.solver_run import SolverRun
 from lesa_kernels.integrations.stats import RunStats
 from lesa_kernels.integrations.steps import (
     StepPosition,
     StepTracker,
     call_name,
+    find_disagreement,
     find_incompatibility,
-    scheduler_incompatibility,
 )
 from lesa_kernels.plan import Plan, check_count
 from lesa_kernels.predictors import Predictor, SolverPredictor, TaylorSeer
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
-from lesa_kernels.session import Session, check_history
+from lesa_kernels.session import HalvesSession, Session, check_history
 from lesa_kernels.trajectories import HALVES, ONLY_BRANCH
 
 _MAX_PLANS = 16
@@ -68,6 +70,11 @@ class LesaWarning(UserWarning):
     """Something that a user should know of a run; most often that its rest is sampled without forecasts, and why."""
 
 
+def warn(text: str) -> None:
+    """Warn of something in a run."""
+    warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
+
+
 @dataclass(frozen=True)
 class Options:
     """How runs are made; see `lesa.enable`."""
@@ -96,11 +103,18 @@ class Options:
 class BranchState:
     """The history of one branch; with a learned solver all branches share one."""
 
+    context: str
     name: str  # of its calls
-    session: Session | HalvesSession
-    full_steps: frozenset[int]
     layout: Layout  # of the latents
+    conditions: Conditions
+    first_step: int
     step: int  # of the present call, and after it the step that is due
+    session: Session | HalvesSession | None = None  # None where there is no predictor: all of its steps are full
+    full_steps: frozenset[int] = frozenset()
+    # Forecast steps whose slot of the history is read again.
+    shared_steps: frozenset[int] = frozenset()
+    # The conditions that were others at the step before, if it began because of them.
+    changed: frozenset[str] = frozenset()
     feature: Tensor | None = None  # the forecast of the present step, a view of the history; None on a full step
     solver: SolverRun | None = None
     output: Any = None  # the solver's answer in the present step; None on a full step
@@ -112,16 +126,23 @@ class RunState:
 
     position: StepPosition
     stats: RunStats
-    # By cache context and number of the call within its step.
-    branches: dict[tuple[str, int], BranchState] = field(default_factory=dict)
+    thread: int
+    first_step: int
+    step: int = field(init=False)
+    branches: list[BranchState] = field(default_factory=list)
     solver: SolverRun | None = None
     warned: set[str] = field(default_factory=set)
+    # Conditions that are others in each step.
+    unwatched: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.step = self.first_step
 
     def warn(self, text: str) -> None:
         """Warn of something once a run."""
         if text not in self.warned:
             self.warned.add(text)
-            warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
+            warn(text)
 
     def release(self) -> None:
         """Release the histories."""
@@ -140,24 +161,30 @@ class CacheState:
     """Follows the calls of one model and decides, from Python integers alone, which are forecast.
 
     A branch that begins late (image-to-image, guidance that starts in the middle) is planned from its first step on.
-    Plans are kept by sigmas: a predictor must not change while it is enabled. `blocks` is how many a full call runs.
+    Plans are kept by sigmas: a predictor must not change while it is enabled. `steps` are the
+    arguments of `StepTracker`; `blocks` is how many a full call runs.
     """
 
     def __init__(
         self,
-        tracker: StepTracker,
+        steps: Mapping[str, Any],
         predictors: Predictors,
         schedule: Schedule | ScheduleRule | None,
         options: Options,
         blocks: int,
     ) -> None:
-        self._tracker = tracker
+        self._tracker = StepTracker(**steps)
         self._is_shared = isinstance(predictors, Predictor)
         self._predictors = {_SHARED: predictors} if isinstance(predictors, Predictor) else dict(predictors)
         self._has_solver = isinstance(predictors, SolverPredictor)
         self._options = options
         self._blocks = blocks
+        self._lora = LoraState()
         self._run: RunState | None = None
+        self._present: tuple[RunState | None, BranchState | None] = (None, None)  # of the call that is being answered
+        # Whether calls came that were none of the run's, in the run and last of all, and what the latest was told.
+        self._left_alone = self._others_turn = False
+        self._others_told: float | None = None
         # Of the last run; None before the first, and where a run had no turn of this model.
         self.stats: RunStats | None = None
         # Those of the other models of the pipeline, which take turns with this one.
@@ -179,42 +206,55 @@ class CacheState:
         self._plan: Callable[[str, tuple[float, ...], int], Plan] = lru_cache(_MAX_PLANS)(make_plan)
 
     def reset(self) -> None:
-        """Drop the present run and its history; the next call begins a new one."""
+        """Drop the present run and its history; the next call begins a new one.
+
+        Not where the latest call was none of the run's: then it is another run that ended.
+        """
+        if self._others_turn:
+            return
         if self._run is not None:
             # The traceback of an error may keep the run itself alive.
             self._run.release()
         self._run = self._tracker.position = None
+        self._present = None, None
 
     @uncompiled()
-    def enter(self, context: Any, latents: Any, foreign_cache: bool) -> BranchState | None:
+    def enter(self, context: Any, call: ForwardCall, module: nn.Module, thread: int) -> BranchState | None:
         """Return the branch of a call, with its forecast where one is due; None where nothing is to be captured.
 
-        `context` is diffusers' `CacheContext`, `latents` the model's first argument; `foreign_cache` says whether a
-        cache of diffusers is on too.
+        Args:
+            context: diffusers' `CacheContext`.
+            call: of the model.
+            module: the model.
+            thread: that calls.
         """
-        layout = layout_of(latents)
-        run, branch = self._place(context, latents, layout, foreign_cache)
+        run, branch = self._present = self._place(context, call, module, thread)
+        if run is None:
+            return None
+        device = layout_of(call.latents)[-1] if branch is None else branch.layout[-1]
         solver = None if branch is None else branch.solver
         if branch is not None and solver is not None:
-            reason = _reason(solver.arrive, branch.step, latents)
+            reason = _reason(solver.arrive, branch.step, call.latents)
             if reason is not None:
                 run.disable_forecasts(reason)
                 branch = None
             elif (ring := solver.session.ring) is not None and not run.stats.history_bytes:
                 run.stats.add_ring(ring)
-        if branch is not None and branch.step not in branch.full_steps:
-            run.stats.forecast.start(layout[-1])
+        if branch is not None and branch.session is not None and branch.step not in branch.full_steps:
+            run.stats.forecast.start(device)
             try:
                 if branch.solver is None:
-                    branch.feature = branch.session.forecast(branch.step)
+                    feature = branch.session.forecast(branch.step)
+                    # What comes after may write to it.
+                    branch.feature = feature.clone() if branch.step in branch.shared_steps else feature
                 else:
                     branch.output = branch.solver.answer(branch.step)
                 return branch
             except RuntimeError as error:
                 run.disable_forecasts(f"the feature of step {branch.step} could not be forecast: {error}")
                 branch = None
-        run.stats.full.start(layout[-1])
-        return branch
+        run.stats.full.start(device)
+        return None if branch is None or branch.session is None else branch
 
     @uncompiled()
     def capture_output(self, branch: BranchState, latents: Any, output: Any) -> None:
@@ -230,7 +270,7 @@ class CacheState:
     def capture(self, branch: BranchState, feature: Tensor) -> None:
         """Keep the feature of a full step; a failure ends the forecasts, not the run."""
         run, session, step = self._run, branch.session, branch.step
-        if run is None:
+        if run is None or session is None:
             return
         sessions = session.sessions if isinstance(session, HalvesSession) else (session,)
         unknown = [each for each in sessions if each.ring is None]
@@ -253,9 +293,10 @@ class CacheState:
                 )
 
     @uncompiled()
-    def leave(self, branch: BranchState | None) -> None:
+    def leave(self) -> None:
         """Close the call that `enter` placed: count it, and release the history after the last step."""
-        run = self._run
+        run, branch = self._present
+        self._present = None, None
         if run is None:
             return
         if branch is None:
@@ -268,9 +309,7 @@ class CacheState:
         num_steps = run.position.num_steps
         if branch.step == num_steps:
             # The other branch of this step is still to come; guidance may have ended before the run did.
-            run.branches = {
-                key: each for key, each in run.branches.items() if each is not branch and each.step == num_steps - 1
-            }
+            run.branches = [each for each in run.branches if each is not branch and each.step == num_steps - 1]
             if not run.branches:
                 run.solver = None
 
@@ -280,34 +319,127 @@ class CacheState:
             self._run.disable_forecasts(reason)
 
     def _place(
-        self, context: Any, latents: Any, layout: Layout, foreign_cache: bool
-    ) -> tuple[RunState, BranchState | None]:
-        """Return the run and the branch of a call, None for one that runs in full and is not captured."""
-        position, step, number = self._tracker.place(context)
-        run = self._run
-        if run is None or run.position is not position:
-            run = self._begin(position)
+        self, context: Any, call: ForwardCall, module: nn.Module, thread: int
+    ) -> tuple[RunState | None, BranchState | None]:
+        """Return the run and the branch of a call.
+
+        No branch where it runs in full and is not captured, and no run where it is none of the run's calls.
+        """
+        position, step = self._tracker.look(context)
+        run, branch, timestep = self._run_at(position), None, None
+        caller = self._tracker.caller(module)
+        if caller is not None and not self._tracker.owns(caller):
+            return self._leave_alone(f"a {type(caller).__name__} makes it that has a scheduler of its own")
+        if run is not None and run.thread != thread and step is not None and caller is None:
+            return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
+        if step is not None and (reason := find_disagreement(position, context, step)) is not None:
+            return self._leave_alone(reason)
+        layout, conditions = layout_of(call.latents), self._conditions(call, module, run)
+        # A call that comes after others must be told from theirs: by its very tensors, and its noise level.
+        is_doubtful = self._others_turn and caller is None and step is not None
+        if run is not None:
+            due = (position.step, position.step + 1) if step is None else (step,)
+            branch = _find_branch(run, context.name, due, layout, conditions, only_same_objects=is_doubtful)
+        is_usual = run is not None and branch is not None and run.thread == thread and not is_doubtful
+        if position.told and not (is_usual and branch is not None and not _tells_host(call, branch, step)):
+            timestep = call.largest_timestep()
+        if run is not None and is_doubtful and (branch is None or position.follows(timestep, self._others_told)):
+            return self._leave_alone("it goes on with others that are not", timestep)
+        if timestep is not None:
+            found = self._tracker.find(position, context, step, None if branch is None else branch.step, timestep)
+            if found is None:
+                at = position.step if step is None else step
+                return self._leave_alone(
+                    f"it is told {timestep:.4g}, which is not the noise level of step {at}; is it another pipeline's, "
+                    "or that of a loop that does not call scheduler.step?",
+                    timestep,
+                )
+            if found[0] is not position or (branch is not None and branch.step != found[1]):
+                run = self._run_at(found[0])
+                branch = None if run is None else _find_branch(run, context.name, found[1:], layout, conditions)
+            position, step = found
+        elif step is None:
+            position, step = self._count(position, context.name, branch)
+            run = self._run_at(position)
+        if run is not None and run.thread != thread:
+            return self._leave_alone(f"it comes from another thread than the run at step {position.step}")
+        self._others_turn = False
+        number = self._tracker.accept(position, step, context.name, timestep)
+        run = run or self._begin(position, thread)
         if run.stats.refused is not None:
             return run, None
-        branch = run.branches.get((context.name, number))
-        reason = find_incompatibility(position, context, step, number, foreign_cache)
-        if reason is None and branch is not None:
-            if step != branch.step:
-                reason = f"step {step} came where step {branch.step} was due"
-            elif layout != branch.layout:
-                reason = f"the latents changed from {branch.layout} to {layout}"
+        reason = find_incompatibility(position, step, number, find_other_cache(module, self._tracker.pipeline))
         if reason is not None:
             run.disable_forecasts(reason)
             return run, None
         if branch is None:
-            branch = self._begin_branch(run, context.name, number, step, latents, layout)
-            if branch is not None:
-                run.branches[context.name, number] = branch
-        return run, branch
+            run.stats.unwatched.update(
+                name for name, only in call.parameters.watched.items() if only and conditions.get(name)
+            )
+            name = call_name(context.name, number)
+            branch = BranchState(context.name, name, layout, Conditions(conditions), step, step)
+            self._explain(run, branch, conditions)
+            if run.stats.refused is None and self._begin_branch(run, branch, call.latents):
+                run.branches.append(branch)
+        if run.step != step:
+            # Histories have no gaps: a branch that was left out in a step begins anew.
+            run.step, run.branches = step, [each for each in run.branches if each.step >= step]
+        return run, branch if run.stats.refused is None else None
 
-    def _begin(self, position: StepPosition) -> RunState:
+    def _run_at(self, position: StepPosition) -> RunState | None:
+        """Return the present run, None if a position is that of another."""
+        return self._run if self._run is not None and self._run.position is position else None
+
+    def _conditions(self, call: ForwardCall, module: nn.Module, run: RunState | None) -> dict[str, Any]:
+        """Return what a call is conditioned on."""
+        conditions = call.conditions()
+        pipeline = self._tracker.pipeline
+        # A learned solver sees the guidance in the latents.
+        if pipeline is not None and not self._has_solver:
+            conditions["guidance_scale of the pipeline"] = vars(pipeline).get("_guidance_scale")
+        if "peft_config" in vars(module):
+            conditions["LoRA"] = self._lora.read(module)
+        if run is not None:
+            for name in run.unwatched:
+                conditions.pop(name, None)
+        return conditions
+
+    def _count(self, position: StepPosition, context: str, branch: BranchState | None) -> tuple[StepPosition, int]:
+        """Return the run and the step of a call where nothing but the calls themselves says it."""
+        run = self._run_at(position)
+        if run is None:
+            return position, position.step
+        if branch is not None:
+            return position, branch.step
+        step = position.step
+        if run.stats.refused is not None:
+            step = position.calls.get(context, position.step)
+        elif not run.branches:
+            step = position.num_steps
+        elif context:
+            step = max((each.step for each in run.branches if each.context == context), default=position.step)
+        else:
+            run.disable_forecasts(
+                "a call has other arguments than the one before, and nothing says whether it is of the same step: give "
+                "scheduler= or cache_context(name, step_index=step), or say with Adapter(timestep=...) which argument "
+                "tells the noise level"
+            )
+        if step < position.num_steps or not self._tracker.has_given_sigmas:
+            return position, step
+        position = self._tracker.begin_again()
+        return position, position.step
+
+    def _leave_alone(self, reason: str, timestep: float | None = None) -> tuple[None, None]:
+        """Let a call that is none of the run's run in full, and say so of the first; `timestep` is what it is told."""
+        self._others_turn, self._others_told = True, timestep
+        if not self._left_alone:
+            self._left_alone = True
+            warn(f"a call runs in full that is none of the enabled run's: {reason}")
+        return None, None
+
+    def _begin(self, position: StepPosition, thread: int) -> RunState:
         """Begin a run, and release what a run that was broken off kept."""
-        solver, refused = None, None
+        solver, refused, before = None, None, self._run
         for sibling in self.siblings:
             if sibling._run is not None:
                 if sibling._run.position.source is position.source:
@@ -317,19 +449,51 @@ class CacheState:
                 sibling._run.release()
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
+        self._left_alone = False
+        if before is not None and before.position.source is position.source and position.step > 0:
+            before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
+            self._run = RunState(position, before.stats, thread, position.step)
+            before.release()
+            return self._run
         self.stats = RunStats(max(position.num_steps, 0), self._blocks)
         self.stats.refused = refused
-        self._run = RunState(position, self.stats, solver=solver)
+        self._run = RunState(position, self.stats, thread, position.step, solver=solver)
         return self._run
 
-    def _begin_branch(
-        self, run: RunState, context: str, number: int, step: int, latents: Any, layout: Layout
-    ) -> BranchState | None:
-        """Plan a branch from its first step on; None where there is no predictor or no plan for it."""
-        sigmas, called = run.position.sigmas, call_name(context, number)
+    def _explain(self, run: RunState, branch: BranchState, conditions: dict[str, Any]) -> None:
+        """Note why a history begins in the middle of a run; for a learned solver it ends the forecasts."""
+        due = [each for each in run.branches if each.context == branch.context]
+        waiting = [each for each in due if each.step == branch.step]
+        alike = {
+            each.conditions.differences(conditions, run.unwatched, False): each
+            for each in waiting
+            if each.layout == branch.layout
+        }
+        late = [each for each in due if each.step < branch.step]
+        if alike:
+            changed = min(alike, key=len)
+            if alike[changed].step == alike[changed].first_step + 1:
+                branch.changed = changed
+            reason = f"{', '.join(sorted(changed))} changed"
+        elif waiting:
+            reason = f"the latents changed from {waiting[0].layout} to {branch.layout}"
+        elif late:
+            reason = f"step {branch.step} came where step {late[0].step} was due"
+        elif branch.step > run.first_step:
+            reason = f"a call joined: {branch.name}"
+        else:
+            return
         if run.solver is not None:
-            shared = run.solver.session
-            return BranchState(called, shared, frozenset(shared.plan.full_steps), layout, step, solver=run.solver)
+            run.disable_forecasts(reason)
+        run.stats.restarts.append((branch.step, reason))
+
+    def _begin_branch(self, run: RunState, branch: BranchState, latents: Any) -> bool:
+        """Plan a branch from its first step on; return whether the run goes on with forecasts."""
+        context, called, step, sigmas = branch.context, branch.name, branch.step, run.position.sigmas
+        if run.solver is not None:
+            branch.solver, branch.session = run.solver, run.solver.session
+            branch.full_steps = frozenset(run.solver.session.plan.full_steps)
+            return True
         names = self._find_predictors(context, called, latents)
         if not names:
             known = sorted(self._predictors)
@@ -340,13 +504,13 @@ class CacheState:
                     f"full steps: the pipeline opens no cache context that says which of the predictors {known} is "
                     "due, and its latents are not two equal halves"
                 )
-            return None
+            return True
         predictor = self._predictors[names[0]]
         solver = predictor if isinstance(predictor, SolverPredictor) else None
         if solver is not None:
-            if (reason := scheduler_incompatibility(self._tracker.scheduler)) is not None:
+            if (reason := self._tracker.solver_incompatibility()) is not None:
                 run.disable_forecasts(reason)
-                return None
+                return False
             if step != solver.first_step:
                 run.warn(
                     f"the run starts at step {step}, the learned solver was fitted for a start at step "
@@ -360,14 +524,17 @@ class CacheState:
         # Users bring their own predictors and rules, and no fault of theirs should cost an image.
         except Exception as error:
             run.disable_forecasts(str(error) if isinstance(error, ValueError) else repr(error))
-            return None
+            return False
         if reason is not None:
             run.warn(f"{reason}; it is used all the same, as on_other_sigmas says")
         run.stats.plan = run.stats.plan or str(plans[0])
         if solver is not None:
-            run.solver = SolverRun(solver, plans[0])
+            run.solver = branch.solver = SolverRun(solver, plans[0])
             session = run.solver.session
-        return BranchState(called, session, frozenset(plans[0].full_steps), layout, step, solver=run.solver)
+        branch.session, branch.full_steps = session, frozenset(plans[0].full_steps)
+        if isinstance(session, Session):
+            branch.shared_steps = plans[0].shared_steps
+        return True
 
     def _session(self, plans: Sequence[Plan]) -> Session | HalvesSession:
         """Return the history of one branch, or of both that a call holds."""
@@ -384,6 +551,49 @@ class CacheState:
         if all(name.partition(" ")[0] == ONLY_BRANCH for name in self._predictors):
             return (called if called in self._predictors else ONLY_BRANCH,)
         return HALVES if set(self._predictors) == set(HALVES) and are_equal_halves(latents) else ()
+
+
+def _tells_host(call: ForwardCall, branch: BranchState, step: int | None) -> bool:
+    """Whether a call's noise level is looked at though nothing is unexpected.
+
+    That is so where it costs no wait for a device, and on the full steps of loops whose calls are only counted.
+    """
+    told = call.told
+    return not isinstance(told, Tensor) or told.is_cpu or (step is None and branch.step in branch.full_steps)
+
+
+def _find_branch(
+    run: RunState,
+    context: str,
+    due: Sequence[int],
+    layout: Layout,
+    conditions: dict[str, Any],
+    only_same_objects: bool = False,
+) -> BranchState | None:
+    """Return the branch that waits for a call at one of some steps, the first first; None if none does."""
+    for step in due:
+        waiting = [each for each in run.branches if (each.step, each.context, each.layout) == (step, context, layout)]
+        for branch in waiting:
+            if branch.conditions.are_same_objects(conditions):
+                return branch
+        for branch in () if only_same_objects else waiting:
+            if _is_alike(run, branch, conditions):
+                return branch
+    return None
+
+
+def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any]) -> bool:
+    """Whether a call's conditions are those of a branch but for what is another one in each step."""
+    changed = branch.conditions.differences(conditions, run.unwatched, branch.step not in branch.full_steps)
+    if changed and changed <= branch.changed and branch.step == branch.first_step + 1:
+        # Changed at each call since the first: that is how the loop makes them.
+        run.unwatched |= changed
+        run.stats.unwatched |= changed
+        changed = frozenset()
+    if changed:
+        return False
+    branch.conditions.adopt({name: value for name, value in conditions.items() if name not in run.unwatched})
+    return True
 
 
 def _reason(act: Callable[..., str | None], *arguments: Any) -> str | None:

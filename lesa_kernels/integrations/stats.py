@@ -29,6 +29,9 @@ class Summary:
         refused: why the run went on without forecasts, None where nothing was unexpected.
         errors: (full step, mean |forecast - feature| / mean |feature|) of what the checked steps would have been
             forecast, the worst of all cache contexts; see `check_every` of `lesa.enable`.
+        restarts: (step, reason) of each history that began in the middle of the run: its first step is full, and no
+            earlier one serves its forecasts.
+        unwatched: arguments of the model that are others in each step, so that no change of them is noticed.
     """
 
     steps: int
@@ -42,6 +45,8 @@ class Summary:
     history_memory: str = ""
     refused: str | None = None
     errors: tuple[tuple[int, float], ...] = ()
+    restarts: tuple[tuple[int, str], ...] = ()
+    unwatched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -53,6 +58,9 @@ class Summary:
         if self.errors:
             steps = ", ".join(f"{error:.3g} (step {step})" for step, error in self.errors)
             lines.append(f"checked steps would have been forecast with a relative error of {steps}")
+        lines += [f"a history began at step {step}: {reason}" for step, reason in self.restarts]
+        if self.unwatched:
+            lines.append(f"changes are not noticed of {', '.join(self.unwatched)}, made anew in each step")
         lines += [f"without forecasts from some step on: {self.refused}"] if self.refused else []
         return "\n".join(lines + ([f"plan: {self.plan}"] if self.plan else []))
 
@@ -70,6 +78,8 @@ class RunStats:
     history_memory: str = ""
     refused: str | None = None
     errors: list[tuple[int, Tensor]] = field(default_factory=list)
+    restarts: list[tuple[int, str]] = field(default_factory=list)
+    unwatched: set[str] = field(default_factory=set)
 
     def add_ring(self, ring: Ring) -> None:
         """Count the memory of a ring that was just made."""
@@ -92,6 +102,8 @@ def summarize(runs: Sequence[RunStats]) -> Summary:
         history_bytes=max(run.history_bytes for run in runs),
         history_memory=next((run.history_memory for run in runs if run.history_memory), ""),
         refused=next((run.refused for run in runs if run.refused), None),
+        restarts=tuple(sorted({restart for run in runs for restart in run.restarts})),
+        unwatched=tuple(sorted({name for run in runs for name in run.unwatched})),
         errors=_worst((step, float(error)) for run in runs for step, error in run.errors),
     )
 

@@ -9,22 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.cache_hooks import CacheHook, ForwardCall
-from lesa_kernels.integrations.models import Adapter
+from lesa_kernels.integrations.cache_hooks import CacheHook
+from lesa_kernels.integrations.model_calls import ForwardCall
+from lesa_kernels.integrations.models import Adapter, find_other_cache
 from lesa_kernels.integrations.outputs import layout_of, only_tensor, refilled, uncompiled
-from lesa_kernels.integrations.steps import StepPosition, StepTracker, call_name, find_incompatibility
+from lesa_kernels.integrations.steps import (
+    StepPosition,
+    StepTracker,
+    call_name,
+    find_disagreement,
+    find_incompatibility,
+)
 from lesa_kernels.trajectories import ModelCall, StepPolicy
 
 
 class AnsweredRun:
     """A run of a pipeline whose calls a policy answers, shared by the hooks of models that take turns in it."""
 
-    def __init__(self, tracker: StepTracker) -> None:
+    def __init__(self, pipeline: Any) -> None:
         self.sigmas: tuple[float, ...] | None = None
         self.latest_step = -1
         self.policy: StepPolicy | None = None
         self.gradients = False
-        self._tracker = tracker
+        self._tracker = StepTracker(pipeline)
         self._position: StepPosition | None = None
 
     @contextmanager
@@ -39,14 +46,15 @@ class AnsweredRun:
         finally:
             self.policy = None
 
-    def place(self, context: Any, foreign_cache: bool) -> tuple[int, str]:
+    def place(self, context: Any, call: ForwardCall, module: nn.Module) -> tuple[int, str]:
         """Return the step and the branch of a call.
 
         Raises:
             ValueError: when the run cannot be followed.
         """
-        position, step, number = self._tracker.place(context)
-        reason = find_incompatibility(position, context, step, number, foreign_cache)
+        position, step, number = self._tracker.place(context, call.largest_timestep())
+        reason = find_incompatibility(position, step, number, find_other_cache(module))
+        reason = reason or find_disagreement(position, context, step)
         if position is not self._position:
             reason = self._begin(position) or reason
         # Image-to-image begins late.
@@ -100,7 +108,7 @@ class TrajectoryHook(CacheHook):
     def answer(self, call: ForwardCall, module: nn.Module) -> Any:
         """See `CacheHook.answer`."""
         run = self._run_of_all
-        step, branch = run.place(self.contexts.current, getattr(module, "is_cache_enabled", False))
+        step, branch = run.place(self.contexts.current, call, module)
         if run.policy is None:
             raise ValueError("lesa: the pipeline cannot be run: there is no policy")
         pending = _PendingCall(self, module, call)
@@ -140,7 +148,7 @@ class _PendingCall:
         """See `ModelCall`."""
         if self._feature is not None:
             raise RuntimeError("tell must be called before blocks")
-        self.call = self.call.told(timestep) or self.call
+        self.call = self.call.retold(timestep) or self.call
 
     @torch.no_grad()
     def blocks(self) -> Tensor:

@@ -215,7 +215,7 @@ def test_a_refused_enable_changes_nothing(pipe: TinyPipeline) -> None:
 
 def test_a_native_cache_is_refused(pipe: TinyPipeline) -> None:
     pipe.transformer.enable_cache(FasterCacheConfig(current_timestep_callback=lambda: 0))
-    with pytest.raises(ValueError, match="no cache of diffusers"):
+    with pytest.raises(ValueError, match="no other cache: a cache of diffusers is enabled"):
         enable(pipe)
     pipe.transformer.disable_cache()
     enable(pipe)
@@ -276,7 +276,12 @@ class TwoLayers(nn.Module):
 
 def test_users_register_their_own_models() -> None:
     register_adapter(
-        Adapter("TwoLayers", capture="head", tail=lambda model, feature, *, x, shift: model.head(feature) + shift)
+        Adapter(
+            "TwoLayers",
+            capture="head",
+            tail=lambda model, feature, *, x, shift: model.head(feature) + shift,
+            timestep="shift",
+        )
     )
     model = TwoLayers()
     enable(model, Reuse(), Schedule.explicit(2, [0]), sigmas=[1.0, 0.5, 0.0])

@@ -208,7 +208,7 @@ def test_a_scheduler_whose_index_stands_still_costs_forecasts_alone() -> None:
     model, scheduler = tiny_transformer(), getattr(diffusers, STANDING)(stages=1)
     enable(model, Reuse(), schedule, scheduler=scheduler)
     scheduler.set_timesteps(10)
-    with watching(model) as watch, pytest.warns(LesaWarning, match="does the loop call scheduler.step"):
+    with watching(model) as watch, pytest.warns(LesaWarning, match="a loop that does not call scheduler.step"):
         sample(
             lambda latents, t: model(**call_arguments(latents, float(t) / 1000)).sample, scheduler, scheduler.timesteps
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, VARIANTS, block_calls, sample_of
+from tiny_models import MODELS, VARIANTS, at_step, block_calls, sample_of
 from torch import Tensor, nn
 
 from lesa_kernels import Reuse, Schedule, TaylorSeer
@@ -31,8 +31,9 @@ def without_gradients() -> Iterator[None]:
 
 
 def sample(model: nn.Module, name: str, steps: int = STEPS) -> list[Tensor]:
-    """A call for each step, every one with inputs of its own."""
-    return [sample_of(model(**MODELS[name].arguments(step), return_dict=False)) for step in range(steps)]
+    """A call for each step, every one with latents of its own."""
+    calls = [at_step(MODELS[name], step, SIGMAS[step]) for step in range(steps)]
+    return [sample_of(model(**call, return_dict=False)) for call in calls]
 
 
 @pytest.mark.parametrize("name", MODELS)

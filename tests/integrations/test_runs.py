@@ -258,6 +258,7 @@ def test_a_cache_context_may_hold_the_step() -> None:
             pytest.warns(LesaWarning, match=r"says sigma 0.5 at step 0, the sigmas say 1.0"),
         ):
             model(**call_arguments(latents[0], 0.5))
+        run(1, latents)
         with (
             model.cache_context("cond", step_index=0, num_inference_steps=9),
             pytest.warns(LesaWarning, match="counts 9 steps, the sigmas 10"),

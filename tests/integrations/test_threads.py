@@ -42,17 +42,21 @@ def test_a_call_of_another_thread_does_not_get_this_threads_forecast(history_dty
 
     def other() -> None:
         in_tail.wait(20)
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            pytest.warns(lesa.LesaWarning, match="it comes from another thread than the run at step 2"),
+        ):
             results.append(model(**other_call).sample)
         answered.set()
 
     handle = model.proj_out.register_forward_pre_hook(hold)
     thread = threading.Thread(target=other)
     thread.start()
+    conditions = call_arguments(latents, 1.0)
     for step in range(3):
         holding = step == 2
         with model.cache_context("cond", step_index=step):
-            model(**call_arguments(latents, SIGMAS[step]))
+            model(**conditions | {"timestep": torch.tensor([SIGMAS[step]])})
     thread.join(20)
     handle.remove()
     assert torch.allclose(results[0], plain, atol=1e-4)

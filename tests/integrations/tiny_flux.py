@@ -80,13 +80,17 @@ class TinyPipeline(DiffusionPipeline):
         latents = torch.randn(batch, tokens, CHANNELS, generator=torch.Generator().manual_seed(seed))
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=0.8)
         self.scheduler.set_begin_index(begin)
+        shape = None
         for index, t in enumerate(self.scheduler.timesteps[begin:]):
-            sigma = float(t) / 1000
+            if (latents.shape, latents.dtype) != shape:
+                cond, uncond = (call_arguments(latents, 1.0, prompt) for prompt in range(2))
+                shape = latents.shape, latents.dtype
+            now = {"hidden_states": latents, "timestep": t.expand(len(latents)) / 1000, "return_dict": False}
             with self.transformer.cache_context("cond") if contexts else nullcontext():
-                velocity = self.transformer(**call_arguments(latents, sigma), return_dict=False)[0]
+                velocity = self.transformer(**cond | now)[0]
             if true_cfg > 1 and index >= cfg_from:
                 with self.transformer.cache_context("uncond") if contexts else nullcontext():
-                    negative = self.transformer(**call_arguments(latents, sigma, prompt=1), return_dict=False)[0]
+                    negative = self.transformer(**uncond | now)[0]
                 velocity = negative + true_cfg * (velocity - negative)
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
             if on_step_end is not None:

@@ -390,6 +390,13 @@ VARIANTS: dict[str, Tiny] = {
 }
 
 
+def at_step(tiny: Tiny, step: int, sigma: float) -> dict[str, Any]:
+    """Arguments of a call in a run: its latents and noise level are those of a step, all else stays."""
+    always, latents = tiny.arguments(0), next(iter(tiny.arguments(0)))
+    time = "t" if "t" in always else "timestep"
+    return always | {latents: tiny.arguments(step)[latents], time: always[time] * (sigma / 0.9)}
+
+
 @contextmanager
 def block_calls(model: nn.Module) -> Iterator[list[nn.Module]]:
     """List the calls of a model's blocks, as plain torch hooks see them."""

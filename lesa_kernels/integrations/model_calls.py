@@ -1,0 +1,234 @@
+"""Reads a model's calls: the noise level that they are told, and what they are conditioned on besides.
+
+A history of features serves calls with the same conditions. Tensors are compared by identity, by their memory and by
+the counter of what was written to them; only where that shows a difference are values compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lesa_kernels.integrations.outputs import uncompiled, version_of
+
+# What tells of the step besides, and what is made from the latents of each step: different in each step of any run.
+_OF_THE_STEP = ("sigma", "audio_sigma")
+_MADE_OF_LATENTS = ("controlnet", "audio_hidden_states")
+# An argument that came so often as another object with the same values is a copy that the loop makes for each call.
+_COPIES = 2
+_COMPARED = (bool, int, float, str, tuple)
+
+
+class Parameters:
+    """The parameters of a model's forward.
+
+    Args:
+        names: of all, the one of the latents first.
+        timesteps: what the one that tells the model the noise level may be called.
+
+    Attributes:
+        watched: those that a call is conditioned on, and whether they are watched only for whether they are given.
+    """
+
+    def __init__(self, names: Sequence[str], timesteps: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.timesteps = tuple(timesteps)
+        self.watched = {
+            name: any(part in name for part in _MADE_OF_LATENTS)
+            for name in self.names[1:]
+            if name not in (*self.timesteps, *_OF_THE_STEP) and "timestep" not in name
+        }
+
+
+class ForwardCall(NamedTuple):
+    """A call of a model that a hook answers.
+
+    Args:
+        run: runs the model's forward, compiled or not. No code of this class lies between, as it would be compiled too.
+        parameters: of the forward.
+        args: of the call.
+        kwargs: of the call.
+        latents: the first argument.
+    """
+
+    run: partial[Any]
+    parameters: Parameters
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    latents: Any
+
+    @property
+    def told(self) -> Any:
+        """The argument that tells the model the noise level, None where there is none."""
+        names = self.parameters.names
+        for name in self.parameters.timesteps:
+            if name in self.kwargs:
+                return self.kwargs[name]
+            if name in names[: len(self.args)]:
+                return self.args[names.index(name)]
+        return None
+
+    @uncompiled(recursive=False)
+    def timestep(self) -> float | None:
+        """Return what the model is told of the noise level; waits for the device.
+
+        None where that is not one number in a tensor: a model may be told one of each token.
+        """
+        told = self.told
+        values = told.unique().tolist() if isinstance(told, Tensor) else []
+        return float(values[0]) if len(values) == 1 else None
+
+    @uncompiled(recursive=False)
+    def largest_timestep(self) -> float | None:
+        """Return the largest number that the model is told of the noise level; waits for the device.
+
+        Tokens that are not to change are told of less noise. None where it is told no number.
+        """
+        told = self.told
+        if isinstance(told, Tensor):
+            return float(told.max() if told.numel() > 1 else told) if told.numel() else None
+        return float(told) if isinstance(told, int | float) else None
+
+    @uncompiled(recursive=False)
+    def retold(self, timestep: float) -> ForwardCall | None:
+        """Return a call whose model is told another noise level; None where `timestep` is None."""
+        known = self.told
+        if self.timestep() is None:
+            return None
+        # Laid out alike, so that a compiled model needs no other graph.
+        other = torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device=known.device).fill_(timestep)
+        args = tuple(other if each is known else each for each in self.args)
+        kwargs = {name: other if each is known else each for name, each in self.kwargs.items()}
+        before = self.run.args[: len(self.run.args) - len(args)]
+        return self._replace(run=partial(self.run.func, *before, *args, **kwargs), args=args, kwargs=kwargs)
+
+    def conditions(self) -> dict[str, Any]:
+        """Return the tensors and numbers that the model gets besides, by name, those of lists and dicts by path."""
+        watched, leaves = self.parameters.watched, dict[str, Any]()
+        given = self.kwargs
+        if len(self.args) > 1:
+            given = dict(zip(self.parameters.names, self.args, strict=False)) | given
+        for name, value in given.items():
+            only_whether = watched.get(name)
+            if only_whether is None:
+                continue
+            if only_whether:
+                leaves[name] = value is not None
+            elif value is None or isinstance(value, Tensor):
+                leaves[name] = value
+            else:
+                _flatten_into(leaves, name, value)
+        return leaves
+
+
+def _flatten_into(leaves: dict[str, Any], name: str, value: Any) -> None:
+    """Add what a value holds to the leaves."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _flatten_into(leaves, f"{name}.{key}", each)
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            _flatten_into(leaves, f"{name}[{index}]", each)
+    else:
+        leaves[name] = value
+
+
+class Conditions:
+    """The conditions of one branch, kept to be compared with those of later calls.
+
+    Args:
+        leaves: see `ForwardCall.conditions`.
+    """
+
+    def __init__(self, leaves: dict[str, Any]) -> None:
+        self._leaves = leaves
+        self._versions = {name: version_of(value) for name, value in leaves.items()}
+        self._copies: dict[str, int] = {}
+
+    def are_same_objects(self, leaves: dict[str, Any]) -> bool:
+        """Whether a call has the very same conditions; reads no tensor's values."""
+        known, versions = self._leaves, self._versions
+        if len(leaves) != len(known):
+            return False
+        for name, value in leaves.items():
+            if name not in known or value is not known[name]:
+                return False
+            if versions[name] is not None and value._version != versions[name]:
+                return False
+        return True
+
+    def differences(self, leaves: dict[str, Any], unwatched: set[str], is_forecast: bool) -> frozenset[str]:
+        """Return the names of the conditions that a call has otherwise; may wait for the device.
+
+        Args:
+            leaves: of the call.
+            unwatched: names that are left out.
+            is_forecast: whether the call would be forecast: then a device's copies that are made for each call are
+                taken as they are.
+        """
+        names = {name for name in (*self._leaves, *leaves) if name not in unwatched}
+        return frozenset(name for name in names if not self._is_same(name, leaves, is_forecast))
+
+    def adopt(self, leaves: dict[str, Any]) -> None:
+        """Take the objects of a call with the same conditions as those to compare with."""
+        for name, value in leaves.items():
+            if value is not self._leaves.get(name) and isinstance(value, Tensor):
+                self._copies[name] = self._copies.get(name, 0) + 1
+        self._leaves = leaves
+        self._versions = {name: version_of(value) for name, value in leaves.items()}
+
+    def _is_same(self, name: str, leaves: dict[str, Any], is_forecast: bool) -> bool:
+        """Whether one condition has the same value."""
+        if name not in leaves or name not in self._leaves:
+            return False
+        known, value = self._leaves[name], leaves[name]
+        if not isinstance(known, Tensor) or not isinstance(value, Tensor):
+            return value is known or (isinstance(value, _COMPARED) and type(value) is type(known) and value == known)
+        if version_of(known) != self._versions[name] or _layout(known) != _layout(value):
+            return False
+        if value is known or (_memory(value) == _memory(known) and version_of(value) == self._versions[name]):
+            return True
+        if is_forecast and not value.is_cpu and self._copies.get(name, 0) >= _COPIES:
+            return True
+        return torch.equal(known, value)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a strided tensor lies."""
+    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else (id(tensor),)
+
+
+class LoraState:
+    """Tells which LoRA adapters of a model are active, and how they are scaled."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._layers: list[Any] = []
+
+    def read(self, model: nn.Module) -> tuple[Any, ...]:
+        """Return what changes when adapters are added, taken away, switched, scaled or merged.
+
+        All adapters' names, and the state of the first and the last layer: reading all would take longer than a cached
+        step.
+        """
+        names = tuple(vars(model)["peft_config"])
+        if names != self._names:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            self._names, self._layers = names, [*layers[:1], *layers[1:][-1:]]
+        return (names, *(_layer_state(layer) for layer in self._layers))
+
+
+def _layer_state(layer: Any) -> tuple[Any, ...]:
+    """Return what says how a LoRA layer acts."""
+    scaling = getattr(layer, "scaling", {})
+    return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters), tuple(scaling.items())

@@ -1,0 +1,406 @@
+"""Runs that change in the middle: a history serves the calls that it was made for, from the step on where it began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_flux import (
+    CHANNELS,
+    NUM_BLOCKS,
+    TinyPipeline,
+    add_lora,
+    call_arguments,
+    tiny_transformer,
+    watching,
+)
+from tiny_models import MODELS, VARIANTS, Tiny, at_step, sample_of
+from torch import Tensor, nn
+
+from lesa_kernels import Predictor, Reuse, Schedule, TaylorSeer
+from lesa_kernels.integrations import disable, enable, summary
+
+STEPS = 10
+FULL = (0, 1, 5)
+SPARSE = Schedule.explicit(STEPS, FULL)
+SIGMAS = [1 - step / STEPS for step in range(STEPS + 1)]
+CHANGED_AT = 3
+Arguments = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# What comes after the capture point may write to what it gets.
+
+
+class InPlaceNorm(nn.Module):
+    """As a fused kernel that normalizes where its input lies."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, feature: Tensor, embedding: Tensor) -> Tensor:
+        return feature.copy_(self.norm(feature, embedding))
+
+
+@pytest.mark.parametrize("predictor", [Reuse(), TaylorSeer(1, variable="sigma")], ids=["reuse", "taylor"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_norm_that_writes_to_its_input_changes_no_image(
+    pipe: TinyPipeline, predictor: Predictor, chunk: int | None
+) -> None:
+    enable(pipe, predictor, SPARSE, chunk=chunk)
+    expected = pipe(STEPS)
+    pipe.transformer.norm_out = InPlaceNorm(pipe.transformer.norm_out)
+    enable(pipe, predictor, SPARSE, chunk=chunk)
+    assert torch.equal(pipe(STEPS), expected)
+    assert summary(pipe).forecast == STEPS - len(FULL)
+
+
+@pytest.mark.parametrize("predictor", [Reuse(), TaylorSeer(1, variable="sigma")], ids=["reuse", "taylor"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hook_that_writes_to_the_feature_does_not_reach_the_history(name: str, predictor: Predictor) -> None:
+    def sampled(hook: Callable[..., Any]) -> list[Tensor]:
+        model = MODELS[name].model()
+        enable(model, predictor, SPARSE, sigmas=SIGMAS)
+        capture = summary_capture(model)
+        if capture:
+            model.get_submodule(capture).register_forward_pre_hook(hook)
+        # The adapter is tried out on the first step, where such a hook would act on its own input.
+        return [sample_of(model(**at_step(MODELS[name], step, SIGMAS[step]))) for step in range(STEPS)]
+
+    def in_place(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        inputs[0].mul_(0.5).add_(0.25)
+
+    def on_a_copy(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].clone().mul_(0.5).add_(0.25), *inputs[1:])
+
+    assert all(map(torch.equal, sampled(in_place), sampled(on_a_copy)))
+
+
+def summary_capture(model: nn.Module) -> str:
+    from lesa_kernels.integrations.models import find_adapter
+
+    return find_adapter(model).capture
+
+
+# Branches without names.
+
+
+def features_of(model: nn.Module, conditions: list[Arguments], order: Callable[[int], list[int]]) -> list[list[Tensor]]:
+    """The features of each branch in a loop that opens no cache context; a step's calls come in the given order."""
+    features: list[list[Tensor]] = [[] for _ in conditions]
+    for step in range(STEPS):
+        latents = torch.randn(1, 6, CHANNELS, generator=torch.Generator().manual_seed(step))
+        now = {"hidden_states": latents, "timestep": torch.tensor([SIGMAS[step]])}
+        for branch in order(step):
+            with watching(model) as watch:
+                model(**conditions[branch] | now)
+            features[branch] += watch.features
+    return features
+
+
+def is_formula(features: list[Tensor], first_step: int = 0) -> bool:
+    """Whether features follow from those of the full steps of their own branch, by reuse."""
+    full = sorted({first_step, *(step for step in FULL if step > first_step)})
+    return all(
+        torch.equal(feature, features[max(each for each in full if each <= step) - first_step])
+        for step, feature in enumerate(features, first_step)
+    )
+
+
+ORDERS: dict[str, Callable[[int], list[int]]] = {
+    "both": lambda step: [0, 1],
+    "guidance ends, cond first": lambda step: [0, 1] if step < 4 else [0],
+    "guidance ends, uncond first": lambda step: [1, 0] if step < 4 else [0],
+    "guidance begins, uncond first": lambda step: [0] if step < 3 else [1, 0],
+    "the order changes": lambda step: [0, 1] if step % 2 else [1, 0],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("given", ["sigmas", "scheduler"])
+def test_branches_without_names_are_told_apart_by_their_prompts(order: str, given: str) -> None:
+    model, scheduler = tiny_transformer(), FlowMatchEulerDiscreteScheduler()
+    conditions = [call_arguments(torch.zeros(1, 6, CHANNELS), 1.0, prompt) for prompt in range(2)]
+    if given == "sigmas":
+        enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+        features = features_of(model, conditions, ORDERS[order])
+    else:
+        scheduler.set_timesteps(sigmas=SIGMAS[:-1])
+        enable(model, Reuse(), SPARSE, scheduler=scheduler)
+        features = features_of(model, conditions, lambda step: _with_step(scheduler, model, step, ORDERS[order](step)))
+    found = summary(model)
+    assert found.refused is None
+    assert is_formula(features[0])
+    late = next(step for step in range(STEPS) if 1 in ORDERS[order](step))
+    assert is_formula(features[1], late)
+    assert not torch.equal(features[0][4], features[1][0])
+    assert found.steps == STEPS
+    assert found.full + found.forecast == len(features[0]) + len(features[1])
+
+
+def _with_step(scheduler: Any, model: nn.Module, step: int, branches: list[int]) -> list[int]:
+    """Bring a scheduler to a step."""
+    scheduler._step_index = step or None
+    return branches
+
+
+def test_a_loop_of_given_sigmas_may_call_twice_a_step(pipe: TinyPipeline) -> None:
+    enable(pipe, TaylorSeer(1), SPARSE)
+    expected = pipe(STEPS, true_cfg=3.0)
+    sigmas = pipe.scheduler.sigmas
+    disable(pipe)
+    for contexts in (False, True):
+        enable(pipe.transformer, TaylorSeer(1), SPARSE, sigmas=sigmas)
+        assert torch.equal(pipe(STEPS, true_cfg=3.0, contexts=contexts), expected)
+        assert (summary(pipe.transformer).full, summary(pipe.transformer).forecast) == (6, 14)
+
+
+def test_a_loop_that_says_nothing_of_its_steps_runs_in_full() -> None:
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+            self.norm_out = nn.Linear(4, 4)
+
+        def forward(self, hidden_states: Tensor, text: Tensor) -> tuple[Tensor]:
+            for block in self.blocks:
+                hidden_states = block(hidden_states + text)
+            return (self.norm_out(hidden_states),)
+
+    model, texts = Silent(), torch.randn(2, 1, 4)
+    plain = [model(torch.ones(1, 4), texts[step % 2])[0] for step in range(2 * STEPS)]
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    with pytest.warns(UserWarning, match="nothing says whether it is of the same step"):
+        answers = [model(torch.ones(1, 4), texts[step % 2])[0] for step in range(2 * STEPS)]
+    assert all(map(torch.equal, plain, answers))
+
+
+# Runs that start late, whose batch changes, or whose noise levels do.
+
+
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, DDIMScheduler])
+def test_the_first_step_is_found_from_what_the_model_is_told(kind: type[Any]) -> None:
+    model, scheduler = tiny_transformer(), kind()
+    enable(model, Reuse(), SPARSE, scheduler=scheduler)
+    for start in (4, 0, 7):
+        scheduler.set_timesteps(STEPS)
+        latents = torch.randn(1, 6, CHANNELS)
+        conditions = call_arguments(latents, 1.0)
+        with watching(model) as watch:
+            for t in scheduler.timesteps[start:]:
+                # The scheduler finds its own index here, too.
+                now = {"hidden_states": latents, "timestep": t[None] / 1000}
+                latents = scheduler.step(model(**conditions | now).sample, t, latents).prev_sample
+        full = {start, *(step for step in FULL if step > start)}
+        assert watch.blocks == len(full) * NUM_BLOCKS
+        assert f"full steps: {' '.join(map(str, sorted(full)))}" in summary(model).plan
+
+
+def test_a_batch_that_changes_begins_a_history(pipe: TinyPipeline) -> None:
+    enable(pipe, Reuse(), SPARSE)
+
+    def change(index: int, latents: Tensor) -> Tensor:
+        return latents.repeat(2, 1, 1) if index == 2 else latents[:1] if index == 6 else latents
+
+    with watching(pipe.transformer) as watch:
+        pipe(STEPS, on_step_end=change)
+    features = watch.features
+    source = [0, 1, 1, 3, 3, 5, 5, 7, 7, 7]
+    assert all(torch.equal(feature, features[source[step]]) for step, feature in enumerate(features))
+    assert watch.blocks == len(set(source)) * NUM_BLOCKS
+    found = summary(pipe)
+    assert found.refused is None and [step for step, _ in found.restarts] == [3, 7]
+    assert all("the latents changed from" in reason for _, reason in found.restarts)
+    assert "a history began at step 3: the latents changed" in str(found)
+
+
+def test_noise_levels_that_are_scaled_in_place_are_read_again(pipe: TinyPipeline) -> None:
+    enable(pipe, TaylorSeer(1, variable="sigma"), SPARSE)
+
+    def scale(index: int, latents: Tensor) -> Tensor:
+        if index == 2:
+            pipe.scheduler.sigmas.mul_(0.5)
+            pipe.scheduler.timesteps.mul_(0.5)
+        return latents
+
+    with watching(pipe.transformer) as watch:
+        pipe(STEPS, on_step_end=scale)
+    t, h = pipe.scheduler.sigmas.double(), [feature.double() for feature in watch.features]
+    assert torch.equal(h[4], h[3])
+    for step in range(6, STEPS):
+        expected = h[5] + (t[step] - t[5]) * (h[5] - h[3]) / (t[5] - t[3])
+        torch.testing.assert_close(h[step], expected, rtol=1e-4, atol=1e-4)
+    assert summary(pipe).full + summary(pipe).forecast == STEPS
+    assert [step for step, _ in summary(pipe).restarts] == [3]
+
+
+# What calls are conditioned on changes.
+
+
+def tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from tensors_in(f"{name}[{index}]", each)
+
+
+def conditions_of(tiny: Tiny) -> dict[str, Tensor]:
+    arguments = tiny.arguments(0)
+    latents = next(iter(arguments))
+    return {
+        path: tensor
+        for name, value in arguments.items()
+        if name not in (latents, "timestep", "t")
+        for path, tensor in tensors_in(name, value)
+    }
+
+
+def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(replaced(each, old, new) for each in value)
+    return new if value is old else value
+
+
+def other_value(tensor: Tensor) -> Tensor:
+    """Another valid value: other numbers, or for masks and ids a zero in place of the last one."""
+    if tensor.is_floating_point():
+        return tensor + torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9))
+    other = tensor.clone()
+    other.view(-1)[-1] = 1 - int(other.view(-1)[-1])
+    return other
+
+
+CASES = [(name, path) for name, tiny in (MODELS | VARIANTS).items() for path in conditions_of(tiny)]
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["exchanged", "written to"])
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_a_change_is_the_begin_of_a_history(name: str, path: str, in_place: bool) -> None:
+    """A change of any tensor at a step: from there on all is as in an enabled run that begins at that step."""
+    tiny = (MODELS | VARIANTS)[name]
+    model = tiny.model()
+    always = {step: at_step(tiny, step, SIGMAS[step]) for step in range(STEPS)}
+    shared = tiny.arguments(0)
+    old = dict(entry for key, value in shared.items() for entry in tensors_in(key, value))[path]
+    new = other_value(old)
+    latents, time = next(iter(shared)), "t" if "t" in shared else "timestep"
+
+    def call(step: int, changed: bool) -> Tensor:
+        arguments = shared | {each: always[step][each] for each in (latents, time)}
+        if changed and not in_place:
+            arguments = {key: replaced(value, old, new) for key, value in arguments.items()}
+        return sample_of(model(**arguments, return_dict=False)).clone()
+
+    enable(model, TaylorSeer(1), SPARSE, sigmas=SIGMAS)
+    before = [call(step, False) for step in range(CHANGED_AT)]
+    if in_place:
+        old.copy_(new)
+    after = [call(step, True) for step in range(CHANGED_AT, STEPS)]
+    found = summary(model)
+    enable(model, TaylorSeer(1), SPARSE, sigmas=SIGMAS)
+    expected = [call(step, True) for step in range(CHANGED_AT, STEPS)]
+    assert all(map(torch.equal, after, expected))
+    if "controlnet" in path:
+        return
+    assert found.restarts == ((CHANGED_AT, f"{path} changed"),)
+    assert (found.full, found.forecast) == (4, 6) and found.refused is None
+    assert len(before) == CHANGED_AT
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@pytest.mark.parametrize("change", ["scale", "switch", "disable", "fuse", "add"])
+def test_a_change_of_lora_is_the_begin_of_a_history(pipe: TinyPipeline, change: str) -> None:
+    model = pipe.transformer
+    for name in ("one", "two"):
+        add_lora(pipe, name)
+    model.set_adapters(["one"], [0.5])
+    changes: dict[str, Callable[[], None]] = {
+        "scale": lambda: model.set_adapters(["one"], [1.5]),
+        "switch": lambda: model.set_adapters(["two"], [0.7]),
+        "disable": model.disable_lora,
+        "fuse": lambda: model.fuse_lora(0.3),
+        "add": lambda: add_lora(pipe, "three"),
+    }
+    conditions = call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+
+    def run(first: int, act: Callable[[], None]) -> list[Tensor]:
+        enable(model, TaylorSeer(1), SPARSE, sigmas=SIGMAS)
+        outputs = []
+        for step in range(first, STEPS):
+            if step == CHANGED_AT:
+                act()
+            latents = torch.randn(1, 6, CHANNELS, generator=torch.Generator().manual_seed(step))
+            now = {"hidden_states": latents, "timestep": torch.tensor([SIGMAS[step]])}
+            outputs.append(model(**conditions | now).sample)
+        return outputs
+
+    after = run(0, changes[change])[CHANGED_AT:]
+    assert summary(model).restarts == ((CHANGED_AT, "LoRA changed"),)
+    assert all(map(torch.equal, after, run(CHANGED_AT, lambda: None)))
+
+
+def test_another_guidance_scale_begins_a_history(pipe: TinyPipeline) -> None:
+    enable(pipe, Reuse(), SPARSE)
+    pipe._guidance_scale = 3.0
+
+    def change(index: int, latents: Tensor) -> Tensor:
+        if index == 2:
+            pipe._guidance_scale = 5.0
+        return latents
+
+    pipe(STEPS, on_step_end=change)
+    assert summary(pipe).restarts == ((3, "guidance_scale of the pipeline changed"),)
+
+
+# What is made anew for each call is not what changed.
+
+
+@pytest.mark.parametrize("device_of_copies", ["same memory", "copies"])
+def test_copies_of_the_same_values_are_no_change(pipe: TinyPipeline, device_of_copies: str) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for step in range(STEPS):
+        made = {
+            name: value.view_as(value) if device_of_copies == "same memory" else value.clone()
+            for name, value in conditions.items()
+        }
+        model(**made | {"timestep": torch.tensor([SIGMAS[step]])})
+    assert (summary(model).full, summary(model).restarts) == (len(FULL), ())
+
+
+def test_residuals_of_a_controlnet_are_not_watched_and_the_summary_says_so(pipe: TinyPipeline) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for step in range(STEPS):
+        now = {"timestep": torch.tensor([SIGMAS[step]]), "controlnet_block_samples": [torch.randn(1, 6, 32)]}
+        if step >= 7:
+            now["controlnet_block_samples"] = None
+        model(**conditions | now)
+    found = summary(model)
+    assert found.unwatched == ("controlnet_block_samples",)
+    assert found.restarts == ((7, "controlnet_block_samples changed"),)
+    assert "changes are not noticed of controlnet_block_samples" in str(found)
+
+
+def test_what_is_another_in_each_step_costs_one_full_step_at_most(pipe: TinyPipeline) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), Schedule.explicit(STEPS, (0, 5)), sigmas=SIGMAS)
+    with watching(model) as watch:
+        for step in range(STEPS):
+            now = {"timestep": torch.tensor([SIGMAS[step]]), "pooled_projections": torch.randn(1, 8)}
+            with model.cache_context("cond"):
+                model(**conditions | now)
+    assert watch.blocks == 3 * NUM_BLOCKS
+    found = summary(model)
+    assert found.unwatched == ("pooled_projections",)
+    assert found.restarts == ((1, "pooled_projections changed"),)
