@@ -54,7 +54,7 @@ test: setup ## Run the tests
 test-all: setup ## Run the tests that take long as well
 	@$(TESTS) -m ''
 
-fuzz: setup ## Call ops and functions with anything and open damaged files, 10,000 times each
+fuzz: setup ## Call ops and functions with anything, open damaged files, 10,000 times each; sample 1,000 loops of any kind
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m '' --hypothesis-profile=long $(ARGS)
 
 soak: setup ## Kill trainings and repeat calls and runs for long, with figures

@@ -55,8 +55,8 @@ def read_levels(scheduler: Any) -> Levels:
     """
     name = type(scheduler).__name__
     try:
-        listed = scheduler.sigmas if has_index(scheduler) else ()
-        sigmas, timesteps = _floats(listed, getattr(scheduler, "timesteps", ()))
+        listed = getattr(scheduler, "timesteps", None)
+        sigmas, timesteps = _floats(scheduler.sigmas if has_index(scheduler) else (), () if listed is None else listed)
         levels = _levels(scheduler, sigmas, timesteps)
     # Whatever a scheduler holds before set_timesteps.
     except (TypeError, ValueError, AttributeError, IndexError) as error:
@@ -127,9 +127,8 @@ def _scaled(timesteps: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 
 def _floats(*lists: Any) -> tuple[tuple[float, ...], ...]:
-    """Return lists or tensors of numbers as Python floats; those on one device in one wait."""
-    devices = {getattr(each, "device", None) for each in lists}
-    if all(isinstance(each, Tensor) for each in lists) and len(devices) == 1 and torch.device("cpu") not in devices:
-        whole = iter(torch.cat([each.flatten() for each in lists]).tolist())
-        return tuple(tuple(map(float, itertools.islice(whole, each.numel()))) for each in lists)
+    """Return lists or tensors of numbers as Python floats; tensors on one device in one wait."""
+    if all(isinstance(each, Tensor) for each in lists) and len({each.device for each in lists}) == 1:
+        numbers = iter(torch.cat([each.flatten() for each in lists]).tolist())
+        return tuple(tuple(map(float, itertools.islice(numbers, each.numel()))) for each in lists)
     return tuple(tuple(map(float, each.tolist() if hasattr(each, "tolist") else each)) for each in lists)

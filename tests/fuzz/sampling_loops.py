@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -99,6 +100,7 @@ class Loop:
         scheduler: one of `SCHEDULERS`.
         predictor: "taylor" or "reuse".
         enabled_by: "pipeline", "scheduler" or "sigmas": what is given to `enable`.
+        is_called: whether the loop runs within the pipeline's own call, else it is a user's.
         start: the first step.
         is_told: whether the scheduler is told the first step (or the pipeline how many are left).
         stop: where the loop ends.
@@ -120,6 +122,7 @@ class Loop:
     scheduler: str = "euler flow"
     predictor: str = "taylor"
     enabled_by: str = "pipeline"
+    is_called: bool = True
     start: int = 0
     is_told: bool = True
     stop: int = 8
@@ -158,11 +161,15 @@ class Record:
 
 
 class Pipeline:
-    """What `enable` looks at."""
+    """What `enable` looks at, and whose call it is that a call of the model comes from."""
 
     def __init__(self, transformer: FluxTransformer2DModel, scheduler: Any) -> None:
         self.transformer = transformer
         self.scheduler = scheduler
+
+    def __call__(self, passes: Iterator[None]) -> bool:
+        """Go on to the next call of the model; return whether there is one."""
+        return next(passes, False) is None
 
 
 @lru_cache(1)
@@ -244,6 +251,14 @@ class Run:
             after = scheduler.step(velocity, t, latents, return_dict=False)[0].float()
             latents = torch.nan_to_num(after).clamp(-4, 4)
             yield from self.played.after(self, step)
+
+    def go_on(self, passes: Iterator[None]) -> bool:
+        """Go on to the next call of the model, within the pipeline's own call or without; return whether there is one.
+
+        The call that was due is made now.
+        """
+        with torch.no_grad():
+            return self.pipeline(passes) if self.loop.is_called else next(passes, False) is None
 
     def branches(self, step: int) -> list[str]:
         """The calls of a step, in order."""
@@ -335,7 +350,6 @@ class Played:
         self.second = Pipeline(self.model, None)
         self.watched: tuple[Watched, Watched]
         self.caught: list[warnings.WarningMessage] = []
-        self._turn = 0
         self._target: Any = self.first if loop.enabled_by == "pipeline" else self.model
 
     def play(self) -> Record:
@@ -370,65 +384,65 @@ class Played:
         loop, other = self.loop, self.loop.other
         first = Run("first", loop, self.first, {"cond": 1, "uncond": 2}, self)
         if other is None or other.place == "callback":
-            self._drive(first.passes())
+            self._drive(first)
         elif other.place in ("after", "broken off"):
             passes = first.passes()
-            with torch.no_grad():
-                for _ in passes:
-                    if self.record.calls and self.record.calls[-1].step >= other.step:
-                        break
+            while first.go_on(passes) and not (self.record.calls and self.record.calls[-1].step >= other.step):
+                pass
             passes.close()
             if other.place == "after":
-                self._drive(self._second().passes())
+                self._drive(self._second())
             first = Run("again", loop, self.first, {"cond": 1, "uncond": 2}, self)
-            self._drive(first.passes())
+            self._drive(first)
         else:
-            self._in_threads(first.passes(), self._second().passes())
+            self._in_threads(first, self._second())
         self.explain(first)
 
     def after(self, run: Run, step: int) -> Iterator[None]:
         """The callback at the end of a step."""
         other = self.loop.other
         if other is not None and other.place == "callback" and run.name == "first" and other.step == step:
-            yield from self._second().passes()
+            second = self._second()
+            passes = second.passes()
+            while second.go_on(passes):
+                yield
 
     def _second(self) -> Run:
         """A run of the second pipeline."""
         other = self.loop.other
         assert other is not None
-        loop = Loop(other.steps, scheduler=other.scheduler, stop=other.steps, held=self.loop.held)
+        loop = Loop(
+            other.steps,
+            scheduler=other.scheduler,
+            stop=other.steps,
+            held=self.loop.held,
+            is_called=self.loop.is_called,
+        )
         prompts = {"cond": 1 if other.same_prompt else 5, "uncond": 6}
         return Run("second", loop, self.second, prompts, self)
 
-    def _drive(self, passes: Iterator[None]) -> None:
+    def _drive(self, run: Run) -> None:
         """Run to the end in this thread."""
-        with torch.no_grad():
-            for _ in passes:
-                pass
+        passes = run.passes()
+        while run.go_on(passes):
+            pass
 
-    def _in_threads(self, *passes: Iterator[None]) -> None:
+    def _in_threads(self, *runs: Run) -> None:
         """Run in a thread each, one call at a time."""
         other = self.loop.other
         assert other is not None
         turns = torch.Generator().manual_seed(other.step)
-
-        def advance(each: Iterator[None]) -> bool:
-            with torch.no_grad():
-                return next(each, False) is None
-
-        pools = [ThreadPoolExecutor(1) for _ in passes]
-        alive = list(range(len(passes)))
-        while alive:
-            self._turn += 1
-            place = (
-                self._turn % len(alive)
-                if other.place == "threads"
-                else int(torch.randint(len(alive), (1,), generator=turns))
-            )
-            if not pools[alive[place]].submit(advance, passes[alive[place]]).result():
+        alive = [(run, run.passes(), ThreadPoolExecutor(1)) for run in runs]
+        for turn in itertools.count(1):
+            if not alive:
+                break
+            place = turn % len(alive)
+            if other.place == "uneven threads":
+                place = int(torch.randint(len(alive), (1,), generator=turns))
+            run, passes, thread = alive[place]
+            if not thread.submit(run.go_on, passes).result():
+                thread.shutdown()
                 del alive[place]
-        for pool in pools:
-            pool.shutdown()
 
     def judge(self, call: Call, given: dict[str, Any], output: Tensor) -> None:
         """Compare a call with the plain model, or with the formula."""
@@ -492,7 +506,7 @@ class Played:
         reasons += [str(each) for each in self._restarts()]
         if self.loop.other is not None and self.loop.other.place != "broken off":
             reasons += [str(each.message) for each in self.caught if issubclass(each.category, LesaWarning)]
-        changed = None if self.loop.event is None else self.loop.event[1]
+        turns = {*self.loop.guided, self.loop.batch[2], *(self.loop.event or ())[1:]}
         for branch in dict.fromkeys(call.branch for call in self.record.calls):
             calls = [call for call in self.record.calls if call.run is run and call.branch == branch]
             lost = [
@@ -502,7 +516,7 @@ class Played:
             ]
             if lost and not reasons:
                 self.record.problems.append(f"{run.name} run, {branch}: full at {lost} without a reason")
-            elif any(step != changed for step in lost) and keeps_forecasts(self.loop):
+            elif any(step not in turns for step in lost) and keeps_forecasts(self.loop):
                 self.record.problems.append(f"{run.name} run, {branch}: full at {lost}: {reasons}")
 
 
@@ -532,9 +546,18 @@ def _close(one: Tensor, other: Tensor) -> bool:
     )
 
 
+COUNTS: Counter[str] = Counter()
+
+
 def problems_of(loop: Loop) -> list[str]:
-    """Play a loop, and return what came out otherwise than it may."""
-    return Played(loop).play().problems
+    """Play a loop, count what became of it, and return what came out otherwise than it may."""
+    played = Played(loop)
+    record = played.play()
+    COUNTS["loops"] += 1
+    for call in record.calls:
+        COUNTS["calls full" if call.is_full else "calls forecast"] += 1
+    COUNTS["loops with a warning"] += any(issubclass(each.category, LesaWarning) for each in played.caught)
+    return record.problems
 
 
 @st.composite
@@ -546,11 +569,11 @@ def loops(draw: Draw, place: str | None = None) -> Loop:
     stop = draw(st.sampled_from([steps, steps, steps, *range(start + 1, steps)]))
     inside = st.integers(start, stop - 1)
     scheduler = draw(st.sampled_from([*FLOWS[:2], *SCHEDULERS]))
-    given = ["pipeline", "pipeline", "scheduler"] + ["sigmas"] * (scheduler in FLOWS)
+    enabled_by = draw(st.sampled_from(["pipeline", "pipeline", "scheduler"] + ["sigmas"] * (scheduler in FLOWS)))
     guided = draw(st.sampled_from([(0, steps), (0, draw(inside)), (draw(inside), steps)]))
     held = draw(st.sampled_from([True, True, False]))
-    # Tensors that are made anew in each step tell nothing of what they hold.
-    events = (EVENTS[:4] if held else ()) + (EVENTS[4:] if scheduler in FLOWS else ())
+    # Tensors that are made anew in each step tell nothing of what they hold, nor given sigmas of those in use.
+    events = (EVENTS[:4] if held else ()) + (EVENTS[4:] if scheduler in FLOWS and enabled_by != "sigmas" else ())
     other = None
     if place is not None:
         other = Other(
@@ -559,14 +582,15 @@ def loops(draw: Draw, place: str | None = None) -> Loop:
             draw(st.sampled_from([steps, steps + 1, 2, 5])),
             draw(st.sampled_from([scheduler, *SCHEDULERS])),
             draw(st.booleans()),
-            draw(st.booleans()),
+            place != "broken off" and draw(st.booleans()),
         )
     return Loop(
         steps=steps,
         full=full,
         scheduler=scheduler,
         predictor=draw(st.sampled_from(["taylor", "reuse"])),
-        enabled_by=draw(st.sampled_from(given)),
+        enabled_by=enabled_by,
+        is_called=draw(st.booleans()),
         start=start,
         is_told=draw(st.booleans()),
         stop=stop,

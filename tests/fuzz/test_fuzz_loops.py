@@ -13,7 +13,7 @@ import pytest
 import sampling_loops
 import torch
 from hypothesis import HealthCheck, given, seed, settings
-from sampling_loops import PLACES, Loop, Other, Played, loops, problems_of
+from sampling_loops import COUNTS, PLACES, Loop, Other, Played, loops, problems_of
 
 from lesa_kernels import Session
 from lesa_kernels.integrations.stats import Summary
@@ -69,6 +69,14 @@ KINDS = {
     "another pipeline in a thread": Loop(other=Other("uneven threads", 0, 8, "euler flow")),
     "two enabled pipelines": Loop(other=Other("after", 3, 6, "euler flow", enabled=True)),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _told(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line("\n" + ", ".join(f"{count} {what}" for what, count in COUNTS.items()), flush=True)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from tiny_pipelines import (
     FLUX_NEGATIVE,
     Sample,
     blocks_of,
+    cosmos,
     counting,
     flux,
     flux_controlnet,
@@ -27,10 +28,13 @@ pytest.importorskip("transformers", reason="diffusers' pipelines import transfor
 import diffusers
 
 from lesa_kernels import LesaPredictor, Reuse, Schedule, TaylorSeer
-from lesa_kernels.integrations import LesaWarning, disable, enable, summary
+from lesa_kernels.integrations import LesaWarning, disable, enable, recorded, summary
 
-# diffusers' own ControlNet of FLUX imports it from its old place.
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+# diffusers' own ControlNet of FLUX imports it from its old place; Cosmos hands torch's sigmas to NumPy in the old way.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 STEPS = 10
 FULL = (0, 1, 5)
@@ -104,6 +108,7 @@ CASES: list[tuple[Callable[[], tuple[Any, Sample]], int, int]] = [
     (qwen_image, 2, 0),
     (hunyuan_video, 1, 0),
     (wan, 2, 0),
+    (cosmos, 2, 0),
 ]
 
 
@@ -199,6 +204,23 @@ def test_each_branch_of_qwen_image_has_its_own_predictor() -> None:
     assert len(caught) == 1
     # The branch with a predictor skips as before, the other one runs in full.
     assert count.blocks == once // 2 + STEPS * len(blocks_of(pipe.transformer))
+
+
+def test_cosmos_is_forecast_at_the_levels_that_its_model_is_told() -> None:
+    pipe, sample = cosmos()
+    enable(pipe, TaylorSeer(order=1, variable="sigma"), SPARSE)
+    with recorded(pipe) as features:
+        sample()
+    sigmas = pipe.scheduler.sigmas.double()
+    assert sigmas[0] == 80
+    levels = sigmas / (1 + sigmas)
+    for branch in (0, 1):
+        calls = [feature.double() for feature in features[branch::2]]
+        for step, (old, new) in {2: (0, 1), 4: (0, 1), 6: (1, 5), 9: (1, 5)}.items():
+            slope = (calls[new] - calls[old]) / (levels[new] - levels[old])
+            torch.testing.assert_close(
+                calls[step], calls[new] + (levels[step] - levels[new]) * slope, rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("boundary", [0.5, 0.9])

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CosmosTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxTransformer2DModel,
@@ -254,6 +255,47 @@ def wan(*, boundary: float | None = None) -> tuple[Any, Sample]:
         }
         generator = torch.Generator().manual_seed(seed)
         return pipe(num_inference_steps=steps, generator=generator, **(settings | arguments)).frames
+
+    return pipe, sample
+
+
+class Guard(nn.Module):
+    """In place of the package that checks prompts and images of Cosmos."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+def cosmos() -> tuple[Any, Sample]:
+    """Build Cosmos-Predict2, whose sigmas go from 80 to 0.002."""
+    from diffusers import Cosmos2TextToImagePipeline
+
+    torch.manual_seed(0)
+    transformer = CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        text_embed_dim=8,
+        adaln_lora_dim=4,
+        max_size=(4, 8, 8),
+        extra_pos_embed_type=None,
+        concat_padding_mask=False,
+    ).eval()
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    pipe = quiet(Cosmos2TextToImagePipeline(None, None, transformer, vae, scheduler, Guard()))
+
+    def sample(steps: int = 10, *, seed: int = 0, **arguments: Any) -> Tensor:
+        prompt = {
+            "prompt_embeds": noise(1, TEXT_TOKENS, 8, seed=1),
+            "negative_prompt_embeds": noise(1, TEXT_TOKENS, 8, seed=2),
+        }
+        settings = {"height": 32, "width": 32, "output_type": "latent"} | prompt | arguments
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(num_inference_steps=steps, generator=generator, **settings).images
 
     return pipe, sample
 
