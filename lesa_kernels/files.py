@@ -168,7 +168,7 @@ def tensors_of(handle: BinaryIO, file: Path) -> Generator[Any, None, None]:
     """
     try:
         # safe_open opens the path that it gets a second time for the tensors: this one leads to the same file.
-        with safe_open(f"/proc/self/fd/{handle.fileno()}", framework="pt") as tensors:
+        with safe_open(f"/dev/fd/{handle.fileno()}", framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file}: must be a whole safetensors file: {shortened(error)}") from error
