@@ -158,7 +158,10 @@ def summary(target: Any) -> Summary:
         raise ValueError("lesa.summary: target must be enabled, it is not")
     runs = [hook.state.stats for hook in hooks if hook.state.stats is not None]
     if not runs:
-        raise ValueError("lesa.summary: target must have run since it was enabled, it has not")
+        others = next(
+            (f", its calls ran in full: {hook.state.left_alone}" for hook in hooks if hook.state.left_alone), ""
+        )
+        raise ValueError(f"lesa.summary: target must have run since it was enabled, it has not{others}")
     return summarize(runs)
 
 
