@@ -385,14 +385,18 @@ class CacheState:
         if run is not None and is_doubtful and (branch is None or position.follows(timestep, self._others_told)):
             raise _NotOurs("it goes on with others that are not", timestep)
         if timestep is not None:
-            found = self._tracker.find(position, context, step, None if branch is None else branch.step, timestep)
+            waits = None if branch is None else branch.step
+            found = self._tracker.find(position, context, step, waits, timestep, caller is not None)
             if found is None:
                 at = position.step if step is None else step
+                own = "are the sigmas its own" if self._tracker.has_given_sigmas else "does it call scheduler.step"
                 raise _NotOurs(
-                    f"it is told {timestep:.4g}, which is not the noise level of step {at}; is it another pipeline's, "
-                    "or that of a loop that does not call scheduler.step?",
+                    f"it is told {timestep:.4g}, which is not the noise level of step {at}: is it another loop's? If not, "
+                    f"{own}?",
                     timestep,
                 )
+            if run is not None and branch is not None and found == (position, branch.step - 1):
+                self._refuse_repeated(run, found[1])
             if found[0] is not position or (branch is not None and branch.step != found[1]):
                 run = self._run_at(found[0])
                 branch = None if run is None else _find_branch(run, context.name, found[1:], layout, conditions)
@@ -403,6 +407,14 @@ class CacheState:
             raise _NotOurs(f"it comes from another thread than the run at step {position.step}")
         self._others_turn = False
         return position, step, self._tracker.accept(position, step, context.name, timestep), branch
+
+    def _refuse_repeated(self, run: RunState, step: int) -> None:
+        """End the forecasts where a call has the conditions and the step of the one before, if sigmas were given."""
+        if self._tracker.has_given_sigmas:
+            run.disable_forecasts(
+                f"two calls at step {step} have the same conditions, and nothing says whether the loop began again: "
+                "give scheduler= or cache_context(name, step_index=step)"
+            )
 
     def _run_at(self, position: StepPosition) -> RunState | None:
         """Return the present run, None if a position is that of another."""

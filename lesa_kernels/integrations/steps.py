@@ -80,12 +80,12 @@ class StepPosition:
     def find_step(self, timestep: float, preferred: int) -> int | None:
         """Return the step at which the model is told this, the preferred one where others are as near; None if none."""
         steps = [
-            (abs(way.told[step] - timestep), step != preferred, step)
-            for way in self.told.values()
+            (name.startswith("1 - "), abs(way.told[step] - timestep), step != preferred, step)
+            for name, way in self.told.items()
             for step in range(self.num_steps)
             if way.is_near(timestep, step)
         ]
-        return min(steps)[2] if steps else None
+        return min(steps)[-1] if steps else None
 
     def follows(self, timestep: float | None, before: float | None) -> bool:
         """Whether what a call is told may come after what another is told, in one run."""
@@ -98,16 +98,27 @@ class StepPosition:
         self.told = {name: way for name, way in self.told.items() if way.is_near(timestep, step)}
 
 
-def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float) -> dict[str, Way]:
-    """Return what models are told at the S steps in the ways that pipelines have, by a name of the way."""
-    shares = {"level": sigmas[:-1], "t / T": [time / count for time in timesteps]}
-    ways = {name: Way(tuple(told), tuple(_ROUNDING * abs(each) for each in told)) for name, told in shares.items()}
-    ways["t"] = Way(tuple(timesteps), tuple(_ROUNDING * abs(time) for time in timesteps))
-    # What is small here was rounded before.
-    ways |= {
-        f"1 - {name}": Way(tuple(1 - each for each in told), (_ROUNDING,) * len(told)) for name, told in shares.items()
+def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float, rounding: float) -> dict[str, Way]:
+    """Return what models are told at the S steps in the ways that pipelines have, by a name of the way.
+
+    `count` is T, the timesteps of the training; `rounding` is how far from its timestep a step may be told.
+    """
+    levels = sigmas[:-1]
+    shares = [time / count for time in timesteps]
+    ways = {
+        "level": Way(tuple(levels), _tolerances(levels, 0.0)),
+        "t / T": Way(tuple(shares), _tolerances(shares, rounding / count)),
+        "t": Way(tuple(timesteps), _tolerances(timesteps, rounding)),
+        # What is small here was rounded before.
+        "1 - level": Way(tuple(1 - level for level in levels), (_ROUNDING,) * len(levels)),
+        "1 - t / T": Way(tuple(1 - share for share in shares), (_ROUNDING,) * len(shares)),
     }
-    return {name: way for name, way in ways.items() if len(way.told) == len(sigmas) - 1}
+    return {name: way for name, way in ways.items() if len(way.told) == len(levels)}
+
+
+def _tolerances(told: Sequence[float], rounding: float) -> tuple[float, ...]:
+    """Return how far from each number a model may be told it."""
+    return tuple(max(_ROUNDING * abs(each), rounding) for each in told)
 
 
 def call_name(context: str, number: int) -> str:
@@ -186,7 +197,13 @@ class StepTracker:
         return self._begin(source, version_of(source))
 
     def find(
-        self, position: StepPosition, context: Any, step: int | None, due: int | None, timestep: float
+        self,
+        position: StepPosition,
+        context: Any,
+        step: int | None,
+        due: int | None,
+        timestep: float,
+        is_ours: bool = False,
     ) -> tuple[StepPosition, int] | None:
         """Return the run and the step of a call by what its model is told; None where it is no call of this run.
 
@@ -196,6 +213,7 @@ class StepTracker:
             step: see `look`.
             due: the step at which a branch of the run waits for the call, None where none does.
             timestep: what the model is told.
+            is_ours: whether the run's own pipeline makes the call.
         """
         expected = step if step is not None else position.step if due is None else due
         if (step is not None or due is not None) and position.agrees(timestep, expected):
@@ -207,7 +225,7 @@ class StepTracker:
             position.first_step = position.step = found
             position.starts_late = True
             return position, found
-        if self._ways is None and not position.starts_late and ((begins and found is None) or due is not None):
+        if self._ways is None and not position.starts_late and ((begins and found is None) or is_ours):
             # This model is told its noise level in another way.
             position.told = {}
             return position, expected
@@ -282,7 +300,9 @@ class StepTracker:
             count = float(getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", count))
         else:
             timesteps = tuple(sigma * count for sigma in levels.sigmas[:-1])
-        ways = {} if levels.incompatibility is not None else _ways(levels.sigmas, timesteps, count)
+        # Where sigmas were given, it may be a scheduler of whole timesteps that the loop steps with.
+        rounding = 1.0 if self._sigmas is not None else 0.0
+        ways = {} if levels.incompatibility is not None else _ways(levels.sigmas, timesteps, count, rounding)
         told = {name: way for name, way in ways.items() if self._ways is None or name in self._ways}
         # Schedulers set their index in step(), after the first call of the model; image-to-image begins late.
         begin = getattr(self._scheduler, "begin_index", None) if self._sigmas is None else None

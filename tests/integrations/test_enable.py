@@ -285,10 +285,10 @@ def test_users_register_their_own_models() -> None:
     )
     model = TwoLayers()
     enable(model, Reuse(), Schedule.explicit(2, [0]), sigmas=[1.0, 0.5, 0.0])
-    x, shift = torch.randn(3, 2), torch.randn(3, 2)
+    x, high, low = torch.randn(3, 2), torch.ones(3, 2), torch.full((3, 2), 0.5)
     with torch.no_grad():
-        first = model(x, torch.zeros(3, 2))
+        first = model(x, high)
         # Another input does not matter on a forecast step; what the tail reads does, by position or by name.
-        assert torch.equal(model(torch.randn(3, 2), shift), first + shift)
-        assert torch.equal(model(x, shift=torch.zeros(3, 2)), first)
-        assert torch.equal(model(x=torch.randn(3, 2), shift=shift), first + shift)
+        torch.testing.assert_close(model(torch.randn(3, 2), low), first - 0.5)
+        assert torch.equal(model(x, shift=high), first)
+        torch.testing.assert_close(model(x=torch.randn(3, 2), shift=low), first - 0.5)

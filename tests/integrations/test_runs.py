@@ -150,7 +150,8 @@ def test_an_exception_inside_the_model_does_not_reach_the_next_run(pipe: TinyPip
 
 
 def test_an_exception_inside_a_counted_model_does_not_reach_the_next_run(pipe: TinyPipeline) -> None:
-    sigmas = [1 - step / STEPS for step in range(STEPS + 1)]
+    pipe(STEPS)
+    sigmas = pipe.scheduler.sigmas
     enable(pipe.transformer, TaylorSeer(), SPARSE, sigmas=sigmas)
     fresh = pipe(STEPS)
 
