@@ -391,8 +391,8 @@ class CacheState:
                 at = position.step if step is None else step
                 own = "are the sigmas its own" if self._tracker.has_given_sigmas else "does it call scheduler.step"
                 raise _NotOurs(
-                    f"it is told {timestep:.4g}, which is not the noise level of step {at}: is it another loop's? If not, "
-                    f"{own}?",
+                    f"it is told {timestep:.4g}, which is not the noise level of step {at}: is it another loop's? "
+                    f"If not, {own}?",
                     timestep,
                 )
             if run is not None and branch is not None and found == (position, branch.step - 1):
