@@ -22,6 +22,8 @@ _OF_THE_OUTPUT = ("return_dict",)
 _MADE_OF_LATENTS = ("controlnet", "audio_hidden_states")
 # An argument that came so often as another object with the same values is a copy that the loop makes for each call.
 _COPIES = 2
+# Decimal digits of a LoRA scale.
+_SCALE_DIGITS = 9
 _COMPARED = (bool, int, float, str, tuple)
 
 
@@ -213,7 +215,8 @@ class LoraState:
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
-        self._layers: list[Any] = []
+        # Of layers; the layers themselves may be taken out of the model.
+        self._paths: list[str] = []
 
     def read(self, model: nn.Module) -> tuple[Any, ...]:
         """Return what changes when adapters are added, taken away, switched, scaled or merged.
@@ -222,15 +225,24 @@ class LoraState:
         step.
         """
         names = tuple(vars(model)["peft_config"])
-        if names != self._names:
-            from peft.tuners.tuners_utils import BaseTunerLayer
+        if names == self._names:
+            try:
+                return names, *(_layer_state(model.get_submodule(path)) for path in self._paths)
+            except AttributeError:
+                # The adapter of that name is another one, of other layers.
+                pass
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-            layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-            self._names, self._layers = names, [*layers[:1], *layers[1:][-1:]]
-        return (names, *(_layer_state(layer) for layer in self._layers))
+        paths = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        self._names, self._paths = names, [*paths[:1], *paths[1:][-1:]]
+        return names, *(_layer_state(model.get_submodule(path)) for path in self._paths)
 
 
 def _layer_state(layer: Any) -> tuple[Any, ...]:
     """Return what says how a LoRA layer acts."""
-    scaling = getattr(layer, "scaling", {})
-    return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters), tuple(scaling.items())
+    # A scale of one call is multiplied in and divided out again, which may round.
+    scaling = tuple(
+        (name, scale if isinstance(scale, Tensor) else round(scale, _SCALE_DIGITS))
+        for name, scale in getattr(layer, "scaling", {}).items()
+    )
+    return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters), scaling

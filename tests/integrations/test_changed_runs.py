@@ -356,6 +356,31 @@ def test_a_change_of_lora_is_the_begin_of_a_history(pipe: TinyPipeline, change: 
     assert all(map(torch.equal, after, run(CHANGED_AT, lambda: None)))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["first", "loaded again under its name"])
+def test_a_lora_that_replaced_one_of_the_same_name_is_watched(pipe: TinyPipeline, again: bool) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for _ in range(1 + again):
+        add_lora(pipe, "one")
+        for step in range(STEPS):
+            if step == CHANGED_AT:
+                model.set_adapters(["one"], [1.5])
+            model(**conditions | {"timestep": torch.tensor([SIGMAS[step]])})
+        assert summary(model).restarts == ((CHANGED_AT, "LoRA changed"),)
+        model.unload_lora()
+
+
+def test_a_lora_scale_that_is_multiplied_in_and_divided_out_is_no_change(pipe: TinyPipeline) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    add_lora(pipe, "one")
+    model.set_adapters(["one"], [0.8 / 4])
+    assert 0.8 * 0.7 / 0.7 != 0.8
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for step in range(STEPS):
+        model(**conditions | {"timestep": torch.tensor([SIGMAS[step]]), "joint_attention_kwargs": {"scale": 0.7}})
+    assert (summary(model).full, summary(model).restarts) == (len(FULL), ())
+
+
 def test_another_guidance_scale_begins_a_history(pipe: TinyPipeline) -> None:
     enable(pipe, Reuse(), SPARSE)
     pipe._guidance_scale = 3.0
