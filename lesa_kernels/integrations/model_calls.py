@@ -177,13 +177,17 @@ class Conditions:
         names = {name for name in (*self._leaves, *leaves) if name not in unwatched}
         return frozenset(name for name in names if not self._is_same(name, leaves, is_forecast))
 
-    def adopt(self, leaves: dict[str, Any]) -> None:
-        """Take the objects of a call with the same conditions as those to compare with."""
+    def adopt(self, leaves: dict[str, Any], is_forecast: bool) -> None:
+        """Take the objects of a call with the same conditions as those to compare with, but for those not compared."""
+        adopted = dict(leaves)
         for name, value in leaves.items():
-            if value is not self._leaves.get(name) and isinstance(value, Tensor):
+            known = self._leaves.get(name)
+            if value is not known and isinstance(value, Tensor):
+                if known is not None and self._is_taken_as_it_is(name, value, is_forecast):
+                    adopted[name] = known
                 self._copies[name] = self._copies.get(name, 0) + 1
-        self._leaves = leaves
-        self._versions = {name: version_of(value) for name, value in leaves.items()}
+        self._leaves = adopted
+        self._versions = {name: version_of(value) for name, value in adopted.items()}
 
     def _is_same(self, name: str, leaves: dict[str, Any], is_forecast: bool) -> bool:
         """Whether one condition has the same value."""
@@ -192,13 +196,23 @@ class Conditions:
         known, value = self._leaves[name], leaves[name]
         if not isinstance(known, Tensor) or not isinstance(value, Tensor):
             return value is known or (isinstance(value, _COMPARED) and type(value) is type(known) and value == known)
-        if version_of(known) != self._versions[name] or _layout(known) != _layout(value):
+        if version_of(known) != self._versions[name]:
             return False
-        if value is known or (_memory(value) == _memory(known) and version_of(value) == self._versions[name]):
+        if value is known:
             return True
-        if is_forecast and not value.is_cpu and self._copies.get(name, 0) >= _COPIES:
-            return True
-        return torch.equal(known, value)
+        try:
+            if _layout(known) != _layout(value):
+                return False
+            if _memory(value) == _memory(known) and version_of(value) == self._versions[name]:
+                return True
+            return self._is_taken_as_it_is(name, value, is_forecast) or torch.equal(known, value)
+        # Sparse and nested tensors and those of some dtypes cannot be compared.
+        except RuntimeError:
+            return False
+
+    def _is_taken_as_it_is(self, name: str, value: Tensor, is_forecast: bool) -> bool:
+        """Whether a tensor is a device's copy, made for each call, on a forecast step, where nothing waits for it."""
+        return is_forecast and not value.is_cpu and self._copies.get(name, 0) >= _COPIES
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -206,8 +220,9 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a strided tensor lies."""
-    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else (id(tensor),)
+    """Return where a strided tensor lies; those that only wrap others, as DTensors do, say nowhere."""
+    address = tensor.data_ptr() if tensor.layout == torch.strided else 0
+    return (address, tensor.stride()) if address else (id(tensor),)
 
 
 class LoraState:

@@ -589,14 +589,16 @@ def _find_branch(
             if branch.conditions.are_same_objects(conditions):
                 return branch
         for branch in () if only_same_objects else waiting:
-            if _is_alike(run, branch, conditions):
+            # Which of several branches a call is of, its values say.
+            is_forecast = len(waiting) == 1 and step not in branch.full_steps
+            if _is_alike(run, branch, conditions, is_forecast):
                 return branch
     return None
 
 
-def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any]) -> bool:
+def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any], is_forecast: bool) -> bool:
     """Whether a call's conditions are those of a branch but for what is another one in each step."""
-    changed = branch.conditions.differences(conditions, run.unwatched, branch.step not in branch.full_steps)
+    changed = branch.conditions.differences(conditions, run.unwatched, is_forecast)
     if changed and changed <= branch.changed and branch.step == branch.first_step + 1:
         # Changed at each call since the first: that is how the loop makes them.
         run.unwatched |= changed
@@ -604,7 +606,8 @@ def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any]) ->
         changed = frozenset()
     if changed:
         return False
-    branch.conditions.adopt({name: value for name, value in conditions.items() if name not in run.unwatched})
+    watched = {name: value for name, value in conditions.items() if name not in run.unwatched}
+    branch.conditions.adopt(watched, is_forecast)
     return True
 
 

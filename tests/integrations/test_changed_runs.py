@@ -410,6 +410,87 @@ def test_copies_of_the_same_values_are_no_change(pipe: TinyPipeline, device_of_c
     assert (summary(model).full, summary(model).restarts) == (len(FULL), ())
 
 
+@pytest.mark.parametrize("changed_at", [3, 4, 6])
+def test_a_change_of_what_is_copied_to_a_device_is_seen_at_the_next_full_step(
+    pipe: TinyPipeline, changed_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing waits for a device on a forecast step.
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    model, prompts = pipe.transformer, [call_arguments(torch.zeros(1, 6, CHANNELS), 1.0, each) for each in range(2)]
+    enable(model, Reuse(), Schedule.explicit(STEPS, (0, 5, 8)), sigmas=SIGMAS)
+    for step in range(STEPS):
+        copies = {name: value.clone() for name, value in prompts[step >= changed_at].items()}
+        with model.cache_context("cond"):
+            model(**copies | {"timestep": torch.tensor([SIGMAS[step]])})
+    found = summary(model)
+    assert [step for step, _ in found.restarts] == [5 if changed_at < 5 else 8]
+    assert (found.full, found.forecast, found.unwatched) == (3, 7, ())
+
+
+def test_branches_whose_prompts_are_copied_to_a_device_are_told_apart(
+    pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    model, prompts = pipe.transformer, [call_arguments(torch.zeros(1, 6, CHANNELS), 1.0, each) for each in range(2)]
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=SIGMAS[:-1])
+    enable(model, Reuse(), SPARSE, scheduler=scheduler)
+    features: list[list[Tensor]] = [[], []]
+    for step in range(STEPS):
+        for branch in _with_step(scheduler, model, step, ORDERS["guidance ends, uncond first"](step)):
+            copies = {name: value.clone() for name, value in prompts[branch].items()}
+            latents = torch.randn(1, 6, CHANNELS, generator=torch.Generator().manual_seed(step))
+            with watching(model) as watch:
+                model(**copies | {"hidden_states": latents, "timestep": torch.tensor([SIGMAS[step]])})
+            features[branch] += watch.features
+    assert is_formula(features[0]) and is_formula(features[1])
+
+
+class Wrapper(Tensor):
+    """A tensor that wraps another one and has no memory, as a DTensor has none."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        made: Wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*[each.inner if isinstance(each, Wrapper) else each for each in args], **kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["sparse", "nested", "wrapper"])
+@pytest.mark.parametrize("made", ["once", "for each call"])
+def test_tensors_without_memory_or_a_comparison_cost_no_image(pipe: TinyPipeline, kind: str, made: str) -> None:
+    def make(value: float) -> Tensor:
+        tensor = torch.full((3,), value)
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "sparse": tensor.to_sparse,
+            "nested": lambda: torch.nested.nested_tensor([tensor, tensor[:2]]),
+            "wrapper": lambda: Wrapper(tensor),
+        }
+        return kinds[kind]()
+
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), Schedule.explicit(STEPS, (0, 1, 5)), sigmas=SIGMAS)
+    old, new = make(1.0), make(2.0)
+    for step in range(STEPS):
+        extra = old if step < 7 else new
+        if made == "for each call":
+            extra = make(1.0 + (step >= 7))
+        now = {"timestep": torch.tensor([SIGMAS[step]]), "joint_attention_kwargs": {"extra": extra}}
+        model(**conditions | now)
+    found, name = summary(model), "joint_attention_kwargs.extra"
+    # What cannot be compared is another one in each call.
+    is_unknown = made == "for each call" and kind != "wrapper"
+    assert found.restarts == ((1 if is_unknown else 7, f"{name} changed"),)
+    assert found.unwatched == ((name,) if is_unknown else ())
+
+
 def test_residuals_of_a_controlnet_are_not_watched_and_the_summary_says_so(pipe: TinyPipeline) -> None:
     model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
