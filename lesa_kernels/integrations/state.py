@@ -462,7 +462,7 @@ class CacheState:
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
         self._left_alone = False
-        if before is not None and before.position.source is position.source and position.step > 0:
+        if before is not None and _is_rewritten(before.position, position):
             before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
             self._run = RunState(position, before.stats, thread, position.step)
             before.release()
@@ -572,6 +572,12 @@ def _tells_host(call: ForwardCall, branch: BranchState, step: int | None) -> boo
     """
     told = call.told
     return not isinstance(told, Tensor) or told.is_cpu or (step is None and branch.step in branch.full_steps)
+
+
+def _is_rewritten(before: StepPosition, now: StepPosition) -> bool:
+    """Whether a run goes on with other noise levels, written where those before lay."""
+    is_same = now.source is before.source and now.version != before.version
+    return is_same and now.step > 0 and now.step >= before.step
 
 
 def _find_branch(

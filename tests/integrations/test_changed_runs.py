@@ -205,6 +205,19 @@ def test_the_first_step_is_found_from_what_the_model_is_told(kind: type[Any]) ->
         assert f"full steps: {' '.join(map(str, sorted(full)))}" in summary(model).plan
 
 
+@pytest.mark.parametrize("ends_at", [3, STEPS])
+def test_a_loop_of_given_sigmas_that_starts_late_is_a_run_of_its_own_each_time(
+    pipe: TinyPipeline, ends_at: int
+) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for steps in (range(ends_at), range(4, STEPS), range(7, STEPS), range(2, STEPS)):
+        for step in steps:
+            model(**conditions | {"timestep": torch.tensor([SIGMAS[step]])})
+    found = summary(model)
+    assert (found.full, found.forecast, found.restarts) == (2, 6, ())
+
+
 def test_a_batch_that_changes_begins_a_history(pipe: TinyPipeline) -> None:
     enable(pipe, Reuse(), SPARSE)
 
