@@ -28,8 +28,8 @@ TRANSFORMERS = ("transformer", "transformer_2")
 _SIGMA_TOLERANCE = 1e-5
 # Guidance makes two to four calls a step; more mean that the scheduler's step index stands still.
 _MAX_CALLS = 4
-# Two roundings to bfloat16, and what float32 makes of a zero.
-_ROUNDING = 2.0**-8
+# Two roundings to bfloat16, each by at most 2^-8, and what float32 makes of a zero.
+_ROUNDING = 2.0**-7
 _TINY = 1e-6
 # T where nothing says it.
 _TIMESTEPS = 1000
