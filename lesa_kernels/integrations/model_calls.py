@@ -19,7 +19,12 @@ from lesa_kernels.integrations.outputs import uncompiled, version_of
 _OF_THE_STEP = ("sigma", "audio_sigma")
 # Which class the output has.
 _OF_THE_OUTPUT = ("return_dict",)
-_MADE_OF_LATENTS = ("controlnet", "audio_hidden_states")
+_MADE_OF_LATENTS = (
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "controlnet_hidden_states",
+    "audio_hidden_states",
+)
 # An argument that came so often as another object with the same values is a copy that the loop makes for each call.
 _COPIES = 2
 # Decimal digits of a LoRA scale.

@@ -164,6 +164,7 @@ def test_controlnet_residuals_count_on_full_steps() -> None:
     pipe, sample = controlnet()
     enable(pipe, Reuse(), SPARSE)
     assert not torch.equal(sample(), sample(control_image=1 - IMAGE))
+    assert summary(pipe).unwatched == ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
 def test_sizes_steps_and_numbers_of_images_change_between_calls() -> None:
