@@ -40,17 +40,20 @@ class Parameters:
         timesteps: what the one that tells the model the noise level may be called.
 
     Attributes:
-        watched: those that a call is conditioned on, and whether they are watched only for whether they are given.
+        watched: what `watch` says of each, and of the arguments so far that a forward takes as **kwargs.
     """
 
     def __init__(self, names: Sequence[str], timesteps: Sequence[str]) -> None:
         self.names = tuple(names)
         self.timesteps = tuple(timesteps)
-        self.watched = {
-            name: any(part in name for part in _MADE_OF_LATENTS)
-            for name in self.names[1:]
-            if name not in (*self.timesteps, *_OF_THE_STEP, *_OF_THE_OUTPUT) and "timestep" not in name
-        }
+        self.watched = {name: self.watch(name) for name in self.names}
+
+    def watch(self, name: str) -> bool | None:
+        """Return whether an argument is watched only for whether it is given, None where it is no condition."""
+        others = (self.names[0], *self.timesteps, *_OF_THE_STEP, *_OF_THE_OUTPUT)
+        if name in others or "timestep" in name:
+            return None
+        return any(part in name for part in _MADE_OF_LATENTS)
 
 
 class ForwardCall(NamedTuple):
@@ -122,7 +125,9 @@ class ForwardCall(NamedTuple):
         if len(self.args) > 1:
             given = dict(zip(self.parameters.names, self.args, strict=False)) | given
         for name, value in given.items():
-            only_whether = watched.get(name)
+            if name not in watched:
+                watched[name] = self.parameters.watch(name)
+            only_whether = watched[name]
             if only_whether is None:
                 continue
             if only_whether:

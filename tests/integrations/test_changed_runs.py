@@ -337,6 +337,29 @@ def test_a_change_is_the_begin_of_a_history(name: str, path: str, in_place: bool
     assert len(before) == CHANGED_AT
 
 
+def test_arguments_that_the_forward_does_not_name_are_watched() -> None:
+    class Unnamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+            self.norm_out = nn.Linear(4, 4)
+
+        def forward(self, hidden_states: Tensor, **others: Any) -> tuple[Tensor]:
+            for block in self.blocks:
+                hidden_states = block(hidden_states + others["text"])
+            return (self.norm_out(hidden_states),)
+
+    model, texts = Unnamed(), torch.randn(2, 1, 4)
+    prompts = [texts[0], texts[1]]
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for step in range(STEPS):
+        now = {"timestep": torch.tensor([SIGMAS[step]]), "controlnet_block_samples": [torch.randn(1, 4)]}
+        model(torch.ones(1, 4), text=prompts[step >= CHANGED_AT], return_dict=False, **now)
+    found = summary(model)
+    assert found.restarts == ((CHANGED_AT, "text changed"),)
+    assert found.unwatched == ("controlnet_block_samples",)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.parametrize("change", ["scale", "switch", "disable", "fuse", "add"])
 def test_a_change_of_lora_is_the_begin_of_a_history(pipe: TinyPipeline, change: str) -> None:
