@@ -36,9 +36,11 @@ def enable(
 ) -> None:
     """Skip the blocks of a diffusers transformer on most steps and forecast its feature instead.
 
-    Where it is enabled already, this replaces predictor and schedule. Whatever is unexpected in a run (the latents
-    change, a step is out of order, the schedule is for another number of steps, gradients are on) is answered by full
-    steps for the rest of the run and one `LesaWarning`.
+    Where it is enabled already, this replaces predictor and schedule. A history serves the calls with the same
+    conditions (cache context, shape of the latents, prompt, and whatever else the model gets); where they change, a
+    full step begins a new one. What cannot be forecast at all (a schedule for another number of steps, gradients that
+    are on, another cache) is answered by full steps for the rest of the run and one `LesaWarning`, and so are calls of
+    another pipeline, loop or thread, which leave the run alone.
 
     Args:
         target: a pipeline, with all of its transformers, or a bare transformer, whose steps `scheduler` or `sigmas`
@@ -50,8 +52,9 @@ def enable(
         schedule: which steps are full, or a rule that makes it from the sigmas; None takes the one that the predictor
             was made for, or else `default_schedule`.
         scheduler: of a bare transformer: the diffusers scheduler whose `step` the loop calls.
-        sigmas: of a bare transformer: the S+1 noise levels. Its calls are counted for each cache context; a loop that
-            may break off between two calls should say `cache_context(name, step_index=step)` or give a scheduler.
+        sigmas: of a bare transformer: the S+1 noise levels. Which of them a call is at follows from what the model is
+            told: the level, 1 minus it, or 1,000 times it. A model that is told none is counted: a loop that may break
+            off between two calls should say `cache_context(name, step_index=step)` or give a scheduler.
         capture: for a model without an adapter: the submodule whose first argument is the feature.
         history_dtype: dtype of the history, None for that of the features; torch.bfloat16 halves a float32 model's.
         on_other_sigmas: where a predictor knows the sigmas of its training and the run has others: "refuse" runs full
@@ -155,7 +158,10 @@ def summary(target: Any) -> Summary:
         raise ValueError("lesa.summary: target must be enabled, it is not")
     runs = [hook.state.stats for hook in hooks if hook.state.stats is not None]
     if not runs:
-        raise ValueError("lesa.summary: target must have run since it was enabled, it has not")
+        others = next(
+            (f", its calls ran in full: {hook.state.left_alone}" for hook in hooks if hook.state.left_alone), ""
+        )
+        raise ValueError(f"lesa.summary: target must have run since it was enabled, it has not{others}")
     return summarize(runs)
 
 

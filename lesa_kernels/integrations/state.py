@@ -162,11 +162,11 @@ class RunState:
 
 
 class CacheState:
-    """Follows the calls of one model and decides, from Python integers alone, which are forecast.
+    """Follows the calls of one model and decides which are forecast, where nothing is unexpected without any wait.
 
     A branch that begins late (image-to-image, guidance that starts in the middle) is planned from its first step on.
-    Plans are kept by sigmas: a predictor must not change while it is enabled. `steps` are the
-    arguments of `StepTracker`; `blocks` is how many a full call runs.
+    Plans are kept by sigmas: a predictor must not change while it is enabled. `steps` are the arguments of
+    `StepTracker`; `blocks` is how many a full call runs.
     """
 
     def __init__(
@@ -186,8 +186,10 @@ class CacheState:
         self._lora = LoraState()
         self._run: RunState | None = None
         self._present: tuple[RunState | None, BranchState | None] = (None, None)  # of the call that is being answered
-        # Whether calls came that were none of the run's, in the run and last of all, and what the latest was told.
-        self._left_alone = self._others_turn = False
+        # Why the first call that was none of the run's was left alone; None where all were.
+        self.left_alone: str | None = None
+        # Whether the latest call was none of the run's, and what it was told.
+        self._others_turn = False
         self._others_told: float | None = None
         # Of the last run; None before the first, and where a run had no turn of this model.
         self.stats: RunStats | None = None
@@ -445,8 +447,8 @@ class CacheState:
     def _leave_alone(self, reason: str, timestep: float | None = None) -> None:
         """Let a call that is none of the run's run in full, and say so of the first; `timestep` is what it is told."""
         self._others_turn, self._others_told = True, timestep
-        if not self._left_alone:
-            self._left_alone = True
+        if self.left_alone is None:
+            self.left_alone = reason
             warn(f"a call runs in full that is none of the enabled run's: {reason}")
 
     def _begin(self, position: StepPosition, thread: int) -> RunState:
@@ -461,7 +463,7 @@ class CacheState:
                 sibling._run.release()
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
-        self._left_alone = False
+        self.left_alone = None
         if before is not None and _is_rewritten(before.position, position):
             before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
             self._run = RunState(position, before.stats, thread, position.step)

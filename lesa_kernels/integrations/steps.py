@@ -1,6 +1,6 @@
-"""Reads the current step and the noise levels from a scheduler, and follows a model's calls through a run.
+"""Follows a model's calls through a run: which step each is at, and whether it is of this run at all.
 
-No tensor value is read but the noise levels, once a run.
+A scheduler, a cache context or the number of calls says the step; what the model is told of the noise level must agree.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ import diffusers
 import pytest
 import sampling_loops
 import torch
+from drawn_loops import PLACES, Loop, Other, loops
 from hypothesis import HealthCheck, given, seed, settings
-from sampling_loops import COUNTS, PLACES, Loop, Other, Played, loops, problems_of
+from sampling_loops import COUNTS, Played, problems_of
 
 from lesa_kernels import Session
 from lesa_kernels.integrations.stats import Summary

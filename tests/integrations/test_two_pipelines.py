@@ -82,6 +82,15 @@ def test_a_run_after_one_that_ended(pipe: TinyPipeline, other: TinyPipeline) -> 
     assert torch.equal(pipe(STEPS), expected)
 
 
+def test_a_summary_says_why_no_call_was_of_the_run(pipe: TinyPipeline, other: TinyPipeline) -> None:
+    plain = other(STEPS)
+    enable(pipe)
+    with pytest.warns(LesaWarning, match=NOT_OURS):
+        assert torch.equal(other(STEPS), plain)
+    with pytest.raises(ValueError, match="it has not, its calls ran in full: a TinyPipeline makes it that has"):
+        summary(pipe)
+
+
 def test_a_pipeline_that_was_enabled_before_the_other_gets_full_steps_and_the_reason(
     pipe: TinyPipeline, other: TinyPipeline
 ) -> None:
