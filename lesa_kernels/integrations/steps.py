@@ -205,7 +205,7 @@ class StepTracker:
         if begins and found is not None and not is_fixed and self._read()[1] in (None, _NOT_YET):
             # Its pipeline did not say that it starts late.
             position.first_step = position.step = found
-            position.starts_late = True
+            position.starts_late = found != expected
             return position, found
         if self._ways is None and not position.starts_late and ((begins and found is None) or due is not None):
             # This model is told its noise level in another way.
