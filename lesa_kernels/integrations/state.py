@@ -486,7 +486,8 @@ class CacheState:
         late = [each for each in due if each.step < branch.step]
         if alike:
             changed = min(alike, key=len)
-            if alike[changed].step == alike[changed].first_step + 1:
+            # From the first step of the run on, it may be another one in each.
+            if alike[changed].first_step == run.first_step and branch.step == run.first_step + 1:
                 branch.changed = changed
             reason = f"{', '.join(sorted(changed))} changed"
         elif waiting:

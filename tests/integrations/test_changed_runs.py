@@ -553,3 +553,16 @@ def test_what_is_another_in_each_step_costs_one_full_step_at_most(pipe: TinyPipe
     found = summary(model)
     assert found.unwatched == ("pooled_projections",)
     assert found.restarts == ((1, "pooled_projections changed"),)
+
+
+def test_what_changes_often_later_is_watched(pipe: TinyPipeline) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), Schedule.explicit(STEPS, (0,)), sigmas=SIGMAS)
+    changes = (2, 3, 4, 5, 8)
+    pooled = conditions["pooled_projections"]
+    for step in range(STEPS):
+        pooled = pooled + 1 if step in changes else pooled
+        model(**conditions | {"timestep": torch.tensor([SIGMAS[step]]), "pooled_projections": pooled})
+    found = summary(model)
+    assert found.restarts == tuple((step, "pooled_projections changed") for step in changes)
+    assert (found.full, found.unwatched) == (1 + len(changes), ())
