@@ -78,14 +78,17 @@ class StepPosition:
         return not self.told
 
     def find_step(self, timestep: float, preferred: int) -> int | None:
-        """Return the step at which the model is told this, the preferred one where others are as near; None if none."""
+        """Return the step at which the model is told this, None if none.
+
+        Where several are as near, up to what float32 makes of them: the preferred one, then that of the first way.
+        """
         steps = [
-            (abs(way.told[step] - timestep), step != preferred, step)
-            for way in self.told.values()
+            (round(abs(way.told[step] - timestep), 4), step != preferred, order, step)
+            for order, way in enumerate(self.told.values())
             for step in range(self.num_steps)
             if way.is_near(timestep, step)
         ]
-        return min(steps)[2] if steps else None
+        return min(steps)[-1] if steps else None
 
     def follows(self, timestep: float | None, before: float | None) -> bool:
         """Whether what a call is told may come after what another is told, in one run."""
