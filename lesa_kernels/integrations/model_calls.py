@@ -19,9 +19,16 @@ from lesa_kernels.integrations.outputs import uncompiled, version_of
 _OF_THE_STEP = ("sigma", "audio_sigma")
 # Which class the output has.
 _OF_THE_OUTPUT = ("return_dict",)
-_MADE_OF_LATENTS = ("controlnet", "audio_hidden_states")
+_MADE_OF_LATENTS = (
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "controlnet_hidden_states",
+    "audio_hidden_states",
+)
 # An argument that came so often as another object with the same values is a copy that the loop makes for each call.
 _COPIES = 2
+# Decimal digits of a LoRA scale.
+_SCALE_DIGITS = 9
 _COMPARED = (bool, int, float, str, tuple)
 
 
@@ -33,17 +40,20 @@ class Parameters:
         timesteps: what the one that tells the model the noise level may be called.
 
     Attributes:
-        watched: those that a call is conditioned on, and whether they are watched only for whether they are given.
+        watched: what `watch` says of each, and of the arguments so far that a forward takes as **kwargs.
     """
 
     def __init__(self, names: Sequence[str], timesteps: Sequence[str]) -> None:
         self.names = tuple(names)
         self.timesteps = tuple(timesteps)
-        self.watched = {
-            name: any(part in name for part in _MADE_OF_LATENTS)
-            for name in self.names[1:]
-            if name not in (*self.timesteps, *_OF_THE_STEP, *_OF_THE_OUTPUT) and "timestep" not in name
-        }
+        self.watched = {name: self.watch(name) for name in self.names}
+
+    def watch(self, name: str) -> bool | None:
+        """Return whether an argument is watched only for whether it is given, None where it is no condition."""
+        others = (self.names[0], *self.timesteps, *_OF_THE_STEP, *_OF_THE_OUTPUT)
+        if name in others or "timestep" in name:
+            return None
+        return any(part in name for part in _MADE_OF_LATENTS)
 
 
 class ForwardCall(NamedTuple):
@@ -115,7 +125,9 @@ class ForwardCall(NamedTuple):
         if len(self.args) > 1:
             given = dict(zip(self.parameters.names, self.args, strict=False)) | given
         for name, value in given.items():
-            only_whether = watched.get(name)
+            if name not in watched:
+                watched[name] = self.parameters.watch(name)
+            only_whether = watched[name]
             if only_whether is None:
                 continue
             if only_whether:
@@ -175,13 +187,17 @@ class Conditions:
         names = {name for name in (*self._leaves, *leaves) if name not in unwatched}
         return frozenset(name for name in names if not self._is_same(name, leaves, is_forecast))
 
-    def adopt(self, leaves: dict[str, Any]) -> None:
-        """Take the objects of a call with the same conditions as those to compare with."""
+    def adopt(self, leaves: dict[str, Any], is_forecast: bool) -> None:
+        """Take the objects of a call with the same conditions as those to compare with, but for those not compared."""
+        adopted = dict(leaves)
         for name, value in leaves.items():
-            if value is not self._leaves.get(name) and isinstance(value, Tensor):
+            known = self._leaves.get(name)
+            if value is not known and isinstance(value, Tensor):
+                if known is not None and self._is_taken_as_it_is(name, value, is_forecast):
+                    adopted[name] = known
                 self._copies[name] = self._copies.get(name, 0) + 1
-        self._leaves = leaves
-        self._versions = {name: version_of(value) for name, value in leaves.items()}
+        self._leaves = adopted
+        self._versions = {name: version_of(value) for name, value in adopted.items()}
 
     def _is_same(self, name: str, leaves: dict[str, Any], is_forecast: bool) -> bool:
         """Whether one condition has the same value."""
@@ -190,13 +206,23 @@ class Conditions:
         known, value = self._leaves[name], leaves[name]
         if not isinstance(known, Tensor) or not isinstance(value, Tensor):
             return value is known or (isinstance(value, _COMPARED) and type(value) is type(known) and value == known)
-        if version_of(known) != self._versions[name] or _layout(known) != _layout(value):
+        if version_of(known) != self._versions[name]:
             return False
-        if value is known or (_memory(value) == _memory(known) and version_of(value) == self._versions[name]):
+        if value is known:
             return True
-        if is_forecast and not value.is_cpu and self._copies.get(name, 0) >= _COPIES:
-            return True
-        return torch.equal(known, value)
+        try:
+            if _layout(known) != _layout(value):
+                return False
+            if _memory(value) == _memory(known) and version_of(value) == self._versions[name]:
+                return True
+            return self._is_taken_as_it_is(name, value, is_forecast) or torch.equal(known, value)
+        # Sparse and nested tensors and those of some dtypes cannot be compared.
+        except RuntimeError:
+            return False
+
+    def _is_taken_as_it_is(self, name: str, value: Tensor, is_forecast: bool) -> bool:
+        """Whether a tensor is a device's copy, made for each call, on a forecast step, where nothing waits for it."""
+        return is_forecast and not value.is_cpu and self._copies.get(name, 0) >= _COPIES
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -204,8 +230,9 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a strided tensor lies."""
-    return (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else (id(tensor),)
+    """Return where a strided tensor lies; those that only wrap others, as DTensors do, say nowhere."""
+    address = tensor.data_ptr() if tensor.layout == torch.strided else 0
+    return (address, tensor.stride()) if address else (id(tensor),)
 
 
 class LoraState:
@@ -213,7 +240,8 @@ class LoraState:
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
-        self._layers: list[Any] = []
+        # Of layers; the layers themselves may be taken out of the model.
+        self._paths: list[str] = []
 
     def read(self, model: nn.Module) -> tuple[Any, ...]:
         """Return what changes when adapters are added, taken away, switched, scaled or merged.
@@ -222,15 +250,24 @@ class LoraState:
         step.
         """
         names = tuple(vars(model)["peft_config"])
-        if names != self._names:
-            from peft.tuners.tuners_utils import BaseTunerLayer
+        if names == self._names:
+            try:
+                return names, *(_layer_state(model.get_submodule(path)) for path in self._paths)
+            except AttributeError:
+                # The adapter of that name is another one, of other layers.
+                pass
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-            layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-            self._names, self._layers = names, [*layers[:1], *layers[1:][-1:]]
-        return (names, *(_layer_state(layer) for layer in self._layers))
+        paths = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        self._names, self._paths = names, [*paths[:1], *paths[1:][-1:]]
+        return names, *(_layer_state(model.get_submodule(path)) for path in self._paths)
 
 
 def _layer_state(layer: Any) -> tuple[Any, ...]:
     """Return what says how a LoRA layer acts."""
-    scaling = getattr(layer, "scaling", {})
-    return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters), tuple(scaling.items())
+    # A scale of one call is multiplied in and divided out again, which may round.
+    scaling = tuple(
+        (name, scale if isinstance(scale, Tensor) else round(scale, _SCALE_DIGITS))
+        for name, scale in getattr(layer, "scaling", {}).items()
+    )
+    return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters), scaling

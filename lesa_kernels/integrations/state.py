@@ -476,7 +476,7 @@ class CacheState:
             if sibling._run is None or sibling._run.position.source is not position.source:
                 sibling.stats = None
         self.left_alone = None
-        if before is not None and before.position.source is position.source and position.step > 0:
+        if before is not None and _is_rewritten(before.position, position):
             before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
             self._run = RunState(position, before.stats, thread, position.step)
             before.release()
@@ -498,7 +498,8 @@ class CacheState:
         late = [each for each in due if each.step < branch.step]
         if alike:
             changed = min(alike, key=len)
-            if alike[changed].step == alike[changed].first_step + 1:
+            # From the first step of the run on, it may be another one in each.
+            if alike[changed].first_step == run.first_step and branch.step == run.first_step + 1:
                 branch.changed = changed
             reason = f"{', '.join(sorted(changed))} changed"
         elif waiting:
@@ -588,6 +589,12 @@ def _tells_host(call: ForwardCall, branch: BranchState, step: int | None) -> boo
     return not isinstance(told, Tensor) or told.is_cpu or (step is None and branch.step in branch.full_steps)
 
 
+def _is_rewritten(before: StepPosition, now: StepPosition) -> bool:
+    """Whether a run goes on with other noise levels, written where those before lay."""
+    is_same = now.source is before.source and now.version != before.version
+    return is_same and now.step > 0 and now.step >= before.step
+
+
 def _find_branch(
     run: RunState,
     context: str,
@@ -603,14 +610,16 @@ def _find_branch(
             if branch.conditions.are_same_objects(conditions):
                 return branch
         for branch in () if only_same_objects else waiting:
-            if _is_alike(run, branch, conditions):
+            # Which of several branches a call is of, its values say.
+            is_forecast = len(waiting) == 1 and step not in branch.full_steps
+            if _is_alike(run, branch, conditions, is_forecast):
                 return branch
     return None
 
 
-def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any]) -> bool:
+def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any], is_forecast: bool) -> bool:
     """Whether a call's conditions are those of a branch but for what is another one in each step."""
-    changed = branch.conditions.differences(conditions, run.unwatched, branch.step not in branch.full_steps)
+    changed = branch.conditions.differences(conditions, run.unwatched, is_forecast)
     if changed and changed <= branch.changed and branch.step == branch.first_step + 1:
         # Changed at each call since the first: that is how the loop makes them.
         run.unwatched |= changed
@@ -618,7 +627,8 @@ def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any]) ->
         changed = frozenset()
     if changed:
         return False
-    branch.conditions.adopt({name: value for name, value in conditions.items() if name not in run.unwatched})
+    watched = {name: value for name, value in conditions.items() if name not in run.unwatched}
+    branch.conditions.adopt(watched, is_forecast)
     return True
 
 

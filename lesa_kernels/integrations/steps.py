@@ -28,8 +28,8 @@ TRANSFORMERS = ("transformer", "transformer_2")
 _SIGMA_TOLERANCE = 1e-5
 # Guidance makes two to four calls a step; more mean that the scheduler's step index stands still.
 _MAX_CALLS = 4
-# Two roundings to bfloat16, and what float32 makes of a zero.
-_ROUNDING = 2.0**-8
+# Two roundings to bfloat16, each by at most 2^-8, and what float32 makes of a zero.
+_ROUNDING = 2.0**-7
 _TINY = 1e-6
 # T where nothing says it.
 _TIMESTEPS = 1000
@@ -78,9 +78,12 @@ class StepPosition:
         return not self.told
 
     def find_step(self, timestep: float, preferred: int) -> int | None:
-        """Return the step at which the model is told this, the preferred one where others are as near; None if none."""
+        """Return the step at which the model is told this, None if none.
+
+        Where several are as near, up to what float32 makes of them: the preferred one.
+        """
         steps = [
-            (name.startswith("1 - "), abs(way.told[step] - timestep), step != preferred, step)
+            (name.startswith("1 - "), round(abs(way.told[step] - timestep), 4), step != preferred, step)
             for name, way in self.told.items()
             for step in range(self.num_steps)
             if way.is_near(timestep, step)
@@ -223,7 +226,7 @@ class StepTracker:
         if begins and found is not None and not is_fixed and self._read()[1] in (None, _NOT_YET):
             # Its pipeline did not say that it starts late.
             position.first_step = position.step = found
-            position.starts_late = True
+            position.starts_late = found != expected
             return position, found
         if self._ways is None and not position.starts_late and ((begins and found is None) or is_ours):
             # This model is told its noise level in another way.

@@ -187,11 +187,13 @@ def test_a_loop_that_says_nothing_of_its_steps_runs_in_full() -> None:
 # Runs that start late, whose batch changes, or whose noise levels do.
 
 
+@pytest.mark.parametrize("starts", [(4, 0, 7), (6, 0, 2)])
 @pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, DDIMScheduler])
-def test_the_first_step_is_found_from_what_the_model_is_told(kind: type[Any]) -> None:
+def test_the_first_step_is_found_from_what_the_model_is_told(kind: type[Any], starts: tuple[int, ...]) -> None:
     model, scheduler = tiny_transformer(), kind()
     enable(model, Reuse(), SPARSE, scheduler=scheduler)
-    for start in (4, 0, 7):
+    # At step 6 DDIM tells 0.3, which is also what 1 - t / T is at step 2.
+    for start in starts:
         scheduler.set_timesteps(STEPS)
         latents = torch.randn(1, 6, CHANNELS)
         conditions = call_arguments(latents, 1.0)
@@ -203,6 +205,19 @@ def test_the_first_step_is_found_from_what_the_model_is_told(kind: type[Any]) ->
         full = {start, *(step for step in FULL if step > start)}
         assert watch.blocks == len(full) * NUM_BLOCKS
         assert f"full steps: {' '.join(map(str, sorted(full)))}" in summary(model).plan
+
+
+@pytest.mark.parametrize("ends_at", [3, STEPS])
+def test_a_loop_of_given_sigmas_that_starts_late_is_a_run_of_its_own_each_time(
+    pipe: TinyPipeline, ends_at: int
+) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for steps in (range(ends_at), range(4, STEPS), range(7, STEPS), range(2, STEPS)):
+        for step in steps:
+            model(**conditions | {"timestep": torch.tensor([SIGMAS[step]])})
+    found = summary(model)
+    assert (found.full, found.forecast, found.restarts) == (2, 6, ())
 
 
 def test_a_batch_that_changes_begins_a_history(pipe: TinyPipeline) -> None:
@@ -324,6 +339,29 @@ def test_a_change_is_the_begin_of_a_history(name: str, path: str, in_place: bool
     assert len(before) == CHANGED_AT
 
 
+def test_arguments_that_the_forward_does_not_name_are_watched() -> None:
+    class Unnamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+            self.norm_out = nn.Linear(4, 4)
+
+        def forward(self, hidden_states: Tensor, **others: Any) -> tuple[Tensor]:
+            for block in self.blocks:
+                hidden_states = block(hidden_states + others["text"])
+            return (self.norm_out(hidden_states),)
+
+    model, texts = Unnamed(), torch.randn(2, 1, 4)
+    prompts = [texts[0], texts[1]]
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for step in range(STEPS):
+        now = {"timestep": torch.tensor([SIGMAS[step]]), "controlnet_block_samples": [torch.randn(1, 4)]}
+        model(torch.ones(1, 4), text=prompts[step >= CHANGED_AT], return_dict=False, **now)
+    found = summary(model)
+    assert found.restarts == ((CHANGED_AT, "text changed"),)
+    assert found.unwatched == ("controlnet_block_samples",)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.parametrize("change", ["scale", "switch", "disable", "fuse", "add"])
 def test_a_change_of_lora_is_the_begin_of_a_history(pipe: TinyPipeline, change: str) -> None:
@@ -356,6 +394,31 @@ def test_a_change_of_lora_is_the_begin_of_a_history(pipe: TinyPipeline, change: 
     assert all(map(torch.equal, after, run(CHANGED_AT, lambda: None)))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["first", "loaded again under its name"])
+def test_a_lora_that_replaced_one_of_the_same_name_is_watched(pipe: TinyPipeline, again: bool) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for _ in range(1 + again):
+        add_lora(pipe, "one")
+        for step in range(STEPS):
+            if step == CHANGED_AT:
+                model.set_adapters(["one"], [1.5])
+            model(**conditions | {"timestep": torch.tensor([SIGMAS[step]])})
+        assert summary(model).restarts == ((CHANGED_AT, "LoRA changed"),)
+        model.unload_lora()
+
+
+def test_a_lora_scale_that_is_multiplied_in_and_divided_out_is_no_change(pipe: TinyPipeline) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    add_lora(pipe, "one")
+    model.set_adapters(["one"], [0.8 / 4])
+    assert 0.8 * 0.7 / 0.7 != 0.8
+    enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
+    for step in range(STEPS):
+        model(**conditions | {"timestep": torch.tensor([SIGMAS[step]]), "joint_attention_kwargs": {"scale": 0.7}})
+    assert (summary(model).full, summary(model).restarts) == (len(FULL), ())
+
+
 def test_another_guidance_scale_begins_a_history(pipe: TinyPipeline) -> None:
     enable(pipe, Reuse(), SPARSE)
     pipe._guidance_scale = 3.0
@@ -385,6 +448,87 @@ def test_copies_of_the_same_values_are_no_change(pipe: TinyPipeline, device_of_c
     assert (summary(model).full, summary(model).restarts) == (len(FULL), ())
 
 
+@pytest.mark.parametrize("changed_at", [3, 4, 6])
+def test_a_change_of_what_is_copied_to_a_device_is_seen_at_the_next_full_step(
+    pipe: TinyPipeline, changed_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing waits for a device on a forecast step.
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    model, prompts = pipe.transformer, [call_arguments(torch.zeros(1, 6, CHANNELS), 1.0, each) for each in range(2)]
+    enable(model, Reuse(), Schedule.explicit(STEPS, (0, 5, 8)), sigmas=SIGMAS)
+    for step in range(STEPS):
+        copies = {name: value.clone() for name, value in prompts[step >= changed_at].items()}
+        with model.cache_context("cond"):
+            model(**copies | {"timestep": torch.tensor([SIGMAS[step]])})
+    found = summary(model)
+    assert [step for step, _ in found.restarts] == [5 if changed_at < 5 else 8]
+    assert (found.full, found.forecast, found.unwatched) == (3, 7, ())
+
+
+def test_branches_whose_prompts_are_copied_to_a_device_are_told_apart(
+    pipe: TinyPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    model, prompts = pipe.transformer, [call_arguments(torch.zeros(1, 6, CHANNELS), 1.0, each) for each in range(2)]
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=SIGMAS[:-1])
+    enable(model, Reuse(), SPARSE, scheduler=scheduler)
+    features: list[list[Tensor]] = [[], []]
+    for step in range(STEPS):
+        for branch in _with_step(scheduler, model, step, ORDERS["guidance ends, uncond first"](step)):
+            copies = {name: value.clone() for name, value in prompts[branch].items()}
+            latents = torch.randn(1, 6, CHANNELS, generator=torch.Generator().manual_seed(step))
+            with watching(model) as watch:
+                model(**copies | {"hidden_states": latents, "timestep": torch.tensor([SIGMAS[step]])})
+            features[branch] += watch.features
+    assert is_formula(features[0]) and is_formula(features[1])
+
+
+class Wrapper(Tensor):
+    """A tensor that wraps another one and has no memory, as a DTensor has none."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        made: Wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*[each.inner if isinstance(each, Wrapper) else each for each in args], **kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["sparse", "nested", "wrapper"])
+@pytest.mark.parametrize("made", ["once", "for each call"])
+def test_tensors_without_memory_or_a_comparison_cost_no_image(pipe: TinyPipeline, kind: str, made: str) -> None:
+    def make(value: float) -> Tensor:
+        tensor = torch.full((3,), value)
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "sparse": tensor.to_sparse,
+            "nested": lambda: torch.nested.nested_tensor([tensor, tensor[:2]]),
+            "wrapper": lambda: Wrapper(tensor),
+        }
+        return kinds[kind]()
+
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), Schedule.explicit(STEPS, (0, 1, 5)), sigmas=SIGMAS)
+    old, new = make(1.0), make(2.0)
+    for step in range(STEPS):
+        extra = old if step < 7 else new
+        if made == "for each call":
+            extra = make(1.0 + (step >= 7))
+        now = {"timestep": torch.tensor([SIGMAS[step]]), "joint_attention_kwargs": {"extra": extra}}
+        model(**conditions | now)
+    found, name = summary(model), "joint_attention_kwargs.extra"
+    # What cannot be compared is another one in each call.
+    is_unknown = made == "for each call" and kind != "wrapper"
+    assert found.restarts == ((1 if is_unknown else 7, f"{name} changed"),)
+    assert found.unwatched == ((name,) if is_unknown else ())
+
+
 def test_residuals_of_a_controlnet_are_not_watched_and_the_summary_says_so(pipe: TinyPipeline) -> None:
     model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
     enable(model, Reuse(), SPARSE, sigmas=SIGMAS)
@@ -411,3 +555,16 @@ def test_what_is_another_in_each_step_costs_one_full_step_at_most(pipe: TinyPipe
     found = summary(model)
     assert found.unwatched == ("pooled_projections",)
     assert found.restarts == ((1, "pooled_projections changed"),)
+
+
+def test_what_changes_often_later_is_watched(pipe: TinyPipeline) -> None:
+    model, conditions = pipe.transformer, call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    enable(model, Reuse(), Schedule.explicit(STEPS, (0,)), sigmas=SIGMAS)
+    changes = (2, 3, 4, 5, 8)
+    pooled = conditions["pooled_projections"]
+    for step in range(STEPS):
+        pooled = pooled + 1 if step in changes else pooled
+        model(**conditions | {"timestep": torch.tensor([SIGMAS[step]]), "pooled_projections": pooled})
+    found = summary(model)
+    assert found.restarts == tuple((step, "pooled_projections changed") for step in changes)
+    assert (found.full, found.unwatched) == (1 + len(changes), ())

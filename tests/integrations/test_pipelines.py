@@ -134,10 +134,37 @@ def test_a_pipeline_skips_what_the_plan_says(make: Callable[[], tuple[Any, Sampl
     assert torch.equal(sample(STEPS), plain)
 
 
+@pytest.mark.parametrize(("make", "calls", "first"), CASES, ids=lambda value: getattr(value, "__name__", None))
+def test_noise_levels_that_are_rounded_to_bfloat16_are_known(
+    make: Callable[[], tuple[Any, Sample]], calls: int, first: int
+) -> None:
+    """FLUX and Qwen-Image round them twice."""
+    pipe, sample = make()
+    told: list[torch.Tensor] = []
+
+    def rounded(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        time = (kwargs["timestep"] * 1000).bfloat16() / 1000
+        told.append(time)
+        return args, kwargs | {"timestep": time.to(kwargs["timestep"].dtype)}
+
+    enable(pipe, Reuse())
+    hook = pipe.transformer.register_forward_pre_hook(rounded, with_kwargs=True)
+    steps = 50
+    sample(steps)
+    hook.remove()
+    found, full = summary(pipe), 10
+    starts = first * steps // STEPS
+    assert (found.refused, found.restarts, len(told)) == (None, (), calls * (steps - starts))
+    assert found.full + found.forecast == len(told)
+    if not first:
+        assert found.full == calls * full
+
+
 def test_controlnet_residuals_count_on_full_steps() -> None:
     pipe, sample = controlnet()
     enable(pipe, Reuse(), SPARSE)
     assert not torch.equal(sample(), sample(control_image=1 - IMAGE))
+    assert summary(pipe).unwatched == ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
 def test_sizes_steps_and_numbers_of_images_change_between_calls() -> None:
