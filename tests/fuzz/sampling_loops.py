@@ -333,7 +333,7 @@ class Played:
                 place = int(torch.randint(len(alive), (1,), generator=turns))
             if turn == 1 and not self.loop.is_called:
                 # Nothing tells whose the first call of all is, but the pipeline that makes it.
-                place = 0
+                place = int(other.enabled)
             run, passes, thread = alive[place]
             if not thread.submit(run.go_on, passes).result():
                 thread.shutdown()
