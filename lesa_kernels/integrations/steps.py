@@ -105,7 +105,8 @@ def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float) -> 
     """Return what models are told at the S steps in the ways that pipelines have, by a name of the way."""
     shares = {"level": sigmas[:-1], "t / T": [time / count for time in timesteps]}
     ways = {name: Way(tuple(told), tuple(_ROUNDING * abs(each) for each in told)) for name, told in shares.items()}
-    ways["t"] = Way(tuple(timesteps), tuple(_ROUNDING * abs(time) for time in timesteps))
+    # Also as a whole number.
+    ways["t"] = Way(tuple(timesteps), tuple(1 + _ROUNDING * abs(time) for time in timesteps))
     # What is small here was rounded before.
     ways |= {
         f"1 - {name}": Way(tuple(1 - each for each in told), (_ROUNDING,) * len(told)) for name, told in shares.items()
