@@ -101,9 +101,13 @@ class ForwardCall(NamedTuple):
         Tokens that are not to change are told of less noise. None where it is told no number.
         """
         told = self.told
-        if isinstance(told, Tensor):
-            return float(told.max() if told.numel() > 1 else told) if told.numel() else None
-        return float(told) if isinstance(told, int | float) else None
+        try:
+            if isinstance(told, Tensor):
+                return float(told.max() if told.numel() > 1 else told) if told.numel() else None
+            return float(told) if isinstance(told, int | float) else None
+        # Complex numbers, those beyond any float, and tensors without any.
+        except (RuntimeError, OverflowError):
+            return None
 
     @uncompiled(recursive=False)
     def retold(self, timestep: float) -> ForwardCall | None:

@@ -101,17 +101,23 @@ class StepPosition:
         self.told = {name: way for name, way in self.told.items() if way.is_near(timestep, step)}
 
 
-def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float, rounding: float) -> dict[str, Way]:
+def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float, is_whole: bool) -> dict[str, Way]:
     """Return what models are told at the S steps in the ways that pipelines have, by a name of the way.
 
-    `count` is T, the timesteps of the training; `rounding` is how far from its timestep a step may be told.
+    Args:
+        sigmas: the S+1 noise levels.
+        timesteps: of the S steps, empty where they are not known.
+        count: T, the timesteps of the training.
+        is_whole: whether the loop may have a scheduler of whole timesteps beside given sigmas.
     """
     levels = sigmas[:-1]
     shares = [time / count for time in timesteps]
+    # Timesteps may be told as whole numbers, where they go that far.
+    whole = 1.0 if max(timesteps, default=0.0) > 2 else 0.0
     ways = {
         "level": Way(tuple(levels), _tolerances(levels, 0.0)),
-        "t / T": Way(tuple(shares), _tolerances(shares, rounding / count)),
-        "t": Way(tuple(timesteps), _tolerances(timesteps, rounding)),
+        "t / T": Way(tuple(shares), _tolerances(shares, 1 / count if is_whole else 0.0)),
+        "t": Way(tuple(timesteps), _tolerances(timesteps, whole)),
         # What is small here was rounded before.
         "1 - level": Way(tuple(1 - level for level in levels), (_ROUNDING,) * len(levels)),
         "1 - t / T": Way(tuple(1 - share for share in shares), (_ROUNDING,) * len(shares)),
@@ -121,7 +127,7 @@ def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float, rou
 
 def _tolerances(told: Sequence[float], rounding: float) -> tuple[float, ...]:
     """Return how far from each number a model may be told it."""
-    return tuple(max(_ROUNDING * abs(each), rounding) for each in told)
+    return tuple(_ROUNDING * abs(each) + rounding for each in told)
 
 
 def call_name(context: str, number: int) -> str:
@@ -303,9 +309,9 @@ class StepTracker:
             count = float(getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", count))
         else:
             timesteps = tuple(sigma * count for sigma in levels.sigmas[:-1])
-        # Where sigmas were given, it may be a scheduler of whole timesteps that the loop steps with.
-        rounding = 1.0 if self._sigmas is not None else 0.0
-        ways = {} if levels.incompatibility is not None else _ways(levels.sigmas, timesteps, count, rounding)
+        ways = {}
+        if levels.incompatibility is None:
+            ways = _ways(levels.sigmas, timesteps, count, self._sigmas is not None)
         told = {name: way for name, way in ways.items() if self._ways is None or name in self._ways}
         # Schedulers set their index in step(), after the first call of the model; image-to-image begins late.
         begin = getattr(self._scheduler, "begin_index", None) if self._sigmas is None else None

@@ -164,6 +164,44 @@ def test_a_loop_of_given_sigmas_may_call_twice_a_step(pipe: TinyPipeline) -> Non
         assert (summary(pipe.transformer).full, summary(pipe.transformer).forecast) == (6, 14)
 
 
+class Told(nn.Module):
+    """A model that is told anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        self.norm_out = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, timestep: Any) -> tuple[Tensor]:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (self.norm_out(hidden_states),)
+
+
+WAYS: dict[str, Callable[[float], Any]] = {
+    "number": lambda sigma: sigma,
+    "whole number": lambda sigma: int(1000 * sigma),
+    "whole number in a tensor": lambda sigma: torch.tensor([1000 * sigma]).long(),
+    "number of each token": lambda sigma: torch.tensor([[0.0, sigma]]),
+    "NaN": lambda sigma: torch.tensor(torch.nan),
+    "nothing": lambda sigma: None,
+    "empty tensor": lambda sigma: torch.empty(0),
+    "complex number": lambda sigma: torch.tensor(1j),
+    "number beyond any float": lambda sigma: 10**400,
+    "tensor without numbers": lambda sigma: torch.empty(1, device="meta"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_may_be_told_its_noise_level_as_anything(way: str) -> None:
+    model, sigmas = Told(), [1 - (step / STEPS) ** 0.5 for step in range(STEPS)] + [0.0]
+    sigmas[STEPS - 1] = 0.0096
+    enable(model, Reuse(), SPARSE, sigmas=sigmas)
+    for step in range(STEPS):
+        model(torch.ones(1, 4), WAYS[way](sigmas[step]))
+    assert (summary(model).full, summary(model).forecast) == (len(FULL), STEPS - len(FULL))
+
+
 def test_a_loop_that_says_nothing_of_its_steps_runs_in_full() -> None:
     class Silent(nn.Module):
         def __init__(self) -> None:
