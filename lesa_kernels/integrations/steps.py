@@ -112,12 +112,12 @@ def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float, is_
     """
     levels = sigmas[:-1]
     shares = [time / count for time in timesteps]
-    # Timesteps may be told as whole numbers, where they go that far.
-    whole = 1.0 if max(timesteps, default=0.0) > 2 else 0.0
+    # Those that are no whole numbers may be told as such, where they go that far.
+    is_cut = max(timesteps, default=0.0) > 2 and any(time % 1 for time in timesteps)
     ways = {
         "level": Way(tuple(levels), _tolerances(levels, 0.0)),
         "t / T": Way(tuple(shares), _tolerances(shares, 1 / count if is_whole else 0.0)),
-        "t": Way(tuple(timesteps), _tolerances(timesteps, whole)),
+        "t": Way(tuple(timesteps), _tolerances(timesteps, 1.0 if is_cut else 0.0)),
         # What is small here was rounded before.
         "1 - level": Way(tuple(1 - level for level in levels), (_ROUNDING,) * len(levels)),
         "1 - t / T": Way(tuple(1 - share for share in shares), (_ROUNDING,) * len(shares)),
