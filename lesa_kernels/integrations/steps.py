@@ -105,7 +105,8 @@ def _ways(sigmas: Sequence[float], timesteps: Sequence[float], count: float) -> 
     """Return what models are told at the S steps in the ways that pipelines have, by a name of the way."""
     shares = {"level": sigmas[:-1], "t / T": [time / count for time in timesteps]}
     ways = {name: Way(tuple(told), tuple(_ROUNDING * abs(each) for each in told)) for name, told in shares.items()}
-    # Also as a whole number.
+    # Both may be told of whole timesteps.
+    ways["t / T"] = Way(ways["t / T"].told, tuple(each + 1 / count for each in ways["t / T"].tolerances))
     ways["t"] = Way(tuple(timesteps), tuple(1 + _ROUNDING * abs(time) for time in timesteps))
     # What is small here was rounded before.
     ways |= {
@@ -209,9 +210,10 @@ class StepTracker:
         if begins and found is not None and not is_fixed and self._read()[1] in (None, _NOT_YET):
             # Its pipeline did not say that it starts late.
             position.first_step = position.step = found
-            position.starts_late = found != expected
+            position.starts_late = True
             return position, found
-        if self._ways is None and not position.starts_late and ((begins and found is None) or due is not None):
+        is_unknown = found is None and (begins or due is not None)
+        if self._ways is None and not position.starts_late and (is_unknown or (step is not None and due is not None)):
             # This model is told its noise level in another way.
             position.told = {}
             return position, expected
