@@ -84,6 +84,12 @@ class ForwardCall(NamedTuple):
                 return self.args[names.index(name)]
         return None
 
+    @property
+    def is_told_exactly(self) -> bool:
+        """Whether what the model is told is in more than 16 bits."""
+        told = self.told
+        return not isinstance(told, Tensor) or told.element_size() > 2
+
     @uncompiled(recursive=False)
     def timestep(self) -> float | None:
         """Return what the model is told of the noise level; waits for the device.
@@ -230,7 +236,7 @@ class Conditions:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+    return tensor.shape, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

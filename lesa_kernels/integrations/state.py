@@ -386,7 +386,9 @@ class CacheState:
             raise _NotOurs("it goes on with others that are not", timestep)
         if timestep is not None:
             waits = None if branch is None else branch.step
-            found = self._tracker.find(position, context, step, waits, timestep, caller is not None)
+            found = self._tracker.find(
+                position, context, step, waits, timestep, caller is not None, call.is_told_exactly
+            )
             if found is None:
                 at = position.step if step is None else step
                 own = "are the sigmas its own" if self._tracker.has_given_sigmas else "does it call scheduler.step"

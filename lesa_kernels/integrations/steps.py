@@ -77,6 +77,14 @@ class StepPosition:
                 return True
         return not self.told
 
+    def is_nearer(self, timestep: float, step: int, other: int) -> bool:
+        """Whether what a model is told is that of one step, and less that of another."""
+        return any(
+            way.is_near(timestep, step) and abs(timestep - way.told[step]) + _TINY < abs(timestep - way.told[other])
+            for way in self.told.values()
+            if other < len(way.told)
+        )
+
     def find_step(self, timestep: float, preferred: int) -> int | None:
         """Return the step at which the model is told this, None if none.
 
@@ -213,6 +221,7 @@ class StepTracker:
         due: int | None,
         timestep: float,
         is_ours: bool = False,
+        is_exact: bool = False,
     ) -> tuple[StepPosition, int] | None:
         """Return the run and the step of a call by what its model is told; None where it is no call of this run.
 
@@ -223,7 +232,10 @@ class StepTracker:
             due: the step at which a branch of the run waits for the call, None where none does.
             timestep: what the model is told.
             is_ours: whether the run's own pipeline makes the call.
+            is_exact: whether what the model is told was not rounded to 16 bits.
         """
+        if step is None and due == position.step + 1 and is_exact and position.is_nearer(timestep, position.step, due):
+            return position, position.step
         expected = step if step is not None else position.step if due is None else due
         if (step is not None or due is not None) and position.agrees(timestep, expected):
             return position, expected
@@ -232,7 +244,7 @@ class StepTracker:
         if begins and found is not None and not is_fixed and self._read()[1] in (None, _NOT_YET):
             # Its pipeline did not say that it starts late.
             position.first_step = position.step = found
-            position.starts_late = found != expected
+            position.starts_late = True
             return position, found
         if self._ways is None and not position.starts_late and ((begins and found is None) or is_ours):
             # This model is told its noise level in another way.

@@ -202,6 +202,23 @@ def test_a_model_may_be_told_its_noise_level_as_anything(way: str) -> None:
     assert (summary(model).full, summary(model).forecast) == (len(FULL), STEPS - len(FULL))
 
 
+@pytest.mark.parametrize("shift", [1, 12])
+def test_two_calls_that_differ_in_nothing_but_their_latents_run_in_full(shift: int) -> None:
+    """Tiles, or a loop that was broken off and begins again: with given sigmas nothing says which."""
+    model, conditions = tiny_transformer(), call_arguments(torch.zeros(1, 6, CHANNELS), 1.0)
+    sigmas = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in SIGMAS]
+    enable(model, Reuse(), SPARSE, sigmas=sigmas)
+
+    def sample() -> None:
+        for sigma in sigmas[:-1]:
+            for _ in range(2):
+                model(**conditions | {"hidden_states": torch.randn(1, 6, CHANNELS), "timestep": torch.tensor([sigma])})
+
+    with watching(model) as watch, pytest.warns(UserWarning, match="two calls at step 0 have the same conditions"):
+        sample()
+    assert watch.blocks == 2 * STEPS * NUM_BLOCKS
+
+
 def test_a_loop_that_says_nothing_of_its_steps_runs_in_full() -> None:
     class Silent(nn.Module):
         def __init__(self) -> None:
