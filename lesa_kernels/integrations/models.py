@@ -23,6 +23,12 @@ MODEL_OUTPUT = ""
 TIMESTEPS = ("timestep", "timesteps", "t")
 """What models call the argument that tells them the noise level."""
 
+# What other caches set on a model or a pipeline.
+_CACHE_MARKS = {
+    "_is_cached": "cache-dit, ParaAttention and nunchaku do",
+    "enable_teacache": "TeaCache does",
+}
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -132,11 +138,12 @@ def find_other_cache(model: nn.Module, pipeline: Any = None) -> str | None:
     if getattr(model, "is_cache_enabled", False):
         return "a cache of diffusers is enabled on the model as well; call disable_cache() first"
     for owner in (model, pipeline):
-        if owner is not None and (vars(owner).get("_is_cached") or getattr(type(owner), "_is_cached", False)):
-            return (
-                f"another cache marked the {type(owner).__name__} as its own (_is_cached, as cache-dit, ParaAttention "
-                "and nunchaku do); turn it off first"
-            )
+        for mark in () if owner is None else _CACHE_MARKS:
+            if vars(owner).get(mark) or getattr(type(owner), mark, False):
+                return (
+                    f"another cache marked the {type(owner).__name__} as its own ({mark}, as {_CACHE_MARKS[mark]}); "
+                    "turn it off first"
+                )
     for kind in type(model).__mro__:
         forward = vars(kind).get("forward")
         if forward is None:

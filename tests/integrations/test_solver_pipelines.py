@@ -286,6 +286,19 @@ def test_latents_that_a_callback_changes_are_noticed() -> None:
     assert summary(case.pipe).forecast == 1
 
 
+def test_a_prompt_that_is_exchanged_ends_the_forecasts() -> None:
+    case = flux_case()
+
+    def change(pipe: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": given["prompt_embeds"] + 0.5} if step == 1 else {}
+
+    enable(case.pipe, _fitted(case)[1])
+    arguments = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    with pytest.warns(LesaWarning, match="full steps for the rest of this run: encoder_hidden_states changed"):
+        replace(case, arguments=case.arguments | arguments).plain(0)
+    assert summary(case.pipe).restarts == ((2, "encoder_hidden_states changed"),)
+
+
 def test_a_run_that_starts_late_gets_the_training_free_forecaster() -> None:
     predictor, late = _fitted(flux_case())[1], flux_image_case(0.6)
     enable(late.pipe, predictor)

@@ -222,6 +222,10 @@ def mark_model(pipe: TinyPipeline) -> None:
     pipe.transformer._is_cached = True
 
 
+def mark_model_for_teacache(pipe: TinyPipeline) -> None:
+    pipe.transformer.enable_teacache = True
+
+
 def mark_pipeline(pipe: TinyPipeline) -> None:
     pipe._is_cached = True
 
@@ -236,16 +240,18 @@ def replace_forward(pipe: TinyPipeline) -> None:
 
 
 @pytest.mark.usefixtures("forward_of_the_class")
-@pytest.mark.parametrize("act", [mark_model, mark_pipeline, mark_class, replace_forward])
+@pytest.mark.parametrize("act", [mark_model, mark_model_for_teacache, mark_pipeline, mark_class, replace_forward])
 def test_other_caches_are_refused(pipe: TinyPipeline, act: Callable[[TinyPipeline], None]) -> None:
     act(pipe)
-    with pytest.raises(ValueError, match=r"the model must have no other cache: .*(_is_cached|caching_forward)"):
+    with pytest.raises(
+        ValueError, match=r"the model must have no other cache: .*(_is_cached|enable_teacache|caching_forward)"
+    ):
         enable(pipe)
     assert not hasattr(pipe.transformer, "_diffusers_hook")
 
 
 @pytest.mark.usefixtures("forward_of_the_class")
-@pytest.mark.parametrize("act", [mark_model, mark_pipeline, replace_forward])
+@pytest.mark.parametrize("act", [mark_model, mark_model_for_teacache, mark_pipeline, replace_forward])
 def test_other_caches_that_come_later_end_the_forecasts(
     pipe: TinyPipeline, act: Callable[[TinyPipeline], None]
 ) -> None:
@@ -257,7 +263,10 @@ def test_other_caches_that_come_later_end_the_forecasts(
             act(pipe)
         return latents
 
-    with watching(pipe.transformer) as watch, pytest.warns(LesaWarning, match=r"_is_cached|caching_forward"):
+    with (
+        watching(pipe.transformer) as watch,
+        pytest.warns(LesaWarning, match=r"_is_cached|enable_teacache|caching_forward"),
+    ):
         pipe(STEPS, on_step_end=later)
     assert watch.blocks == (2 + 7) * NUM_BLOCKS
     disable(pipe)
