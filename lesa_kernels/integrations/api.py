@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lesa_kernels.integrations.models import MODEL_OUTPUT, count_blocks, find_adapter, find_other_cache
+from lesa_kernels.integrations.models import (
+    MODEL_OUTPUT,
+    count_blocks,
+    find_adapter,
+    find_models,
+    find_other_cache,
+    is_pipeline,
+)
 from lesa_kernels.integrations.outputs import read_output
 from lesa_kernels.integrations.state import CacheState, Options, Predictors, default_predictor
 from lesa_kernels.integrations.stats import Summary, summarize
-from lesa_kernels.integrations.steps import TRANSFORMERS
 from lesa_kernels.predictors import Predictor, SolverPredictor
 from lesa_kernels.predictors.base import OnOtherSigmas
 from lesa_kernels.schedule import Schedule, ScheduleRule
@@ -73,7 +79,7 @@ def enable(
         TypeError: when target, predictor, schedule or an option is something else.
     """
     # diffusers takes seconds to import, and only those who enable need it.
-    from lesa_kernels.integrations.cache_hooks import ForecastHook
+    from lesa_kernels.integrations.forecast_hook import ForecastHook
 
     options = Options(history_dtype, on_other_sigmas, chunk, check_every, max_error)
     models = find_models(target)
@@ -151,7 +157,8 @@ def summary(target: Any) -> Summary:
     Raises:
         ValueError: when it is not enabled, or nothing ran yet.
     """
-    from lesa_kernels.integrations.cache_hooks import ForecastHook, find_hook
+    from lesa_kernels.integrations.cache_hooks import find_hook
+    from lesa_kernels.integrations.forecast_hook import ForecastHook
 
     hooks = [hook for model, _ in find_models(target) if isinstance(hook := find_hook(model), ForecastHook)]
     if not hooks:
@@ -209,30 +216,6 @@ def _record(model: nn.Module, capture: str, features: list[Tensor]) -> list[Remo
     if capture != MODEL_OUTPUT:
         handles.append(model.get_submodule(capture).register_forward_pre_hook(take, with_kwargs=True))
     return handles
-
-
-def is_pipeline(target: Any) -> bool:
-    """Whether a target has a transformer and a scheduler."""
-    return hasattr(target, "scheduler") and any(hasattr(target, name) for name in TRANSFORMERS)
-
-
-def find_models(target: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
-    """Return the transformers of a target, each with the wrapper that torch.compile put around it, if it did."""
-    found = [getattr(target, name, None) for name in TRANSFORMERS] if is_pipeline(target) else [target]
-    models: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
-    for model in found:
-        if model is None:
-            continue
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                "lesa: target must be a pipeline with a transformer and a scheduler, or a transformer, "
-                f"got {type(model).__name__}"
-            )
-        inner = getattr(model, "_orig_mod", None)
-        models.append((inner, (model,)) if isinstance(inner, nn.Module) else (model, ()))
-    if not models:
-        raise TypeError("lesa: target must be a pipeline with a transformer, its transformer is None")
-    return models
 
 
 def _check_predictor(predictor: object) -> None:

@@ -20,6 +20,9 @@ from lesa_kernels.checks import check_type
 MODEL_OUTPUT = ""
 """As a capture point: the model's output, which must be one tensor. (The path of a model within itself is empty.)"""
 
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise."""
+
 TIMESTEPS = ("timestep", "timesteps", "t")
 """What models call the argument that tells them the noise level."""
 
@@ -127,6 +130,30 @@ def find_block_lists(model: nn.Module) -> tuple[str, ...]:
 def count_blocks(model: nn.Module, adapter: Adapter) -> int:
     """Count the blocks that a forecast step skips."""
     return sum(len(list(model.get_submodule(path).children())) for path in adapter.blocks)
+
+
+def is_pipeline(target: Any) -> bool:
+    """Whether a target has a transformer and a scheduler."""
+    return hasattr(target, "scheduler") and any(hasattr(target, name) for name in TRANSFORMERS)
+
+
+def find_models(target: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    """Return the transformers of a target, each with the wrapper that torch.compile put around it, if it did."""
+    found = [getattr(target, name, None) for name in TRANSFORMERS] if is_pipeline(target) else [target]
+    models: list[tuple[nn.Module, tuple[nn.Module, ...]]] = []
+    for model in found:
+        if model is None:
+            continue
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "lesa: target must be a pipeline with a transformer and a scheduler, or a transformer, "
+                f"got {type(model).__name__}"
+            )
+        inner = getattr(model, "_orig_mod", None)
+        models.append((inner, (model,)) if isinstance(inner, nn.Module) else (model, ()))
+    if not models:
+        raise TypeError("lesa: target must be a pipeline with a transformer, its transformer is None")
+    return models
 
 
 def find_other_cache(model: nn.Module, pipeline: Any = None) -> str | None:

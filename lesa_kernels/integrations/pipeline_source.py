@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lesa_kernels.checks import check_decreasing, check_int
-from lesa_kernels.integrations.api import find_models, is_pipeline
 from lesa_kernels.integrations.levels import scheduler_incompatibility
-from lesa_kernels.integrations.models import find_adapter
+from lesa_kernels.integrations.models import find_adapter, find_models, is_pipeline
 from lesa_kernels.trajectories import ModelCall, StepPolicy, StopRun, watch
 
 # Arguments that stand for one prompt each, wherever they are given.

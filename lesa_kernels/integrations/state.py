@@ -1,15 +1,9 @@
-"""Keeps the state of a model's sampling runs: the plan and the history of each branch, and whether to forecast at all.
-
-A run is one pass through a schedule. A branch is one stream of calls within it, one a step, that have the same
-conditions: cache context ("cond", "uncond", ...), shape of the latents, prompt, and all else that the model gets. Only
-its own history serves it, from the step on in which it began. A call that no branch waits for begins one.
-"""
+"""Decides for each call of a model which run and branch it is of, and whether it is forecast; plans the branches."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -17,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lesa_kernels.checks import check_decreasing, check_float
+from lesa_kernels.integrations.branches import Branch, Run, warn
 from lesa_kernels.integrations.model_calls import Conditions, ForwardCall, LoraState
 from lesa_kernels.integrations.models import find_other_cache
-from lesa_kernels.integrations.outputs import Layout, are_equal_halves, layout_of, uncompiled
+from lesa_kernels.integrations.outputs import are_equal_halves, layout_of, uncompiled
 from lesa_kernels.integrations.solver_run import SolverRun
 from lesa_kernels.integrations.stats import RunStats
 from lesa_kernels.integrations.steps import (
@@ -66,15 +61,6 @@ def default_predictor() -> Predictor:
     return TaylorSeer(order=1, variable="sigma")
 
 
-class LesaWarning(UserWarning):
-    """Something that a user should know of a run; most often that its rest is sampled without forecasts, and why."""
-
-
-def warn(text: str) -> None:
-    """Warn of something in a run."""
-    warnings.warn(f"lesa: {text}", LesaWarning, stacklevel=2)
-
-
 @dataclass(frozen=True)
 class Options:
     """How runs are made; see `lesa.enable`."""
@@ -103,64 +89,6 @@ class _NotOurs(Exception):
     """A call is none of the run's: why, and what it is told of the noise level, None where that was not read."""
 
 
-@dataclass
-class BranchState:
-    """The history of one branch; with a learned solver all branches share one."""
-
-    context: str
-    name: str  # of its calls
-    layout: Layout  # of the latents
-    conditions: Conditions
-    first_step: int
-    step: int  # of the present call, and after it the step that is due
-    session: Session | HalvesSession | None = None  # None where there is no predictor: all of its steps are full
-    full_steps: frozenset[int] = frozenset()
-    # Forecast steps whose slot of the history is read again.
-    shared_steps: frozenset[int] = frozenset()
-    # The conditions that were others at the step before, if it began because of them.
-    changed: frozenset[str] = frozenset()
-    feature: Tensor | None = None  # the forecast of the present step, a view of the history; None on a full step
-    solver: SolverRun | None = None
-    output: Any = None  # the solver's answer in the present step; None on a full step
-
-
-@dataclass
-class RunState:
-    """One pass through a schedule."""
-
-    position: StepPosition
-    stats: RunStats
-    thread: int
-    first_step: int
-    step: int = field(init=False)
-    branches: list[BranchState] = field(default_factory=list)
-    solver: SolverRun | None = None
-    warned: set[str] = field(default_factory=set)
-    # Conditions that are others in each step.
-    unwatched: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.step = self.first_step
-
-    def warn(self, text: str) -> None:
-        """Warn of something once a run."""
-        if text not in self.warned:
-            self.warned.add(text)
-            warn(text)
-
-    def release(self) -> None:
-        """Release the histories."""
-        self.branches.clear()
-        self.solver = None
-
-    def disable_forecasts(self, reason: str) -> None:
-        """Run full steps from here on, release the history's memory, and warn once."""
-        if self.stats.refused is None:
-            self.stats.refused = reason if self.solver is None else reason + self.solver.caveat
-            self.release()
-            self.warn(f"full steps for the rest of this run: {self.stats.refused}")
-
-
 class CacheState:
     """Follows the calls of one model and decides which are forecast, where nothing is unexpected without any wait.
 
@@ -184,8 +112,8 @@ class CacheState:
         self._options = options
         self._blocks = blocks
         self._lora = LoraState()
-        self._run: RunState | None = None
-        self._present: tuple[RunState | None, BranchState | None] = (None, None)  # of the call that is being answered
+        self._run: Run | None = None
+        self._present: tuple[Run | None, Branch | None] = (None, None)  # of the call that is being answered
         # Why the first call that was none of the run's was left alone; None where all were.
         self.left_alone: str | None = None
         # Whether the latest call was none of the run's, and what it was told.
@@ -225,7 +153,7 @@ class CacheState:
         self._present = None, None
 
     @uncompiled()
-    def enter(self, context: Any, call: ForwardCall, module: nn.Module, thread: int) -> BranchState | None:
+    def enter(self, context: Any, call: ForwardCall, module: nn.Module, thread: int) -> Branch | None:
         """Return the branch of a call, with its forecast where one is due; None where nothing is to be captured.
 
         Args:
@@ -263,7 +191,7 @@ class CacheState:
         return None if branch is None or branch.session is None else branch
 
     @uncompiled()
-    def capture_output(self, branch: BranchState, latents: Any, output: Any) -> None:
+    def capture_output(self, branch: Branch, latents: Any, output: Any) -> None:
         """Keep the output of a full step for a learned solver; see `capture`."""
         run, solver = self._run, branch.solver
         if run is None or solver is None or run.stats.refused is not None:
@@ -273,7 +201,7 @@ class CacheState:
             run.disable_forecasts(reason)
 
     @uncompiled()
-    def capture(self, branch: BranchState, feature: Tensor) -> None:
+    def capture(self, branch: Branch, feature: Tensor) -> None:
         """Keep the feature of a full step; a failure ends the forecasts, not the run."""
         run, session, step = self._run, branch.session, branch.step
         if run is None or session is None:
@@ -326,7 +254,7 @@ class CacheState:
 
     def _place(
         self, context: Any, call: ForwardCall, module: nn.Module, thread: int
-    ) -> tuple[RunState | None, BranchState | None]:
+    ) -> tuple[Run | None, Branch | None]:
         """Return the run and the branch of a call.
 
         No branch where it runs in full and is not captured, and no run where it is none of the run's calls.
@@ -346,11 +274,11 @@ class CacheState:
             return run, None
         if branch is None:
             name, layout = call_name(context.name, number), layout_of(call.latents)
-            branch = BranchState(context.name, name, layout, Conditions(conditions), step, step)
+            branch = Branch(context.name, name, layout, Conditions(conditions), step, step)
             run.stats.unwatched.update(
                 name for name, only in call.parameters.watched.items() if only and conditions.get(name)
             )
-            self._explain(run, branch, conditions)
+            run.explain(branch, conditions)
             if run.stats.refused is None and self._begin_branch(run, branch, call.latents):
                 run.branches.append(branch)
         if run.step != step:
@@ -360,7 +288,7 @@ class CacheState:
 
     def _locate(
         self, context: Any, call: ForwardCall, module: nn.Module, thread: int, conditions: dict[str, Any]
-    ) -> tuple[StepPosition, int, int, BranchState | None]:
+    ) -> tuple[StepPosition, int, int, Branch | None]:
         """Return a call's run, step, number within the step, and branch; raises `_NotOurs`."""
         position, step = self._tracker.look(context)
         run, branch, timestep = self._run_at(position), None, None
@@ -379,7 +307,7 @@ class CacheState:
         layout = layout_of(call.latents)
         if run is not None:
             due = (position.step, position.step + 1) if step is None else (step,)
-            branch = _find_branch(run, context.name, due, layout, conditions, only_same_objects=is_doubtful)
+            branch = run.find_branch(context.name, due, layout, conditions, only_same_objects=is_doubtful)
         if position.told and (branch is None or is_strange or is_doubtful or _tells_host(call, branch, step)):
             timestep = call.largest_timestep()
         if run is not None and is_doubtful and (branch is None or position.follows(timestep, self._others_told)):
@@ -401,7 +329,7 @@ class CacheState:
                 self._refuse_repeated(run, found[1])
             if found[0] is not position or (branch is not None and branch.step != found[1]):
                 run = self._run_at(found[0])
-                branch = None if run is None else _find_branch(run, context.name, found[1:], layout, conditions)
+                branch = None if run is None else run.find_branch(context.name, found[1:], layout, conditions)
             position, step = found
         elif step is None:
             position, step = self._count(position, context.name, branch)
@@ -410,7 +338,7 @@ class CacheState:
         self._others_turn = False
         return position, step, self._tracker.accept(position, step, context.name, timestep), branch
 
-    def _refuse_repeated(self, run: RunState, step: int) -> None:
+    def _refuse_repeated(self, run: Run, step: int) -> None:
         """End the forecasts where a call has the conditions and the step of the one before, if sigmas were given."""
         if self._tracker.has_given_sigmas:
             run.disable_forecasts(
@@ -418,7 +346,7 @@ class CacheState:
                 "give scheduler= or cache_context(name, step_index=step)"
             )
 
-    def _run_at(self, position: StepPosition) -> RunState | None:
+    def _run_at(self, position: StepPosition) -> Run | None:
         """Return the present run, None if a position is that of another."""
         return self._run if self._run is not None and self._run.position is position else None
 
@@ -433,7 +361,7 @@ class CacheState:
             conditions["LoRA"] = self._lora.read(module)
         return conditions
 
-    def _count(self, position: StepPosition, context: str, branch: BranchState | None) -> tuple[StepPosition, int]:
+    def _count(self, position: StepPosition, context: str, branch: Branch | None) -> tuple[StepPosition, int]:
         """Return the run and the step of a call where nothing but the calls themselves says it."""
         run = self._run_at(position)
         if run is None:
@@ -465,7 +393,7 @@ class CacheState:
             self.left_alone = reason
             warn(f"a call runs in full that is none of the enabled run's: {reason}")
 
-    def _begin(self, position: StepPosition, thread: int) -> RunState:
+    def _begin(self, position: StepPosition, thread: int) -> Run:
         """Begin a run, and release what a run that was broken off kept."""
         solver, refused, before = None, None, self._run
         for sibling in self.siblings:
@@ -480,43 +408,15 @@ class CacheState:
         self.left_alone = None
         if before is not None and _is_rewritten(before.position, position):
             before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
-            self._run = RunState(position, before.stats, thread, position.step)
+            self._run = Run(position, before.stats, thread, position.step)
             before.release()
             return self._run
         self.stats = RunStats(max(position.num_steps, 0), self._blocks)
         self.stats.refused = refused
-        self._run = RunState(position, self.stats, thread, position.step, solver=solver)
+        self._run = Run(position, self.stats, thread, position.step, solver=solver)
         return self._run
 
-    def _explain(self, run: RunState, branch: BranchState, conditions: dict[str, Any]) -> None:
-        """Note why a history begins in the middle of a run; for a learned solver it ends the forecasts."""
-        due = [each for each in run.branches if each.context == branch.context]
-        waiting = [each for each in due if each.step == branch.step]
-        alike = {
-            each.conditions.differences(conditions, run.unwatched, False): each
-            for each in waiting
-            if each.layout == branch.layout
-        }
-        late = [each for each in due if each.step < branch.step]
-        if alike:
-            changed = min(alike, key=len)
-            # From the first step of the run on, it may be another one in each.
-            if alike[changed].first_step == run.first_step and branch.step == run.first_step + 1:
-                branch.changed = changed
-            reason = f"{', '.join(sorted(changed))} changed"
-        elif waiting:
-            reason = f"the latents changed from {waiting[0].layout} to {branch.layout}"
-        elif late:
-            reason = f"step {branch.step} came where step {late[0].step} was due"
-        elif branch.step > run.first_step:
-            reason = f"a call joined: {branch.name}"
-        else:
-            return
-        if run.solver is not None:
-            run.disable_forecasts(reason)
-        run.stats.restarts.append((branch.step, reason))
-
-    def _begin_branch(self, run: RunState, branch: BranchState, latents: Any) -> bool:
+    def _begin_branch(self, run: Run, branch: Branch, latents: Any) -> bool:
         """Plan a branch from its first step on; return whether the run goes on with forecasts."""
         context, called, step, sigmas = branch.context, branch.name, branch.step, run.position.sigmas
         if run.solver is not None:
@@ -582,7 +482,7 @@ class CacheState:
         return HALVES if set(self._predictors) == set(HALVES) and are_equal_halves(latents) else ()
 
 
-def _tells_host(call: ForwardCall, branch: BranchState, step: int | None) -> bool:
+def _tells_host(call: ForwardCall, branch: Branch, step: int | None) -> bool:
     """Whether a call's noise level is looked at though nothing is unexpected.
 
     That is so where it costs no wait for a device, and on the full steps of loops whose calls are only counted.
@@ -595,43 +495,6 @@ def _is_rewritten(before: StepPosition, now: StepPosition) -> bool:
     """Whether a run goes on with other noise levels, written where those before lay."""
     is_same = now.source is before.source and now.version != before.version
     return is_same and now.step > 0 and now.step >= before.step
-
-
-def _find_branch(
-    run: RunState,
-    context: str,
-    due: Sequence[int],
-    layout: Layout,
-    conditions: dict[str, Any],
-    only_same_objects: bool = False,
-) -> BranchState | None:
-    """Return the branch that waits for a call at one of some steps, the first first; None if none does."""
-    for step in due:
-        waiting = [each for each in run.branches if (each.step, each.context, each.layout) == (step, context, layout)]
-        for branch in waiting:
-            if branch.conditions.are_same_objects(conditions):
-                return branch
-        for branch in () if only_same_objects else waiting:
-            # Which of several branches a call is of, its values say.
-            is_forecast = len(waiting) == 1 and step not in branch.full_steps
-            if _is_alike(run, branch, conditions, is_forecast):
-                return branch
-    return None
-
-
-def _is_alike(run: RunState, branch: BranchState, conditions: dict[str, Any], is_forecast: bool) -> bool:
-    """Whether a call's conditions are those of a branch but for what is another one in each step."""
-    changed = branch.conditions.differences(conditions, run.unwatched, is_forecast)
-    if changed and changed <= branch.changed and branch.step == branch.first_step + 1:
-        # Changed at each call since the first: that is how the loop makes them.
-        run.unwatched |= changed
-        run.stats.unwatched |= changed
-        changed = frozenset()
-    if changed:
-        return False
-    watched = {name: value for name, value in conditions.items() if name not in run.unwatched}
-    branch.conditions.adopt(watched, is_forecast)
-    return True
 
 
 def _reason(act: Callable[..., str | None], *arguments: Any) -> str | None:

@@ -18,11 +18,9 @@ from torch import nn
 
 from lesa_kernels.checks import check_decreasing
 from lesa_kernels.integrations.levels import Levels, has_index, read_levels, scheduler_incompatibility
+from lesa_kernels.integrations.models import TRANSFORMERS
 from lesa_kernels.integrations.outputs import version_of
 from lesa_kernels.trajectories import ONLY_BRANCH
-
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Of a pipeline, in the order of their turns; Wan 2.2 has a second one for low noise."""
 
 # Sigmas pass through float32 on their way into a cache context.
 _SIGMA_TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lesa_kernels import Schedule, Session, TaylorSeer
 from lesa_kernels.integrations import PipelineSource
-from lesa_kernels.integrations.api import find_models
+from lesa_kernels.integrations.models import find_models
 from lesa_kernels.trajectories import ModelCall, StepPolicy, watch
 
 STEPS = 6
