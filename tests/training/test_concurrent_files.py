@@ -66,7 +66,7 @@ def test_a_load_beside_saves_gives_one_of_the_predictors(tmp_path: Path) -> None
             seeds.append(seed_of(LesaPredictor.from_pretrained(tmp_path)))
 
 
-@pytest.mark.parametrize("kind", ["one", "two"])
+@pytest.mark.parametrize("kind", ["one", pytest.param("two", marks=pytest.mark.exhaustive)])
 def test_saves_at_once_all_succeed_and_one_of_them_counts(tmp_path: Path, kind: str) -> None:
     with saving(tmp_path, kind, count=2):
         time.sleep(0.5)

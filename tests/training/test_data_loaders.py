@@ -16,7 +16,7 @@ from lesa_kernels.training import FeatureStore
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.exhaustive)])
 def test_workers_return_what_the_process_gets(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [Path(__file__).parent, Path(__file__).parents[2]]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))

@@ -97,6 +97,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 def test_what_is_spread_over_processes_is_right_or_refused(tmp_path: Path) -> None:
     processes.spawn(_rank, (str(tmp_path),), nprocs=2)
     for rank in range(2):
