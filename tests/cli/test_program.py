@@ -137,6 +137,7 @@ def _train(folder: Path) -> list[str]:
 SMALL = ["--steps", "14", "--interval", "4", "--batch", "2"]
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_while_the_pipeline_is_loaded(tmp_path: Path) -> None:
     command = [*_train(tmp_path), "--out", str(tmp_path / "out"), *SMALL]
     assert interrupted(command, "loading digits") == (

@@ -210,6 +210,7 @@ def _check_killed(out: Path, kills: list[float | None], *arguments: str) -> None
         assert (out / "killed" / file).read_bytes() == (out / "whole" / file).read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     _check_killed(tmp_path, [random.random() / 2 for _ in range(2)])
 
