@@ -59,7 +59,7 @@ class Run:
     position: StepPosition
     stats: RunStats
     thread: int
-    first_step: int
+    first_step: int = field(init=False)
     step: int = field(init=False)
     branches: list[Branch] = field(default_factory=list)
     solver: SolverRun | None = None
@@ -68,7 +68,7 @@ class Run:
     unwatched: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.step = self.first_step
+        self.first_step = self.step = self.position.step
 
     def warn(self, text: str) -> None:
         """Warn of something once a run."""

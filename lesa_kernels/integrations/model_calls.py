@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lesa_kernels.integrations.outputs import uncompiled, version_of
+from lesa_kernels.integrations.outputs import layout_of, uncompiled, version_of
 
 # What tells of the step besides, and what is made from the latents of each step: different in each step of any run.
 _OF_THE_STEP = ("sigma", "audio_sigma")
@@ -221,7 +221,7 @@ class Conditions:
         if value is known:
             return True
         try:
-            if _layout(known) != _layout(value):
+            if _kind(known) != _kind(value):
                 return False
             if _memory(value) == _memory(known) and version_of(value) == self._versions[name]:
                 return True
@@ -235,8 +235,9 @@ class Conditions:
         return is_forecast and not value.is_cpu and self._copies.get(name, 0) >= _COPIES
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """Return a tensor's layout, and how its memory is read."""
+    return *layout_of(tensor), tensor.is_conj(), tensor.is_neg()
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

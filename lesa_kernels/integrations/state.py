@@ -408,12 +408,12 @@ class CacheState:
         self.left_alone = None
         if before is not None and _is_rewritten(before.position, position):
             before.stats.restarts.append((position.step, "the scheduler's noise levels were written to"))
-            self._run = Run(position, before.stats, thread, position.step)
+            self._run = Run(position, before.stats, thread)
             before.release()
             return self._run
         self.stats = RunStats(max(position.num_steps, 0), self._blocks)
         self.stats.refused = refused
-        self._run = Run(position, self.stats, thread, position.step, solver=solver)
+        self._run = Run(position, self.stats, thread, solver=solver)
         return self._run
 
     def _begin_branch(self, run: Run, branch: Branch, latents: Any) -> bool:
